@@ -1,0 +1,461 @@
+"""Neighbourhood attention in three dimensions: every token attends to a k x k x k window of tokens.
+
+On an axis of L tokens with an odd kernel k (k > L is taken as L) query i sees the keys j of its window
+    s_i <= j < s_i + k,   s_i = clamp(i - k//2, 0, L - k),                                      (1)
+shifted inwards near a face, never cut or padded: every query sees exactly k keys. In three dimensions the
+window W_i is the product of the windows along z, y, x. With scale 1/sqrt(d) unless another is given,
+    P_ij = exp(scale <q_i, k_j>) / sum_{j' in W_i} exp(scale <q_i, k_j'>)     for j in W_i      (2)
+    o_i  = sum_j P_ij v_j                                                                       (3)
+and for a gradient g = dL/do, with P computed again instead of stored,
+    dv_j = sum_i P_ij g_i                                                                       (4)
+    dS_ij = P_ij (<g_i, v_j> - delta_i),   delta_i = <g_i, o_i>                                 (5)
+    dq_i = scale sum_j dS_ij k_j,   dk_j = scale sum_i dS_ij q_i                                (6)
+
+(1)-(3): Hassani et al. 2023 (arXiv:2204.07143) section 3; CryoFM's HDiT has k = 7. (4)-(6): Dao et al. 2022
+(arXiv:2205.14135) appendix B. Departure: NATTEN refuses k > L, here it means the whole axis.
+
+Four ways to the same numbers: `reference` is (1)-(3) word for word; `tiled` makes matrix products of it in plain
+PyTorch; the Triton kernels never write P to memory; and a kernel that covers the grid is ordinary attention.
+Shape letters: B samples, D H W tokens along z y x, T = D H W, n heads, d numbers per head.
+"""
+
+import functools
+import itertools
+import math
+import os
+from typing import NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                   # comes with CUDA builds of torch, else pip install triton
+    triton = None
+
+TILE = 4                                              # queries per axis in a tile
+CHUNK = 2**19                                         # scores held at once by the tiled backend: they fit the cache
+
+
+def na3d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int | Sequence[int], *, scale: float | None = None,
+         backend: str = "auto") -> Tensor:
+    """Neighbourhood attention, (1)-(3).
+
+    q, k, v: (B, D, H, W, heads, head_dim), floating point, at least one token per axis.
+    kernel_size: odd; one number or three (z, y, x). scale: 1/sqrt(head_dim) unless given.
+    backend: "reference", "tiled" (any device), "triton" (CUDA; not float64, head_dim <= 128), or "auto": triton where
+    it can be, else tiled. Returns (B, D, H, W, heads, head_dim), differentiable once.
+    Under autocast q, k, v are cast to its dtype, as scaled_dot_product_attention does (float64 stays); otherwise to
+    the widest of the three. A 16-bit dtype also rounds the scores in "tiled", not in "triton".
+    Raises ValueError for unequal shapes, a kernel that is not odd, an unknown or impossible backend.
+    """
+    if q.dim() != 6 or not q.shape == k.shape == v.shape or 0 in q.shape[1:]:
+        raise ValueError(f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+                         "give three tensors of one shape (B, D, H, W, heads, head_dim)")
+    sizes = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
+    if len(sizes) != 3 or any(size < 1 or size % 2 == 0 for size in sizes):
+        raise ValueError(f"kernel_size is {kernel_size}; give one or three odd numbers, so that the window has a centre")
+    if backend not in ("auto", "reference", "tiled", "triton"):
+        raise ValueError(f'backend is "{backend}"; give "auto", "reference", "tiled" or "triton"')
+    device = q.device.type
+    dtype = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    grid, d = q.shape[1:4], q.shape[5]
+    kernel = [min(size, length) for size, length in zip(sizes, grid)]
+    scale = d ** -0.5 if scale is None else float(scale)
+    fits = triton is not None and dtype != torch.float64 and d <= 128
+    if backend == "triton" and not fits:
+        raise ValueError(f'backend "triton" does float32, bfloat16 and float16 with head_dim <= 128, not {dtype} with {d}'
+                         if triton else 'backend "triton": the module triton is missing (pip install triton)')
+    if backend == "reference":
+        return reference(q, k, v, kernel, scale)
+    if kernel == list(grid):                          # every query sees every key
+        q, k, v = (t.flatten(1, 3).transpose(1, 2) for t in (q, k, v))                # (B, n, T, d)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).unflatten(1, grid)
+    use_triton = backend == "triton" or backend == "auto" and fits and device == "cuda"
+    return attention(q, k, v, kernel, scale, use_triton)[0]
+
+
+def window_starts(length: int, k: int) -> list[int]:
+    return [min(max(i - k // 2, 0), length - k) for i in range(length)]               # (1)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, kernel: Sequence[int], scale: float) -> Tensor:
+    """(1)-(3), one query after the other."""
+    B, D, H, W, n, d = q.shape
+    starts = [window_starts(length, size) for length, size in zip((D, H, W), kernel)]
+    out = []
+    for query in itertools.product(range(D), range(H), range(W)):
+        window = [slice(start[i], start[i] + size) for start, i, size in zip(starts, query, kernel)]
+        keys, values = (t[:, *window].reshape(B, -1, n, d) for t in (k, v))           # (B, k^3, n, d)
+        p = (scale * torch.einsum("bnd,bjnd->bnj", q[:, *query], keys)).softmax(-1)   # (2)
+        out.append(torch.einsum("bnj,bjnd->bnd", p, values))                          # (3)
+    return torch.stack(out, 1).view(q.shape)
+
+
+# --- Tiled: a tile is a block of neighbouring queries; its keys are the union of their windows, with a mask for who
+# sees what. Tiles that are translates of one another form a group: one mask, and queries and keys are both strided
+# views of the volume, so that a group is a few batched matrix products. No loop below runs over tokens.
+
+class Span(NamedTuple):
+    """`count` blocks of `length` tokens along an axis; the first begins at `start`, the next `step` further."""
+    count: int
+    start: int
+    step: int
+    length: int
+
+
+class Group(NamedTuple):
+    queries: tuple[Span, Span, Span]                  # along z, y, x
+    keys: tuple[Span, Span, Span]
+    bias: Tensor                                      # (queries of a tile, its keys): 0 in the window, -inf outside
+    masked: bool                                      # whether anything is outside
+
+
+def axis_groups(length: int, k: int) -> list[tuple[Span, Span]]:
+    """Cut one axis into tiles: groups as (queries, keys).
+
+    By (1) the first k//2 + 1 queries share one window and so do the last: these two tiles need no mask and are
+    translates of each other. Between them come tiles of TILE queries, then what is left.
+    """
+    if k == length:
+        return [(Span(1, 0, 1, k), Span(1, 0, 1, k))]
+    edge = k // 2 + 1
+    full, rest = divmod(length - 2 * edge, TILE)
+    groups = [(Span(2, 0, length - edge, edge), Span(2, 0, length - k, k))]
+    if full:
+        groups.append((Span(full, edge, TILE, TILE), Span(full, 1, TILE, TILE + k - 1)))
+    if rest:
+        groups.append((Span(1, length - edge - rest, 1, rest), Span(1, length - k - rest, 1, rest + k - 1)))
+    return groups
+
+
+def sees(length: int, k: int) -> Tensor:
+    """(queries, keys) of one axis, True where (1) holds."""
+    start, j = torch.tensor(window_starts(length, k))[:, None], torch.arange(length)
+    return (start <= j) & (j < start + k)
+
+
+@functools.lru_cache(64)
+def plan(grid: tuple, kernel: tuple, dtype: torch.dtype, device: torch.device) -> tuple[list[Group], int]:
+    """The groups that make up a grid, none with more than CHUNK scores per head, and how many heads to take at once."""
+    groups = []
+    for axes in itertools.product(*map(axis_groups, grid, kernel)):
+        queries, keys = zip(*axes)
+        z, y, x = (sees(length, k)[a.start:a.start + a.length, b.start:b.start + b.length]
+                   for length, k, a, b in zip(grid, kernel, queries, keys))
+        inside = torch.einsum("ai,bj,ck->abcijk", z.int(), y.int(), x.int()).reshape(len(z) * len(y) * len(x), -1) > 0
+        bias = torch.zeros(inside.shape, dtype=dtype).masked_fill_(~inside, -math.inf).to(device)
+        groups += halve(Group(queries, keys, bias, not inside.all()))
+    return groups, max(1, CHUNK // max(map(scores, groups)))
+
+
+def scores(group: Group) -> int:
+    return group.bias.numel() * math.prod(span.count for span in group.keys)
+
+
+def halve(group: Group) -> list[Group]:
+    """Cut a group along the first axis that has several tiles until its scores fit a chunk."""
+    axis = next((i for i in range(3) if group.keys[i].count > 1), None)
+    if axis is None or scores(group) <= CHUNK:
+        return [group]
+    half = group.keys[axis].count // 2
+
+    def part(spans, first, count):
+        s = spans[axis]
+        return *spans[:axis], s._replace(start=s.start + first * s.step, count=count), *spans[axis + 1:]
+
+    sizes = (0, half), (half, group.keys[axis].count - half)
+    return [g for size in sizes
+            for g in halve(group._replace(queries=part(group.queries, *size), keys=part(group.keys, *size)))]
+
+
+def tiles(x: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The tiles as a view: x (n, D, H, W, d) -> (n, tiles z, y, x, tokens of a tile z, y, x, d)."""
+    n, *axes, d = x.stride()
+    size = len(x), *(s.count for s in spans), *(s.length for s in spans), x.shape[-1]
+    stride = n, *(s.step * a for s, a in zip(spans, axes)), *axes, d
+    return x.as_strided(size, stride, x.storage_offset() + sum(s.start * a for s, a in zip(spans, axes)))
+
+
+def gather(x: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The tiles as a batch of matrices: x (n, D, H, W, d) -> (n * tiles, tokens of a tile, d)."""
+    view = tiles(x, spans)
+    return view.reshape(view.shape[:4].numel(), -1, x.shape[-1])
+
+
+def put(x: Tensor, spans: Sequence[Span], matrices: Tensor) -> None:
+    """The inverse of gather, for tiles that do not overlap (queries)."""
+    view = tiles(x, spans)
+    view.copy_(matrices.view(view.shape))
+
+
+def add(x: Tensor, spans: Sequence[Span], matrices: Tensor) -> None:
+    """The adjoint of gather, for tiles that overlap (keys): every c-th tile of an axis is added in one go, with c so
+    large that these do not overlap. The order of the sum is fixed, so are its bits."""
+    matrices = matrices.view(tiles(x, spans).shape)
+    apart = [min(s.count, math.ceil(s.length / s.step)) for s in spans]
+    for first in itertools.product(*map(range, apart)):
+        some = [Span(len(range(i, s.count, c)), s.start + i * s.step, c * s.step, s.length)
+                for s, i, c in zip(spans, first, apart)]
+        every = [slice(i, None, c) for i, c in zip(first, apart)]
+        tiles(x, some).add_(matrices[:, *every])
+
+
+def head_parts(q: Tensor, heads: int):
+    """Index a few heads of one sample at a time: memory and bits do not depend on the batch."""
+    for sample, head in itertools.product(range(q.shape[0]), range(0, q.shape[4], heads)):
+        yield sample, ..., slice(head, head + heads), slice(None)
+
+
+def head_first(x: Tensor) -> Tensor:
+    return x.permute(3, 0, 1, 2, 4)                   # (D, H, W, n, d) -> (n, D, H, W, d)
+
+
+def probabilities(q: Tensor, k: Tensor, group: Group, scale: float) -> Tensor:
+    """(2) for matrices q (tiles, queries, d) and k (tiles, keys, d)."""
+    return torch.baddbmm(group.bias, q, k.mT, beta=group.masked, alpha=scale).softmax(-1)
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor, kernel: Sequence[int], scale: float) -> Tensor:
+    out = torch.empty_like(q)
+    groups, heads = plan(tuple(q.shape[1:4]), tuple(kernel), q.dtype, q.device)
+    for part in head_parts(q, heads):
+        Q, K, V = (head_first(t[part]).contiguous() for t in (q, k, v))
+        for group in groups:
+            p = probabilities(gather(Q, group.queries), gather(K, group.keys), group, scale)
+            put(head_first(out[part]), group.queries, torch.bmm(p, gather(V, group.keys)))             # (3)
+    return out
+
+
+def tiled_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kernel: Sequence[int],
+                   scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    wide = torch.promote_types(q.dtype, torch.float32)                   # for delta and for sums over tiles
+    groups, heads = plan(tuple(q.shape[1:4]), tuple(kernel), q.dtype, q.device)
+    for part in head_parts(q, heads):
+        Q, K, V, G = (head_first(t[part]).contiguous() for t in (q, k, v, grad))
+        delta = (G.to(wide) * head_first(out[part])).sum(-1, keepdim=True).to(q.dtype)                 # (5)
+        dK, dV = torch.zeros_like(K, dtype=wide), torch.zeros_like(V, dtype=wide)
+        for group in groups:
+            q_t, g_t, delta_t = (gather(t, group.queries) for t in (Q, G, delta))
+            k_t, v_t = gather(K, group.keys), gather(V, group.keys)
+            p = probabilities(q_t, k_t, group, scale)
+            add(dV, group.keys, torch.bmm(p.mT, g_t))                                                  # (4)
+            ds = torch.bmm(g_t, v_t.mT).sub_(delta_t).mul_(p)                                          # (5)
+            put(head_first(dq[part]), group.queries, torch.bmm(ds, k_t).mul_(scale))                   # (6)
+            add(dK, group.keys, torch.bmm(ds.mT, q_t))
+        head_first(dk[part]).copy_(dK.mul_(scale))
+        head_first(dv[part]).copy_(dV)
+    return dq, dk, dv
+
+
+# --- Triton: one program per tile of TILE^3 rows and head. It reads the tile's columns (every token that shares a
+# window with one of its rows) N at a time. Rows are queries and columns keys in the forward and dq kernels, the other
+# way round for dk, dv. The tables say which tokens these are, so the kernels know nothing of three dimensions: a row
+# carries 3 of 12 bits, its place in the tile along z, y, x; a column carries the bits of the places that see it; a
+# pair attends if the row's bits are all among the column's.
+
+@functools.lru_cache(64)
+def tables(grid: tuple, kernel: tuple, device: torch.device, rows_are_keys: bool) -> tuple[Tensor, ...]:
+    """int32 row, row_bits (tiles, TILE^3), column, column_bits (tiles, most columns), columns (tiles,) that are real.
+    Rows outside the grid are -1."""
+    row, row_bits, column, column_bits = [], [], [], []
+    for axis, (length, k) in enumerate(zip(grid, kernel)):
+        bit = 1 << (TILE * axis + torch.arange(TILE))
+        related = sees(length, k).T if rows_are_keys else sees(length, k)
+        related = F.pad(related, (0, 0, 0, -length % TILE)).unflatten(0, (-1, TILE))  # (tiles, TILE, L)
+        bits = (related * bit[:, None]).sum(1)                                        # (tiles, L)
+        most = (bits > 0).sum(1).max()
+        column.append((bits == 0).int().sort(stable=True).indices[:, :most])          # those with bits come first
+        column_bits.append(bits.gather(1, column[-1]))
+        i = torch.arange(len(bits) * TILE).view(-1, TILE)
+        row.append(torch.where(i < length, i, -1))
+        row_bits.append(bit.expand_as(i))
+
+    def product(per_axis, join):                      # (tiles, m) per axis -> (all tiles, all m)
+        z, y, x = per_axis
+        full = join(z[:, None, None, :, None, None], y[None, :, None, None, :, None], x[None, None, :, None, None, :])
+        return full.flatten(3).flatten(0, 2).int()
+
+    token = lambda z, y, x: (z * grid[1] + y) * grid[2] + x
+    outside = product([t < 0 for t in row], lambda z, y, x: z | y | x).bool()
+    row = product(row, token).masked_fill(outside, -1)
+    row_bits = product(row_bits, lambda z, y, x: z | y | x).masked_fill(outside, 0)   # no row sees nothing
+    real = product([t > 0 for t in column_bits], lambda z, y, x: z & y & x)
+    order = real.sort(dim=1, descending=True, stable=True).indices
+    column = product(column, token).gather(1, order)
+    column_bits = product(column_bits, lambda z, y, x: z | y | x).gather(1, order)
+    return tuple(t.contiguous().to(device) for t in (row, row_bits, column, column_bits, real.sum(1).int()))
+
+if triton is not None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"               # runs the kernels in numpy, on the CPU
+    configs = [triton.Config({"N": N}, num_warps=warps, num_stages=stages)
+               for N in (32, 64, 128) for warps in (4, 8) for stages in (2, 3)]
+    tuned = triton.autotune(configs[:1] if interpreted else configs, key=["T", "n", "d"])
+
+    @triton.jit
+    def load(x, token, n, d: tl.constexpr, P: tl.constexpr):
+        """Numbers 0 ... d - 1 of each token of one head, as (tokens, P); 0 where token is -1 or past d."""
+        i = tl.arange(0, P)
+        return tl.load(x + token[:, None] * (n * d) + i, mask=(token[:, None] >= 0) & (i < d), other=0.0)
+
+    @triton.jit
+    def store(x, token, value, n, d: tl.constexpr, P: tl.constexpr):
+        i = tl.arange(0, P)
+        tl.store(x + token[:, None] * (n * d) + i, value.to(x.dtype.element_ty), mask=(token[:, None] >= 0) & (i < d))
+
+    @triton.jit
+    def product(a, b):                                # float32 sums; float32 factors stay float32 (no tf32)
+        return tl.dot(a, b, input_precision="ieee")
+
+    @tuned
+    @triton.jit
+    def forward_kernel(q, k, v, out, lse, row, row_bits, column, column_bits, columns, scale, T, n, most,
+                       d: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)      # head counts over B * n
+        at = ((head // n) * T * n + head % n) * d
+        i = tl.load(row + tile * M + tl.arange(0, M))
+        bits = tl.load(row_bits + tile * M + tl.arange(0, M))[:, None]
+        q_i = load(q + at, i, n, d, P)
+        top, total = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32)
+        o_i = tl.zeros([M, P], tl.float32)
+        count = tl.load(columns + tile)
+        for first in range(0, count, N):
+            c = first + tl.arange(0, N)
+            j = tl.load(column + tile * most + c, mask=c < count, other=-1)
+            seen = tl.load(column_bits + tile * most + c, mask=c < count, other=0)[None, :]
+            k_j, v_j = load(k + at, j, n, d, P), load(v + at, j, n, d, P)
+            s = product(q_i, tl.trans(k_j)) * (scale * 1.4426950408889634)             # 1/log 2: exp2 below
+            s = tl.where((bits & seen) == bits, s, -float("inf"))
+            higher = tl.maximum(top, tl.max(s, 1))    # online softmax: sums so far are relative to exp2(top)
+            p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+            total = total * shrink + tl.sum(p, 1)
+            o_i = o_i * shrink[:, None] + product(p.to(v_j.dtype), v_j)                # (3)
+            top = higher
+        store(out + at, i, o_i / total[:, None], n, d, P)
+        tl.store(lse + head * T + i, top + tl.log2(total), mask=i >= 0)
+
+    @tuned
+    @triton.jit
+    def dq_kernel(grad, q, k, v, out, lse, delta, dq, row, row_bits, column, column_bits, columns, scale, T, n, most,
+                  d: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        at = ((head // n) * T * n + head % n) * d
+        i = tl.load(row + tile * M + tl.arange(0, M))
+        bits = tl.load(row_bits + tile * M + tl.arange(0, M))[:, None]
+        q_i, g_i = load(q + at, i, n, d, P), load(grad + at, i, n, d, P)
+        lse_i = tl.load(lse + head * T + i, mask=i >= 0, other=0.0)[:, None]
+        delta_i = tl.sum(g_i.to(tl.float32) * load(out + at, i, n, d, P).to(tl.float32), 1)             # (5)
+        tl.store(delta + head * T + i, delta_i, mask=i >= 0)
+        dq_i = tl.zeros([M, P], tl.float32)
+        count = tl.load(columns + tile)
+        for first in range(0, count, N):
+            c = first + tl.arange(0, N)
+            j = tl.load(column + tile * most + c, mask=c < count, other=-1)
+            seen = tl.load(column_bits + tile * most + c, mask=c < count, other=0)[None, :]
+            k_j, v_j = load(k + at, j, n, d, P), load(v + at, j, n, d, P)
+            s = product(q_i, tl.trans(k_j)) * (scale * 1.4426950408889634)
+            p = tl.where((bits & seen) == bits, tl.exp2(s - lse_i), 0.0)              # (2)
+            ds = p * (product(g_i, tl.trans(v_j)) - delta_i[:, None])                 # (5)
+            dq_i += product(ds.to(k_j.dtype), k_j)                                    # (6)
+        store(dq + at, i, dq_i * scale, n, d, P)
+
+    @tuned
+    @triton.jit
+    def dkv_kernel(grad, q, k, v, lse, delta, dk, dv, row, row_bits, column, column_bits, columns, scale, T, n, most,
+                   d: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        at = ((head // n) * T * n + head % n) * d
+        j = tl.load(row + tile * M + tl.arange(0, M))                                 # rows are keys here
+        bits = tl.load(row_bits + tile * M + tl.arange(0, M))[:, None]
+        k_j, v_j = load(k + at, j, n, d, P), load(v + at, j, n, d, P)
+        dk_j, dv_j = tl.zeros([M, P], tl.float32), tl.zeros([M, P], tl.float32)
+        count = tl.load(columns + tile)
+        for first in range(0, count, N):
+            c = first + tl.arange(0, N)
+            i = tl.load(column + tile * most + c, mask=c < count, other=-1)
+            seeing = tl.load(column_bits + tile * most + c, mask=c < count, other=0)[None, :]
+            q_i, g_i = load(q + at, i, n, d, P), load(grad + at, i, n, d, P)
+            lse_i = tl.load(lse + head * T + i, mask=i >= 0, other=0.0)[None, :]
+            delta_i = tl.load(delta + head * T + i, mask=i >= 0, other=0.0)[None, :]
+            s = product(k_j, tl.trans(q_i)) * (scale * 1.4426950408889634)             # transposed: (keys, queries)
+            p = tl.where((bits & seeing) == bits, tl.exp2(s - lse_i), 0.0)            # (2)
+            dv_j += product(p.to(g_i.dtype), g_i)                                     # (4)
+            ds = p * (product(v_j, tl.trans(g_i)) - delta_i)                          # (5)
+            dk_j += product(ds.to(q_i.dtype), q_i)                                    # (6)
+        store(dk + at, j, dk_j * scale, n, d, P)
+        store(dv + at, j, dv_j, n, d, P)
+
+
+def launch(kernel_function, tensors: Sequence[Tensor], table: Sequence[Tensor], scale: float) -> None:
+    B, D, H, W, n, d = tensors[0].shape
+    kernel_function[len(table[0]), B * n](*tensors, *table, scale, D * H * W, n, table[2].shape[1], d=d,
+                                          P=max(16, triton.next_power_of_2(d)), M=TILE**3)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, kernel: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q)
+    lse = q.new_empty(len(q), q.shape[4], *q.shape[1:4], dtype=torch.float32)         # log2 of the sums of (2)
+    launch(forward_kernel, (q, k, v, out, lse), tables(tuple(q.shape[1:4]), tuple(kernel), q.device, False), scale)
+    return out, lse
+
+
+def fused_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kernel: Sequence[int],
+                   scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    by_query, by_key = (tables(tuple(q.shape[1:4]), tuple(kernel), q.device, keys) for keys in (False, True))
+    launch(dq_kernel, (grad, q, k, v, out, lse, delta, dq), by_query, scale)         # writes delta too
+    launch(dkv_kernel, (grad, q, k, v, lse, delta, dk, dv), by_key, scale)
+    return dq, dk, dv
+
+
+# --- The operator: one opaque node for torch.compile and autograd. It runs outside autocast (whose dtype na3d has
+# chosen already), on contiguous tensors.
+
+@torch.library.custom_op("cryo::na3d", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: Sequence[int], scale: float,
+              use_triton: bool) -> tuple[Tensor, Tensor]:
+    """(3), and what the Triton backward needs of (2): the log of its sums; the tiled one takes the softmax again."""
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        return fused(q, k, v, kernel, scale) if use_triton else (tiled(q, k, v, kernel, scale), q.new_empty(0))
+
+
+@torch.library.custom_op("cryo::na3d_backward", mutates_args=())
+def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kernel: Sequence[int],
+                       scale: float, use_triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(4)-(6)"""
+    grad, q, k, v = (t.contiguous() for t in (grad, q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        if use_triton:
+            return fused_backward(grad, q, k, v, out, lse, kernel, scale)
+        return tiled_backward(grad, q, k, v, out, kernel, scale)
+
+
+@attention.register_fake
+def _(q, k, v, kernel, scale, use_triton):
+    B, D, H, W, n, d = q.shape
+    lse = q.new_empty(B, n, D, H, W, dtype=torch.float32) if use_triton else q.new_empty(0)
+    return q.new_empty(q.shape), lse
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, out, lse, kernel, scale, use_triton):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def backward(ctx, grad, _):
+    return *attention_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+attention.register_autograd(backward, setup_context=save_for_backward)
