@@ -21,6 +21,7 @@ import gzip
 import itertools
 import math
 import os
+import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from torch import Generator, Tensor
 
 from degrade import molmap
-from fsc import read_model
+from fsc import read_model, triple
 
 Triple = tuple[float, float, float]                     # (z, y, x)
 
@@ -42,11 +43,6 @@ Triple = tuple[float, float, float]                     # (z, y, x)
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}  # MRC mode -> numpy type
 SUFFIXES = (".mrc", ".map", ".ccp4")                    # written plain or followed by .gz or .bz2
-
-
-def triple(value: float | Iterable[float]) -> Triple:
-    """One number for all three axes, or three (z, y, x)."""
-    return tuple(np.broadcast_to(np.asarray(value, dtype=np.float64), 3).tolist())
 
 
 @dataclass(eq=False)
@@ -456,77 +452,179 @@ def blend(tiles: Iterable[Tensor], corners: list[tuple[int, int, int]],
     return total / weight                               # (6); weights are 1 or more, no epsilon
 
 
-# ---- 4. Densities simulated from atomic models ---------------------------------------------------
+# ---- 4. Training crops from maps -----------------------------------------------------------------
+
+MAP_SUFFIXES = tuple(s + packing for s in SUFFIXES for packing in ("", ".gz", ".bz2"))
+MODEL_SUFFIXES = tuple(s + packing for s in (".pdb", ".ent", ".cif", ".mmcif")
+                       for packing in ("", ".gz"))
+
+
+def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a folder with one of the suffixes, by name; a file is returned as it is.
+
+    Raises FileNotFoundError if there is no such file or folder.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in files if file.name.lower().endswith(suffixes)]
+
+
+class Volume(NamedTuple):
+    """A map to train on: density (n, n, n), in any scale, on the grid of the training crops."""
+    label: str
+    density: Tensor
+
+
+def read_volumes(path: str | Path, voxel_size: float,
+                 box: int | None = None) -> tuple[list[Volume], list[str]]:
+    """The maps of a folder (or one file), resampled to voxel_size (Å); and a line for each refused.
+
+    Refused is what `read_map` refuses, and a map with no density in the ball (of `box` voxels across,
+    if given) that stays inside at every orientation. Boxes are padded to cubes with 0, so that no
+    rotation turns density out of them. All maps are kept in memory: 4 bytes per voxel.
+    """
+    volumes, refused = [], []
+    for file in list_files(path, MAP_SUFFIXES):
+        try:
+            x = resample(read_map(file), voxel_size).density
+            x = pad(x, max(x.shape))
+            middle = center_crop(x, min(box or len(x), len(x)))
+            square = torch.linspace(-1, 1, len(middle)) ** 2
+            ball = square[:, None, None] + square[:, None] + square <= 1
+            normalise(middle * ball, 0, 1)
+        except (ValueError, OSError) as error:
+            refused.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+        else:
+            volumes.append(Volume(file.name.split(".")[0], x))
+    return volumes, refused
+
+
+ENDLESS = 2 ** 62                                       # items: every index is another crop
+
+
+def item_generator(seed: int, i: int) -> Generator:
+    """What item i of a dataset is drawn with: the same whoever draws it, and whenever."""
+    return Generator().manual_seed((seed * 1_000_003 + i) % 2 ** 63)
+
+
+class MapCrops(torch.utils.data.Dataset):
+    """Training crops from maps: item i is (crops, 1, crop, crop, crop) in network scale.
+
+    A function of (seed, i): a random volume, turned at random, (5); clipped and normalised, (4).
+    center=False, CryoFM-S: turned as a whole and padded to twice the crop; `crops` crops, each
+    around a voxel of `density_mask`. center=True, CryoFM-L: each crop is the centre of the map,
+    turned. Order of steps as in the release, appendix F.1. Departure 2.
+    """
+    def __init__(self, volumes: list[Volume], *, crop: int, crops: int, center: bool = False,
+                 mean: float, std: float, seed: int = 0):
+        self.volumes, self.crop, self.crops, self.center = volumes, crop, crops, center
+        self.mean, self.std, self.seed = mean, std, seed
+
+    def __getitem__(self, i: int) -> Tensor:
+        g = item_generator(self.seed, i)
+        x = self.volumes[_randint(len(self.volumes), g)].density
+        if self.center:
+            x = normalise(center_crop(x, min(self.crop, len(x))), 0, 1)[0]      # now in 0..1
+            return torch.stack([self.turned(x, self.crop, g) for _ in range(self.crops)])[:, None]
+        x = self.turned(x, 2 * self.crop, g)
+        mask = density_mask(x * self.std + self.mean)
+        return torch.stack([random_crop(x, self.crop, g, mask) for _ in range(self.crops)])[:, None]
+
+    def turned(self, x: Tensor, box: int, g: Generator) -> Tensor:
+        """x at random orientation, in network scale, padded to the box with solvent."""
+        x = normalise(rotate(x, random_rotation(g)), self.mean, self.std)[0]
+        return pad(x, box, -self.mean / self.std)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+
+# ---- 5. Training crops simulated from atomic models ----------------------------------------------
 
 @dataclass(frozen=True)
 class Structure:
-    """Atoms of one model: xyz (A, 3) in Å as (x, y, z), centred; atomic_number (A,); b_factor (A,) in Å^2."""
+    """Atoms of one model: xyz (A, 3) = (x, y, z) in Å, centred; atomic_number; b_factor in Å^2."""
     label: str
     xyz: np.ndarray
     atomic_number: np.ndarray
     b_factor: np.ndarray
 
 
-def load_archive(path) -> list[Structure]:
-    """An archive of many structures (.npz): flat arrays xyz (in 0.01 Å), element, bfactor, one structure after another,
-    cut at atom_start; `label` names them."""
-    with np.load(path) as archive:
-        keys = {"label", "atom_start", "xyz", "element", "bfactor"}
-        if not keys <= set(archive):
-            raise ValueError(f"{path}: no archive of structures (arrays {sorted(keys - set(archive))} are missing)")
-        label, start, xyz, element, b_factor = (archive[k] for k in ("label", "atom_start", "xyz", "element", "bfactor"))
-    cut = [slice(a, b) for a, b in zip(start, start[1:])]
-    return [Structure(str(name), xyz[s].astype(np.float32) / 100, element[s].astype(np.float32), b_factor[s].astype(np.float32))
-            for name, s in zip(label, cut)]
+def read_archive(path: Path) -> list[Structure]:
+    """Many structures in one .npz: flat arrays over all atoms, structure i from atom_start[i] on.
 
-
-def read_structures(path) -> list[Structure]:
-    """Structures of an archive (.npz, see load_archive), of one PDB or mmCIF file, or of all those in a folder."""
-    path = Path(path)
-    if path.suffix == ".npz":
-        return load_archive(path)
-    names = (".pdb", ".ent", ".cif", ".pdb.gz", ".ent.gz", ".cif.gz")
-    files = sorted(p for p in path.iterdir() if p.name.lower().endswith(names)) if path.is_dir() else [path]
-    models = [(p, read_model(p)) for p in files]
-    return [Structure(p.name.split(".")[0], (m.xyz - m.xyz.mean(0)).numpy().astype(np.float32),
-                      m.atomic_number.numpy().astype(np.float32), m.b_iso.numpy().astype(np.float32)) for p, m in models]
-
-
-def random_density(structure: Structure, generator: torch.Generator, *, box: int, voxel_size: float,
-                   resolution: tuple[float, float]) -> Tensor:
-    """One simulated map (D, D, D), box voxels a side, in Z/Å^3: the model turned at random and placed off-centre.
-
-    The atoms are turned, not the grid, so no interpolation is involved. Resolution is uniform in `resolution` (Å). Half
-    of the maps have B = 0, the others the deposited B-factors above their 5th percentile, times a uniform number.
+    xyz (A, 3) in 0.01 Å, element (A,), bfactor (A,) in Å^2; label (n,), atom_start (n + 1,).
     """
-    uniform = lambda low=0.0, high=1.0: low + (high - low) * float(torch.rand((), generator=generator))
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an .npz archive, or a truncated one; copy it again")
+    with np.load(path) as archive:
+        wanted = ("label", "atom_start", "xyz", "element", "bfactor")
+        if missing := set(wanted) - set(archive):
+            raise ValueError(f"{path}: no archive of structures, {', '.join(sorted(missing))} missing")
+        label, start, *arrays = (archive[name] for name in wanted)
+    xyz, element, b_factor = (array.astype(np.float32) for array in arrays)
+    return [Structure(str(name), xyz[a:b] / 100, element[a:b], b_factor[a:b])
+            for name, a, b in zip(label, start, start[1:])]
+
+
+def read_structures(path: str | Path) -> list[Structure]:
+    """The structures of an archive (.npz), of one PDB or mmCIF file, or of a folder of these.
+
+    Raises OSError without the file, ValueError (one line) if one cannot be read.
+    """
+    files = list_files(path, (".npz", *MODEL_SUFFIXES))
+    if [file.suffix for file in files] == [".npz"]:
+        return read_archive(files[0])
+    models = [(file, read_model(file)) for file in files if file.suffix != ".npz"]
+    return [Structure(file.name.split(".")[0], (m.xyz - m.xyz.mean(0)).numpy().astype(np.float32),
+                      *(x.numpy().astype(np.float32) for x in (m.atomic_number, m.b_iso)))
+            for file, m in models]
+
+
+def random_density(structure: Structure, generator: Generator, *, box: int, voxel_size: float,
+                   resolution: tuple[float, float]) -> Tensor:
+    """One simulated map (box, box, box) in Z/Å^3: the model turned at random, placed off-centre.
+
+    The atoms are turned, not the grid, so no interpolation is involved. Resolution is uniform in
+    `resolution` (Å). Half of the maps have B = 0, the others the deposited B-factors above their
+    5th percentile, times a uniform number.
+    """
+    def uniform(low=0.0, high=1.0):
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
     xyz = torch.from_numpy(structure.xyz)
-    # A small molecule stays whole, up to half its margin off-centre; of a large one any part can be in the middle.
+    # A small molecule stays whole; of one larger than the box any part can be in the middle.
     anchor = xyz[torch.randint(len(xyz), (1,), generator=generator)] * uniform()
     xyz = (xyz - anchor) @ random_rotation(generator).T
     b = torch.zeros(len(xyz))
     if uniform() < 0.5:
         b = torch.from_numpy(structure.b_factor)
         b = (b - b.quantile(0.05)).clamp(min=0) * uniform()
-    return molmap(xyz, structure.atomic_number, uniform(*resolution), voxel_size=voxel_size, shape=(box,) * 3,
-                          origin=-voxel_size * (box // 2), b_factor=b)[0]
+    return molmap(xyz, structure.atomic_number, uniform(*resolution), voxel_size=voxel_size,
+                  shape=(box,) * 3, origin=-voxel_size * (box // 2), b_factor=b)[0]
 
 
 class SimulatedCrops(torch.utils.data.Dataset):
-    """Training crops from atomic models: item i is (crops, 1, crop, crop, crop) in network scale, a function of (seed, i).
+    """Training crops from models: item i is (crops, 1, crop, crop, crop) in network scale.
 
-    Each item simulates one map of box^3 voxels, clip-normalises it as a whole, and cuts `crops` crops: three in four
-    around a point of the molecule, the others anywhere.
+    A function of (seed, i): a random structure's map of box^3 voxels, clipped and normalised as a
+    whole, (4); three crops in four are cut around a point of the molecule, the others anywhere.
+    `structures` is any sequence of them.
     """
-    def __init__(self, structures: list[Structure], *, crop: int, crops: int, box: int = 64, voxel_size: float = 1.5,
-                 resolution: tuple[float, float] = (2.5, 4.0), mean: float, std: float, seed: int = 0):
+    def __init__(self, structures, *, crop: int, crops: int, box: int = 64, voxel_size: float = 1.5,
+                 resolution: tuple[float, float] = (2.5, 4.0), mean: float, std: float,
+                 seed: int = 0):
         self.structures, self.crop, self.crops, self.box = structures, crop, crops, max(box, crop)
-        self.voxel_size, self.resolution, self.mean, self.std, self.seed = voxel_size, resolution, mean, std, seed
+        self.voxel_size, self.resolution = voxel_size, resolution
+        self.mean, self.std, self.seed = mean, std, seed
 
     def __getitem__(self, i: int) -> Tensor:
-        g = torch.Generator().manual_seed((self.seed * 1_000_003 + i) % 2 ** 63)
-        structure = self.structures[int(torch.randint(len(self.structures), (1,), generator=g))]
-        density = random_density(structure, g, box=self.box, voxel_size=self.voxel_size, resolution=self.resolution)
+        g = item_generator(self.seed, i)
+        structure = self.structures[_randint(len(self.structures), g)]
+        density = random_density(structure, g, box=self.box, voxel_size=self.voxel_size,
+                                 resolution=self.resolution)
         x = normalise(density, self.mean, self.std)[0]
         mask = density_mask(x * self.std + self.mean)
         crops = [random_crop(x, self.crop, g, mask if torch.rand((), generator=g) < 0.75 else None)
@@ -534,4 +632,194 @@ class SimulatedCrops(torch.utils.data.Dataset):
         return torch.stack(crops)[:, None]
 
     def __len__(self) -> int:
-        return 2 ** 62                                   # endless: every index is another random map
+        return ENDLESS
+
+
+# ---- 6. Structures built by rule: something to train on with nothing downloaded ------------------
+# One chain through layers of helices or strands, side chains grown where there is room. Textbook
+# geometry: Pauling, Corey & Branson 1951 (helix), Chothia et al. 1977, 1981 (packing, twist),
+# Engh & Huber 1991 (bonds and angles); frequencies (%) of residues: UniProtKB/Swiss-Prot.
+
+# The trans peptide between CA (0, 0) and the next CA (3.80, 0), O on the side of +y: CA-C 1.525,
+# C-N 1.329, N-CA 1.458, C-O 1.231 Å; angles CA-C-N 117.2, C-N-CA 121.7, CA-C-O 120.1 degrees.
+PEPTIDE = {"N": (2.407, -0.387), "C": (1.434, 0.518), "O": (1.653, 1.730)}
+# Slots 0..3 of a residue are N, CA, C, O. "S4" is a sulphur bonded to slot 4, and so on from slot 4
+# (CB) on. Aromatic rings stay open.
+RESIDUES = """A 8.3 C1|R 5.5 C1 C4 C5 N6 C7 N8 N8|N 4.1 C1 C4 O5 N5|D 5.5 C1 C4 O5 O5|C 1.4 C1 S4|
+    Q 3.9 C1 C4 C5 O6 N6|E 6.7 C1 C4 C5 O6 O6|G 7.1|H 2.3 C1 C4 N5 C5 C6 N7|I 5.9 C1 C4 C4 C5|
+    L 9.7 C1 C4 C5 C5|K 5.8 C1 C4 C5 C6 N7|M 2.4 C1 C4 S5 C6|F 3.9 C1 C4 C5 C5 C6 C7 C8|
+    P 4.7 C1 C4 C5|S 6.6 C1 O4|T 5.3 C1 O4 C4|W 1.1 C1 C4 C5 C5 N6 C7 C7 C9 C10 C11|
+    Y 2.9 C1 C4 C5 C5 C6 C7 C8 O10|V 6.9 C1 C4 C4"""
+ATOMIC_NUMBER = {"C": 6, "N": 7, "O": 8, "S": 16}
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def axis_rotation(axis: int, degrees: float) -> np.ndarray:
+    """Right-handed rotation (3, 3) of (x, y, z) columns about axis 0, 1 or 2."""
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    R = np.eye(3)
+    R[i, i] = R[j, j] = math.cos(math.radians(degrees))
+    R[j, i] = math.sin(math.radians(degrees))
+    R[i, j] = -R[j, i]
+    return R
+
+
+def element(kind: str, n: int, phase: float) -> tuple[np.ndarray, np.ndarray]:
+    """A helix "H" or strand "E" along z: CA (n, 3), and where each peptide's O points (n - 1, 3)."""
+    k = np.arange(n)
+    if kind == "H":                                     # 1.5 Å and 100 degrees per residue
+        turn = np.radians(100) * k + phase
+        radius = math.sqrt(3.8 ** 2 - 1.5 ** 2) / (2 * math.sin(np.radians(50)))      # 2.28 Å
+        ca = np.stack([radius * np.cos(turn), radius * np.sin(turn), 1.5 * (k - k.mean())], 1)
+        # Along the axis and a tenth outwards: phi -57, psi -47.
+        middle = (turn + np.radians(50))[:-1]
+        return ca, np.stack([0.1 * np.cos(middle), 0.1 * np.sin(middle), np.ones(n - 1)], 1)
+    sign = (-1.0) ** k                                  # 3.3 Å per residue: phi -119, psi 117
+    pleat = math.sqrt(3.8 ** 2 - 3.3 ** 2) / 2
+    ca = np.stack([0 * sign, pleat * sign, 3.3 * (k - k.mean())], 1)
+    return ca, np.outer(-sign[:-1], (1, 0, 0))          # to one neighbour, to the other
+
+
+def arc(a: np.ndarray, b: np.ndarray, n: int, outward: np.ndarray) -> np.ndarray:
+    """A loop: n CA between those at a and b on an arc of a circle, all CA-CA 3.8 Å: (n, 3)."""
+    half = np.linspace(1e-3, math.pi / (n + 1), 1000)   # half the angle that one CA-CA spans
+    chord = 3.8 * np.sin((n + 1) * half) / np.sin(half)
+    half = np.interp(-np.linalg.norm(b - a), -chord, half)
+    u = unit(b - a)
+    w = unit(outward - (outward @ u) * u)
+    angle = (2 * np.arange(1, n + 1) - (n + 1))[:, None] * half
+    radius, rim = 1.9 / np.sin(half), np.cos((n + 1) * half)
+    return (a + b) / 2 + radius * (np.sin(angle) * u + (np.cos(angle) - rim) * w)
+
+
+def layout(rng: np.random.Generator) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Layers of helices or of strands, each element as (kind, CA, towards O), in chain order."""
+    side = (150 * rng.uniform(85, 375)) ** (1 / 3)      # Å, of a cube with 150 Å^3 per residue
+    layers = max(2, round(side / 10))                   # 10 Å apart
+    elements = []
+    for layer in range(layers):
+        kind = "HE"[rng.integers(2)]
+        rise, spacing = (1.5, 10.0) if kind == "H" else (3.3, 4.8)                     # Å
+        length, count = round(0.75 * side / rise), max(2, round(side / spacing))
+        tilt = axis_rotation(1, rng.normal(0, 8))
+        for j in range(count)[::(-1) ** layer]:         # there and back
+            ca, towards_o = element(kind, length, rng.uniform(0, 2 * math.pi))
+            if len(elements) % 2:                       # up and down in turn
+                along = -1 if kind == "H" else 1        # a helix's O point down then, a strand's not
+                ca, towards_o = ca[::-1], towards_o[::-1] * (1, 1, along)
+            # Neighbours twist by -5 degrees per 4.8 Å; in proteins -20, but our layers are flat.
+            x = (j - (count - 1) / 2) * spacing
+            turn = tilt @ axis_rotation(0, -5 * x / 4.8)
+            middle = tilt @ (x, 0, 0) + (0, 10 * (layer - (layers - 1) / 2), 0)
+            elements.append((kind, ca @ turn.T + middle, towards_o @ turn.T))
+    return elements
+
+
+def fold(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
+    """A chain: CA (R, 3); where each peptide's O points (R - 1, 3), nan in loops; "HHHCCEE..."."""
+    (kinds, *chain), *rest = layout(rng)
+    kinds, chain = kinds * len(chain[0]), [chain]
+    placed = np.concatenate([chain[0][0], *(ca for _, ca, _ in rest)])
+    for i, (kind, ca, towards_o) in enumerate(rest):
+        a, b, choices = chain[-1][0][-1], ca[0], []
+        for _ in range(5):                              # of five arcs the one with most room
+            n = max(2, math.ceil(0.4 * np.linalg.norm(b - a)) + rng.integers(-1, 2))
+            choices.append(arc(a, b, n, (0, 0, (-1) ** i) + 0.5 * rng.normal(size=3)))
+        loop = min(choices, key=lambda points: (distances(points, placed) ** -6).sum())
+        placed = np.concatenate([placed, loop])
+        chain += [(loop, np.full((len(loop) + 1, 3), math.nan)), (ca, towards_o)]
+        kinds += "C" * len(loop) + kind * len(ca)
+    return *(np.concatenate(parts) for parts in zip(*chain)), kinds
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return torch.cdist(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+
+
+def backbone(ca: np.ndarray, towards_o: np.ndarray) -> np.ndarray:
+    """N, CA, C, O of all residues but the first and last: (R - 2, 4, 3)."""
+    x = unit(np.diff(ca, axis=0))
+    y = unit(towards_o - (towards_o * x).sum(1, keepdims=True) * x)
+
+    def to_c(i, y):                                     # unit vector CA(i) -> C(i) for peptide i
+        return unit(PEPTIDE["C"][0] * x[i] + PEPTIDE["C"][1] * y)
+
+    def to_n(i, y):                                     # CA(i + 1) -> N(i + 1)
+        return unit((PEPTIDE["N"][0] - 3.8) * x[i] + PEPTIDE["N"][1] * y)
+
+    # In loops peptides turn about CA-CA, one after another and three times over, until N-CA-C is
+    # nearest to 111 degrees on both sides.
+    angle, wanted = np.arange(12)[:, None] * math.pi / 6, math.cos(math.radians(111))
+    loops = np.flatnonzero(np.isnan(y[:, 0]))
+    y[loops] = unit(np.cross(x[loops - 1], x[loops])) * (-1.0) ** loops[:, None]
+    for i in [*loops] * 3:
+        turned = np.cos(angle) * y[i] + np.sin(angle) * np.cross(x[i], y[i])
+        miss = ((to_c(i, turned) @ to_n(i - 1, y[i - 1]) - wanted) ** 2
+                + (to_n(i, turned) @ to_c(i + 1, y[i + 1]) - wanted) ** 2)
+        y[i] = turned[miss.argmin()]
+    at = {name: ca[:-1] + a * x + b * y for name, (a, b) in PEPTIDE.items()}
+    return np.stack([at["N"][:-1], ca[1:-1], at["C"][1:], at["O"][1:]], 1)
+
+
+def side_chains(backbone: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """All atoms of the chain (A, 3) and their atomic numbers (A,): residues at random, by frequency.
+
+    Atom by atom, bonds 1.5 Å and angles 111 degrees, in the one of four random directions with most
+    room; where all lie within 2 Å of another atom, that side chain ends.
+    """
+    residues = [line.split() for line in RESIDUES.split("|")]
+    frequency, R = np.array([float(r[1]) for r in residues]), len(backbone)
+    xyz, number = np.full((R, 14, 3), math.nan), np.zeros((R, 14), dtype=int)
+    parent = np.zeros((R, 14), dtype=int)               # of each slot; of CA it is N, of N it is C
+    xyz[:, :4], number[:, :4], parent[:, 0] = backbone, (7, 6, 6, 8), 2
+    for r, choice in enumerate(rng.choice(len(residues), R, p=frequency / frequency.sum())):
+        for slot, bond in enumerate(residues[choice][2:], 4):
+            number[r, slot], parent[r, slot] = ATOMIC_NUMBER[bond[0]], int(bond[1:])
+    for slot in range(4, 14):
+        there = ~np.isnan(xyz[..., 0])
+        r = np.flatnonzero((number[:, slot] > 0) & there[np.arange(R), parent[:, slot]])
+        c = parent[r, slot]
+        b = parent[r, c]
+        a = parent[r, b]
+        # CB stands where L amino acids have it; the others at any dihedral angle a-b-c-new.
+        dihedral = np.full((len(r), 1), -122.8) if slot == 4 else rng.uniform(0, 360, (len(r), 4))
+        new = extend(xyz[r, a], xyz[r, b], xyz[r, c], np.radians(dihedral))     # (n, 1 or 4, 3)
+        room = distances(new.reshape(-1, 3), xyz[there]).reshape(*dihedral.shape, there.sum())
+        room[np.arange(len(r)), :, there.ravel().cumsum()[14 * r + c] - 1] = math.inf  # but c
+        room, best = room.min(2).max(1), room.min(2).argmax(1)
+        r, new = r[room > 2], new[np.arange(len(r)), best][room > 2]
+        free = ~np.triu(distances(new, new) < 2, 1).any(0)                  # of each other
+        xyz[r[free], slot] = new[free]
+    there = ~np.isnan(xyz[..., 0])
+    return xyz[there], number[there]
+
+
+def extend(a: np.ndarray, b: np.ndarray, c: np.ndarray, dihedral: np.ndarray) -> np.ndarray:
+    """NeRF (Parsons et al. 2005): points (n, k, 3) 1.5 Å from c (n, 3), at b-c-new 111 degrees."""
+    z = unit(c - b)
+    y = unit(np.cross(b - a, z))
+    x = np.cross(y, z)
+    turned = np.cos(dihedral)[..., None] * x[:, None] + np.sin(dihedral)[..., None] * y[:, None]
+    angle = math.radians(111)
+    return c[:, None] + 1.5 * (-math.cos(angle) * z[:, None] + math.sin(angle) * turned)
+
+
+class ProceduralChains:
+    """A sequence of n structures of 60 to 400 residues, each a function of (seed, index)."""
+    def __init__(self, seed: int = 0, n: int = 100_000):
+        self.seed, self.n = seed, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Structure:
+        rng = np.random.default_rng((self.seed, index))
+        ca, towards_o, _ = fold(rng)
+        xyz, number = side_chains(backbone(ca, towards_o), rng)
+        xyz = (xyz - xyz.mean(0)).astype(np.float32)
+        square = (xyz ** 2).sum(1)
+        b_factor = 60 * square / square.max()           # of a body that rocks about its centre
+        return Structure(f"chain{index}", xyz, number.astype(np.float32), b_factor)

@@ -13,9 +13,14 @@ task (flow.py, train.py). What a tilt series did not measure is found by samplin
 
 CryoFM (arXiv:2410.08631) appendix E.1, Algorithm 2. (5): DDNM (Wang et al. 2023, arXiv:2212.00490); (6): Youla & Webb 1982;
 (7): the proximal step of DiffPIR (Zhu et al. 2023, arXiv:2305.08995), in closed form since A is diagonal in Fourier space.
+The result is the mean of several samples: FSC rewards the mean of the posterior, and their spread says where not to trust it.
+
+Departure 1: `--method prior` starts from POCS at t = 0.4 instead of noise at t = 1, takes (5) instead of (4), trusts noisy y
+only as far as (7) says, and keeps density non-negative; what each is worth: README, "What helped". `--method paper` is
+Algorithm 2 as printed.
+Departure 2: the paper's maps are 64^3. Ours are of any size: (3) always acts on the whole volume, only v goes by tiles.
 """
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -35,8 +40,6 @@ import data
 import degrade
 import fsc
 from checkpoint import Prior
-
-XYZ = (-3, -2, -1)
 
 
 # ---- The data term -----------------------------------------------------------------------------------------------------
@@ -107,6 +110,29 @@ def restore_wedge(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, gene
     return x
 
 
+METHODS = {"prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),            # the best we know: README, "What helped"
+           "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0)}          # Algorithm 2 as printed
+
+
+def wedge_samples(prior: Prior, y: Tensor, measured: Tensor, method: str, *, samples: int, seed: int, noise: float | None = None,
+                  steps: int | None = None, tick=lambda: None):
+    """Yields samples of the posterior for the map y (D, H, W), sampled at the prior's voxel size, in y's own units.
+
+    noise: standard deviation of the noise in y, in its units; None: estimated. Sample i depends on (seed, i) alone.
+    """
+    settings = METHODS[method] | ({"steps": steps} if steps else {})
+    first = pocs(y, measured)                            # its percentile is nearer the truth's than that of what a wedge leaves
+    scale = data.normalise(first, prior.mean, prior.std)[1]
+    noise = estimate_noise(y, measured) if noise is None else noise
+    sigma = noise / scale.maximum / prior.std if method == "prior" else 0.0
+    device = next(prior.net.parameters()).device
+    network = lambda u: ((u / scale.maximum - prior.mean) / prior.std).to(device)
+    for i in range(samples):
+        x = restore_wedge(prior, network(y), measured.to(device), network(first), Generator().manual_seed(seed * 1_000_003 + i),
+                          sigma=sigma, tick=tick, **settings)
+        yield data.denormalise(x.cpu(), scale)
+
+
 # ---- The tasks ---------------------------------------------------------------------------------------------------------
 
 def wedge(args: argparse.Namespace, source: data.Map, prior: Prior) -> tuple[dict[str, Tensor], dict]:
@@ -115,8 +141,8 @@ def wedge(args: argparse.Namespace, source: data.Map, prior: Prior) -> tuple[dic
     "" keeps every measured coefficient as it is; "_mean" is the posterior mean, where the measured ones lose their noise
     too; "_std" is the spread of the samples. All have the grid and the grey scale of `source`.
     """
-    y = source.density
-    report = {"method": args.method}
+    y, report = source.density, {"method": args.method}
+    top = data.normalise(y, 0, 1)[1].maximum             # raises for dark protein
     if args.method == "auto":
         # The prior has seen densities sampled at its own voxel size; far coarser maps hold nothing that it knows.
         coarse = max(source.voxel_size) > 2 * prior.voxel_size
@@ -132,23 +158,22 @@ def wedge(args: argparse.Namespace, source: data.Map, prior: Prior) -> tuple[dic
     work = data.resample(source, prior.voxel_size)
     shape = work.density.shape
     measured = measured_by(work, args) & below_nyquist(shape, y.shape)
-    first = pocs(work.density, measured)                 # its percentile is nearer the truth's than that of the wedge's rest
-    scale = data.normalise(first, prior.mean, prior.std)[1]
-    network = lambda u: ((u / scale.maximum - prior.mean) / prior.std).to(args.device)
-    noise = estimate_noise(work.density, measured) / scale.maximum if args.noise is None else args.noise
-    report.update(noise=noise, noise_estimated=args.noise is None, percentile=scale.maximum, box=list(shape))
-    steps, t_start, fresh, inner = (args.steps, 1.0, False, 0) if args.method == "paper" else (args.steps, 0.4, True, 1)
-    calls = math.prod(math.ceil(n / prior.box) for n in shape)
-    say(args, f"{args.samples} sample(s) x {steps} steps x {calls} tile(s) of {prior.box}^3 on {args.device}; "
-              f"noise {noise:.3f} of the map's maximum{' (estimated)' if args.noise is None else ''}")
-    progress = Progress(args, args.samples * steps)
+    # White noise has one power per coefficient: its standard deviation goes with the root of how many coefficients there are.
+    gain = math.sqrt(work.density.numel() / y.numel())
+    if args.noise is not None:
+        noise = args.noise
+    elif gain <= 1:                                      # on the coarser grid: the finer one may have no corners beyond Nyquist
+        noise = estimate_noise(work.density, measured) / gain / top
+    else:
+        noise = estimate_noise(y, measured_here) / top
+    steps = args.steps or METHODS[report["method"]]["steps"]
+    report.update(noise=noise, noise_estimated=args.noise is None, steps=steps, box=list(shape))
+    say(args, f"{args.samples} sample(s) x {steps} steps x {math.prod(math.ceil(n / prior.box) for n in shape)} tile(s) of "
+              f"{prior.box}^3 on {args.device}; noise {noise:.3f} of the map's maximum" + " (estimated)" * (args.noise is None))
     mean, square = torch.zeros(shape), torch.zeros(shape)
-    for i in range(args.samples):
-        sample = restore_wedge(prior, network(work.density), measured.to(args.device), network(first),
-                               Generator().manual_seed(args.seed * 1_000_003 + i), steps=steps, t_start=t_start,
-                               sigma=0 if args.method == "paper" else noise / prior.std, fresh_noise=fresh, inner=inner,
-                               tick=progress)
-        sample = data.denormalise(sample.cpu(), scale)
+    samples = wedge_samples(prior, work.density, measured, report["method"], samples=args.samples, seed=args.seed,
+                            noise=noise * top * gain, steps=steps, tick=Progress(args, args.samples * steps))
+    for i, sample in enumerate(samples):
         delta = sample - mean                            # Welford's running mean and sum of squares
         mean += delta / (i + 1)
         square += delta * (sample - mean)
@@ -220,7 +245,7 @@ def draw(path: Path, maps: dict[str, Tensor], scores: dict[str, dict], voxel_siz
     axes = figure.subplots(1, len(maps) + bool(scores), squeeze=False)[0]
     high = float(torch.quantile(maps["restored"].flatten()[::7][:10 ** 7], 0.9995))
     for ax, (name, x) in zip(axes, maps.items()):
-        ax.imshow(x.select(across, x.shape[across] // 2), cmap="gray_r", vmin=-0.15 * high, vmax=high, origin="lower")
+        ax.imshow(x.select(across, x.shape[across] // 2).numpy(), cmap="gray_r", vmin=-0.15 * high, vmax=high, origin="lower")
         ax.set_title(name)
         ax.set_axis_off()
     if scores:
@@ -254,7 +279,7 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--method", choices=("auto", "prior", "paper", "pocs"), default="auto",
                      help="prior: the best we know; paper: Algorithm 2 as printed; pocs: non-negativity, no network; auto: prior, or "
                           "pocs where the voxels are too coarse for it")
-    cli.add_argument("--steps", type=int, help="of the sampler (default: 10; with --method paper 200)")
+    cli.add_argument("--steps", type=int, help="of the sampler (default: 20; with --method paper 200)")
     cli.add_argument("--samples", type=int, default=4, help="posterior samples; their mean is the result, their spread IN_TASK_std.mrc")
     cli.add_argument("--noise", type=float, help="standard deviation of the noise in IN, as a fraction of the map's maximum "
                                                  "(its 99.999 percentile; default: estimated)")
@@ -266,13 +291,20 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--overwrite", action="store_true", help="replace files that exist (never the input)")
     cli.add_argument("--quiet", action="store_true", help="print errors only")
     args = cli.parse_args(argv)
-    args.steps = args.steps or (200 if args.method == "paper" else 10)
-    if args.steps < 1 or args.samples < 1:
+    if (args.steps is not None and args.steps < 1) or args.samples < 1:
         raise ValueError(f"--steps {args.steps} and --samples {args.samples} must be at least 1")
     if args.noise is not None and not 0 <= args.noise < 10:
         raise ValueError(f"--noise {args.noise}: a fraction of the map's maximum, 0 or more")
+    if args.voxel_size is not None and not 0 < args.voxel_size < math.inf:
+        raise ValueError(f"--voxel-size {args.voxel_size:g}: want a positive number of Å")
+    if not 0 <= args.seed < 2 ** 32:
+        raise ValueError(f"--seed {args.seed}: want 0 to 2^32 - 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:      # torch's words for a device it does not know, or has not
+        raise ValueError(f"--device {args.device}: not to be had here ({str(error).splitlines()[0]})") from None
     degrade.wedge_mask((4, 4, 4), tuple(args.tilt_range), args.tilt_axis)              # says so now if the range is wrong
     return args
 
@@ -288,8 +320,11 @@ def inputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """Every (input, output) of the command line. Raises ValueError if two inputs would share one output."""
     readable = tuple(end + packing for end in data.SUFFIXES for packing in ("", ".gz", ".bz2"))
     paths = []
+    ours = (f"_{args.task}", f"_{args.task}_mean", f"_{args.task}_std", "_truth")     # what a folder may hold beside inputs
     for path in map(Path, args.maps):
-        inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(readable)) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(readable) and not stem(p).endswith(ours))
         if not inside:
             raise ValueError(f"{path}: no map ({', '.join(data.SUFFIXES)}) in this folder")
         paths += inside
@@ -306,6 +341,8 @@ def restore(path: Path, out: Path, prior: Prior, args: argparse.Namespace) -> No
     """One input: read, restore, compare, write."""
     side = {end: out.with_name(stem(out) + end) for end in ("_mean.mrc", "_std.mrc", ".json", ".png")}
     for p in (out, *side.values()):
+        if p.exists() and path.exists() and p.samefile(path):
+            raise ValueError(f"{p}: is the input, never overwritten; give another name with -o")
         if p.exists() and not args.overwrite:
             raise ValueError(f"{p}: exists; give another name with -o, or --overwrite")
     begin = time.perf_counter()
@@ -316,7 +353,10 @@ def restore(path: Path, out: Path, prior: Prior, args: argparse.Namespace) -> No
         raise ValueError(f"{truth_path}: {tuple(truth.density.shape)} voxels, but {path} has {tuple(source.density.shape)}")
     say(args, f"{path}: {' x '.join(map(str, source.density.shape))} voxels of {source.voxel_size[2]:g} Å")
 
-    maps, report = TASKS[args.task](args, source, prior)
+    try:
+        maps, report = TASKS[args.task](args, source, prior)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
     measured = measured_by(source, args)
     shown, scores = {"input": source.density, "POCS": pocs(source.density, measured), "restored": maps[""]}, {}
