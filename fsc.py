@@ -18,7 +18,8 @@ Henderson 2003, J. Mol. Biol. 333:721. (5): Tan et al. 2017, Nat. Methods 14:793
 d_model: Afonine et al. 2018, Acta Cryst. D74:814. (7): Int. Tables C, table 4.3.2.2. (8): Pintilie et al. 2020,
 Nat. Methods 17:328. CryoFM's FSC_AUC and FSC_0.5: its appendix C.1.
 Departure 1: CryoFM's release bins by ceil(radius) and leaves out the zero frequency; we round. Binning alone moves
-FSC_AUC by up to 0.05, so every function that makes shells takes convention="ours", "relion" or "cryofm".
+FSC_AUC by up to 0.05, so `fsc` and what calls it take convention="ours", "relion" or "cryofm".
+Departures 2 and 3, from exactness and from cctbx: `structure_factors`, `_crossing`.
 """
 import argparse
 import gzip

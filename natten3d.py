@@ -77,9 +77,10 @@ def na3d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int | Sequence[int], *, s
     if backend == "reference":
         return reference(q, k, v, kernel, scale)
     everything = kernel == list(grid)
-    # Where few pairs are hidden (8^3 tokens and k = 7, say) attention over all pairs is up to 20 % faster than tiles in
-    # float32 on a CPU; in bfloat16 the tiles win by 25 %.
-    almost = backend == "tiled" and dtype == torch.float32 and math.prod(grid) <= 1.5 * math.prod(kernel)
+    # On small grids with few hidden pairs (8^3 tokens and k = 7) attention over all pairs is up to 20 % faster than
+    # tiles in float32 on a CPU; in bfloat16 the tiles win by 25 %.
+    T = math.prod(grid)
+    almost = backend == "tiled" and dtype == torch.float32 and T <= 1.5 * math.prod(kernel) and T * T <= CHUNK
     if everything or almost:
         mask = None if everything else functools.reduce(torch.kron, map(sees, grid, kernel)).to(q.device)
         q, k, v = (t.flatten(1, 3).transpose(1, 2) for t in (q, k, v))                # (B, n, T, d)
@@ -127,14 +128,14 @@ class Group(NamedTuple):
 def axis_groups(length: int, k: int) -> list[tuple[Span, Span]]:
     """Cut one axis into tiles: groups as (queries, keys).
 
-    By (1) the first k//2 + 1 queries share one window and so do the last: these two tiles need no mask and are
-    translates of each other. Between them come tiles of TILE queries, then what is left.
+    By (1) the first k//2 + 1 queries share one window and so do the last: tiles without mask, at either end alike. (If
+    k is the length, all queries share it.) Between them come tiles of TILE queries, then what is left.
     """
-    if k == length:
-        return [(Span(1, 0, 1, k), Span(1, 0, 1, k))]
-    edge = k // 2 + 1
-    full, rest = divmod(length - 2 * edge, TILE)
-    groups = [(Span(2, 0, length - edge, edge), Span(2, 0, length - k, k))]
+    ends, edge = (1, length) if k == length else (2, k // 2 + 1)
+    piece = math.ceil(edge / math.ceil(edge / (2 * TILE)))                            # large edges: several tiles
+    groups = [(Span(ends, first, length - edge, min(piece, edge - first)), Span(ends, 0, max(1, length - k), k))
+              for first in range(0, edge, piece)]
+    full, rest = divmod(length - ends * edge, TILE)
     if full:
         groups.append((Span(full, edge, TILE, TILE), Span(full, 1, TILE, TILE + k - 1)))
     if rest:

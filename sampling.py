@@ -241,8 +241,11 @@ def score(maps: dict[str, Tensor], truth: Tensor, missing: Tensor) -> dict[str, 
 def draw(path: Path, maps: dict[str, Tensor], scores: dict[str, dict], voxel_size: float, across: int) -> None:
     """Central slices (D, H, W), one grey scale, cut where the wedge shows: across the tilt axis; the FSC beside them."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.1 * (len(maps) + bool(scores)), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(maps) + bool(scores), squeeze=False)[0]
+    panels = len(maps) + bool(scores)
+    rows = 1 if panels < 5 else 2
+    columns = -(-panels // rows)
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     high = float(torch.quantile(maps["restored"].flatten()[::7][:10 ** 7], 0.9995))
     for ax, (name, x) in zip(axes, maps.items()):
         ax.imshow(x.select(across, x.shape[across] // 2).numpy(), cmap="gray_r", vmin=-0.15 * high, vmax=high, origin="lower")
@@ -251,9 +254,10 @@ def draw(path: Path, maps: dict[str, Tensor], scores: dict[str, dict], voxel_siz
     if scores:
         n = len(scores["restored"]["missing"])
         frequency = [k / (2 * (n - 1)) / voxel_size for k in range(n)]
-        for name, values in scores.items():
-            axes[-1].plot(frequency, values["missing"], label=f"{name} {values['auc_missing']:.2f}")
-        axes[-1].set(title="FSC in the missing wedge", xlabel="1/Å", ylim=(-0.1, 1.02), xlim=(0, frequency[-1]))
+        for i, (name, values) in enumerate(scores.items()):
+            axes[-1].plot(frequency, values["missing"], color=f"C{i}", label=f"{name} {values['auc_missing']:.2f}")
+            axes[-1].plot(frequency, values["whole"], color=f"C{i}", lw=0.8, ls="--")
+        axes[-1].set(title="FSC: missing wedge (-), whole (--)", xlabel="1/Å", ylim=(-0.1, 1.02), xlim=(0, frequency[-1]))
         axes[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, format="png")
 

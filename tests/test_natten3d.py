@@ -16,7 +16,8 @@ import natten3d
 from natten3d import na3d
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
-GRIDS = [((8, 8, 8), 7), ((9, 2, 10), 7), ((5, 1, 12), 3), ((6, 7, 8), (3, 5, 7)), ((2, 3, 17), 9), ((1, 1, 2), 1)]
+GRIDS = [((8, 8, 8), 7), ((9, 2, 10), 7), ((5, 1, 12), 3), ((6, 7, 8), (3, 5, 7)), ((2, 3, 17), 9), ((1, 1, 2), 1),
+         ((12, 2, 5), (13, 1, 3)), ((1, 2, 41), 33)]                    # these two: many queries share a window
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if natten3d.INTERPRETED else None     # where Triton can run
 NO_TRITON = importlib.util.find_spec("triton") is None
 

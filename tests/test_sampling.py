@@ -1,0 +1,475 @@
+"""What sampling.py promises: the data term, the tiled prior, the samplers, and the program on good and on bad input."""
+import gzip
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pytest
+import torch
+from mrcfile.dtypes import HEADER_DTYPE
+
+import checkpoint
+import data
+import degrade
+import fsc
+import sampling
+from checkpoint import Prior
+from model_hdit import HDiT, HDiTConfig
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def fixture(name):
+    if not (SHARED / name).exists():
+        pytest.skip(f"needs {SHARED / name}, which is not part of the project")
+    return {key: torch.from_numpy(value) for key, value in np.load(SHARED / name).items()}
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random(shape, seed=0):
+    return torch.randn(shape, generator=rng(seed))
+
+
+def fft(x):
+    return torch.fft.fftn(x.double(), dim=(-3, -2, -1))
+
+
+def filtered(x, weights):
+    return torch.fft.ifftn(torch.fft.fftn(x) * weights).real
+
+
+def wedge(shape, tilt_range=(-60, 60), tilt_axis="y", voxel_size=1.0):
+    return degrade.hermitian_part(degrade.wedge_mask(shape, tilt_range, tilt_axis, voxel_size=voxel_size))
+
+
+def close(a, b, tolerance=1e-5):
+    """Within float32 rounding of values and of sums (FFTs), relative to the largest."""
+    return float((a - b).abs().max()) < tolerance * float(b.abs().max())
+
+
+# ---- The data term and POCS ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape, tilt_range", [((8, 10, 12), (-60, 60)), ((9, 7, 11), (-60, 60)), ((8, 8, 8), (-40, 60))])
+def test_put_back_takes_measured_coefficients_from_y_and_all_others_from_x(shape, tilt_range):
+    x, y, measured = random(shape, 1), random(shape, 2), wedge(shape, tilt_range)
+    once = sampling.put_back(x, y, measured)
+    assert close(fft(once), torch.where(measured, fft(y), fft(x)))
+    assert close(sampling.put_back(once, y, measured), once)
+    assert close(fft(sampling.put_back(x, y, measured, 0.25)), torch.where(measured, 0.75 * fft(x) + 0.25 * fft(y), fft(x)))
+
+
+def test_pocs_equals_50_iterations_of_the_oracle_inside_its_support():
+    f = fixture("oracles/pocs_wedge.npz")
+    shape = tuple(f["shape"].tolist())
+    support = torch.from_numpy(np.unpackbits(f["support"].numpy(), count=math.prod(shape)).reshape(shape).astype(bool))
+    kz, _, kx = fsc.freq_grid(shape)
+    measured = (kz.abs() <= kx.abs() * math.tan(math.radians(60))).expand(shape)
+    assert close(sampling.pocs(f["degraded"], measured, 50, support), f["pocs_50"])
+
+
+def test_pocs_leaves_alone_a_map_that_needs_nothing():
+    measured = wedge((10, 9, 8))
+    y = filtered(random((10, 9, 8)), measured)
+    y = y - y.min() + 0.1                                       # not negative, nothing in the wedge: a fixed point
+    assert close(sampling.pocs(y, measured, 20), y)
+
+
+def test_every_pocs_iteration_comes_nearer_to_a_non_negative_truth():
+    truth, measured = random((12, 12, 12)).clamp(min=0) ** 2, wedge((12, 12, 12))
+    y = filtered(truth, measured)
+    error = [float((sampling.pocs(y, measured, n) - truth).norm()) for n in (0, 1, 2, 5, 10, 30)]
+    assert all(after < 0.99 * before for before, after in zip(error, error[1:]))
+
+
+# ---- The prior, by tiles -------------------------------------------------------------------------------------------------
+
+def stub(net, box):
+    return Prior(net=net, kind="hdit", voxel_size=1.5, box=box, mean=0.04, std=0.09, sha256="")
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (16, 8, 24), (9, 13, 20), (5, 8, 11), (3, 2, 7)])
+def test_a_local_velocity_is_the_same_by_tiles_of_8_whatever_the_map(shape):
+    prior = stub(lambda x, t: 3 * x + t[:, None, None, None, None], 8)
+    x = random(shape)
+    for seed in range(4):
+        assert close(sampling.tiled_velocity(prior, x, 0.3, rng(seed)), 3 * x + 0.3, 1e-6)
+
+
+def test_tiles_are_turned_back_as_they_were_turned():
+    # Rolling the tile along its own axes tells all 48 orientations apart once it is turned back, and only the 24 of
+    # determinant +1 may occur. One periodic tile is the whole map, so that its corner does not matter.
+    prior = stub(lambda x, t: x.roll(1, -3) + 2 * x.roll(1, -2) + 4 * x.roll(1, -1), 4)
+    x, seen = random((4, 4, 4)), set()
+    wanted = torch.stack([sum(2 ** i * x.roll(sign, axis) for i, (axis, sign) in enumerate(zip(order, signs)))
+                          for order, signs in data.ROTATIONS_24])
+    for seed in range(200):
+        distance = (sampling.tiled_velocity(prior, x, 0.5, rng(seed)) - wanted).abs().amax((1, 2, 3))
+        assert distance.min() < 1e-5
+        seen.add(int(distance.argmin()))
+    assert len(seen) == 24
+
+
+def test_no_seam_stays_in_one_place():
+    def faces(x, t):                                            # a network that marks the faces of its tile
+        v = torch.ones_like(x)
+        v[..., 1:-1, 1:-1, 1:-1] = 0
+        return v
+
+    calls, p = 400, 1 - (6 / 8) ** 3
+    mean = sum(sampling.tiled_velocity(stub(faces, 8), torch.zeros(8, 8, 8), 0.5, g) for g in map(rng, range(calls))) / calls
+    assert (mean - p).abs().max() < 5 * math.sqrt(p * (1 - p) / calls)          # five standard errors
+
+
+# ---- The samplers, with velocities in closed form --------------------------------------------------------------------------
+
+def test_algorithm_2_goes_through_the_states_of_the_reference(monkeypatch):
+    f, states = fixture("parity/posterior_sampling.npz"), []
+
+    def velocity(prior, x, t, *_):
+        states.append(x)
+        return 0.8 * x - 1.5 * torch.tanh(x) * (1 - t) + 0.3 * t
+
+    monkeypatch.setattr(sampling, "tiled_velocity", velocity)
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: f["x1"])                # the reference's initial noise
+    y = (f["y_wedge"] - f["z_mean"].float()) / f["z_std"].float()
+    measured = wedge((8, 8, 8), tilt_axis="z")
+    assert torch.equal(measured, torch.fft.ifftshift(f["mask"]))
+    last = sampling.restore_wedge(stub(None, 8), y, measured, torch.zeros_like(y), rng(), steps=20, t_start=1.0, sigma=0.0,
+                                  fresh_noise=False, inner=0)
+    assert close(torch.stack(states[1:] + [last]), f["inpaint_x"])
+
+
+def gaussian_prior(monkeypatch):
+    """x_0 ~ N(mean, power per Fourier coefficient) on 8^3 voxels; its velocity in place of the network's."""
+    kz, ky, kx = fsc.freq_grid((8, 8, 8), dtype=torch.float32)
+    k2 = kz ** 2 + ky ** 2 + kx ** 2
+    power, mean = 0.5 + 2 * torch.exp(-8 * k2), filtered(random((8, 8, 8), 3), 2 * torch.exp(-10 * k2))
+
+    def velocity(prior, x, t, *_):
+        expected = mean + filtered(x - (1 - t) * mean, (1 - t) * power / ((1 - t) ** 2 * power + t ** 2))    # E[x_0 | x_t]
+        return (x - expected) / t
+
+    monkeypatch.setattr(sampling, "tiled_velocity", velocity)
+    return mean, power
+
+
+def gaussian_samples(y, measured, n, **settings):
+    return torch.stack([sampling.restore_wedge(stub(None, 8), y, measured, y, rng(i), steps=40, t_start=1.0, inner=0, **settings)
+                        for i in range(n)])
+
+
+@pytest.mark.parametrize("fresh_noise", [False, True])
+def test_samples_hold_what_was_measured_and_follow_a_gaussian_prior_where_nothing_was(monkeypatch, fresh_noise):
+    mean, power = gaussian_prior(monkeypatch)
+    measured, n = wedge((8, 8, 8)), 48
+    y = filtered(mean + filtered(random((8, 8, 8), 5), power.sqrt()), measured)
+    samples = gaussian_samples(y, measured, n, fresh_noise=fresh_noise)
+    assert close(fft(samples)[:, measured], fft(y)[measured].expand(n, -1))
+    # Coefficients are independent under this prior: the conditional mean of a missing one is its mean.
+    variance = 512 * power[~measured]                           # of an unnormalised coefficient
+    chi2 = (fft(samples.mean(0) - mean)[~measured].abs() ** 2 / (variance / n)).mean()
+    assert chi2 < 1 + 5 * math.sqrt(2 / len(variance))          # real degrees of freedom: one per coefficient
+    if not fresh_noise:                                         # the ODE keeps the spread; fresh noise narrows it
+        spread = (fft(samples - samples.mean(0))[:, ~measured].abs() ** 2).sum(0) / (n - 1) / variance
+        assert 0.85 < spread.mean() < 1.1                       # exact as steps -> infinity
+
+
+@pytest.mark.parametrize("fresh_noise", [False, True])
+def test_the_posterior_mean_takes_noise_out_of_the_measured_coefficients(monkeypatch, fresh_noise):
+    mean, power = gaussian_prior(monkeypatch)
+    measured, sigma = wedge((8, 8, 8)), 1.0
+    truth = mean + filtered(random((8, 8, 8), 5), power.sqrt())
+    y = filtered(truth + sigma * random((8, 8, 8), 6), measured)
+    error = lambda x: float(fft(x - truth)[measured].abs().square().sum())
+    wiener = mean + filtered(y - mean, power / (power + sigma ** 2))            # the exact posterior mean
+    restored = gaussian_samples(y, measured, 24, fresh_noise=fresh_noise, sigma=sigma).mean(0)
+    assert error(restored) < 1.6 * error(wiener) < 0.75 * error(y)
+
+
+# ---- The noise -------------------------------------------------------------------------------------------------------------
+
+def molecule(shape, voxel_size=(1.5, 1.5, 1.5), resolution=3.0, atoms=80, radius=0.3, seed=0):
+    """Random atoms in a ball (radius in shortest sides), simulated, maximum 1: (D, H, W)."""
+    side = min(n * v for n, v in zip(shape, voxel_size))
+    direction = torch.nn.functional.normalize(random((atoms, 3), seed), dim=1)
+    xyz = direction * torch.rand(atoms, 1, generator=rng(seed)) ** (1 / 3) * radius * side
+    density = degrade.molmap(xyz, torch.full((atoms,), 7.0), resolution, voxel_size=voxel_size, shape=shape)[0]
+    return density / density.max()
+
+
+@pytest.mark.parametrize("sd", [0.03, 0.1])
+def test_the_noise_of_a_simulated_molecule_is_estimated_within_15_percent(sd):
+    shape = (48, 48, 48)
+    y = filtered(molecule(shape, atoms=500) + sd * random(shape, 1), wedge(shape))
+    assert sampling.estimate_noise(y, wedge(shape)) == pytest.approx(sd, rel=0.15)
+
+
+# ---- The program -----------------------------------------------------------------------------------------------------------
+
+def write_mrc(path, density, voxel_size=(1.5, 1.5, 1.5), axes=(1, 2, 3)):
+    """A map (z, y, x) in a file whose columns, rows and sections run along `axes` (1 = x, 2 = y, 3 = z)."""
+    with mrcfile.new(path, overwrite=True) as mrc:
+        mrc.set_data(np.ascontiguousarray(density.numpy().transpose([3 - a for a in axes[::-1]])))
+        h = mrc.header
+        h["mz"], h["my"], h["mx"] = density.shape
+        h["cella"] = tuple(n * v for n, v in zip(density.shape, voxel_size))[::-1]
+        h["mapc"], h["mapr"], h["maps"] = axes
+        h["nxstart"], h["nystart"], h["nzstart"], h["origin"] = 5, -6, 7, (10.5, -20.0, 30.25)
+        mrc.add_label("made by a test")
+    return path
+
+
+def degraded(truth, measured, noise=0.05):
+    return filtered(truth + noise * random(truth.shape, 9), measured)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_matplotlib():                                       # drawing takes longer than everything else
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A random network, every weight of which matters."""
+    torch.manual_seed(0)
+    net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4))
+    for p in net.parameters():
+        if not p.any():                                         # HDiT starts as v = 0
+            torch.nn.init.normal_(p, std=0.2)
+    path = tmp_path_factory.mktemp("ckpt") / "random.pt"
+    checkpoint.save(path, net, voxel_size=1.5, box=16, mean=0.04, std=0.09)
+    return path
+
+
+@pytest.fixture
+def run(ckpt):
+    """The program on a small budget; what comes last on the command line counts."""
+    return lambda *argv: sampling.main([str(a) for a in ("--ckpt", ckpt, "--steps", 2, "--samples", 2, *argv)])
+
+
+@pytest.fixture
+def small(tmp_path):
+    """One tile: 16^3 voxels of 1.5 Å."""
+    return write_mrc(tmp_path / "in.mrc", degraded(molecule((16, 16, 16)), wedge((16, 16, 16))))
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def values(path):
+    return data.read_map(path).density
+
+
+@pytest.mark.parametrize("shape, voxel_size, axes, tilt_axis", [((20, 24, 28), (1.6, 1.4, 1.5), (2, 3, 1), "y"),
+                                                                ((21, 15, 19), (2.0, 2.0, 2.0), (1, 2, 3), "x")])
+def test_a_restored_map_is_the_input_with_its_wedge_filled(tmp_path, run, capsys, shape, voxel_size, axes, tilt_axis):
+    truth, measured = molecule(shape, voxel_size, 4.0), wedge(shape, (-50, 60), tilt_axis, voxel_size=voxel_size)
+    source, out = write_mrc(tmp_path / "in.mrc", 50 * degraded(truth, measured), voxel_size, axes), tmp_path / "in_wedge.mrc"
+    write_mrc(tmp_path / "in_truth.mrc", truth, voxel_size, axes)               # found by its name
+    assert run(source, "--tilt-range", -50, 60, "--tilt-axis", tilt_axis) == 0
+    assert mrcfile.validate(out) and mrcfile.validate(tmp_path / "in_wedge_std.mrc")
+    with mrcfile.open(source) as a, mrcfile.open(out) as b:
+        assert a.data.shape == b.data.shape and b.data.dtype == np.float32
+        for name in set(HEADER_DTYPE.names) - {"dmin", "dmax", "dmean", "rms"}:
+            assert a.header[name].tobytes() == b.header[name].tobytes(), name
+
+    x, y = fft(values(out)), fft(values(source))
+    assert close(x[measured], y[measured])
+    assert x[~measured].abs().square().mean() > 0.01 * y[measured].abs().square().mean()
+
+    report = json.loads((tmp_path / "in_wedge.json").read_text())
+    assert report["settings"]["tilt_range"] == [-50, 60] and report["settings"]["seed"] == 0 and report["steps"] == 2
+    assert report["torch"] == torch.__version__ and report["python"] and report["seconds"] > 0
+    assert report["checkpoint_sha256"] == checkpoint.load(report["settings"]["ckpt"]).sha256
+    rows = [line.split() for line in capsys.readouterr().out.split("FSC_AUC")[1].splitlines()]
+    assert {"input", "POCS", "restored"} <= set(report["fsc"])
+    for label, scores in report["fsc"].items():
+        assert [*label.split(), f"{scores['auc']:.3f}", f"{scores['auc_missing']:.3f}"] in rows
+    for key, region in (("auc", None), ("auc_missing", ~measured)):
+        wanted = fsc.auc(fsc.fsc(values(out), truth, region, voxel_size=voxel_size))
+        if len(set(voxel_size)) == 1:
+            assert report["fsc"]["restored"][key] == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_mean_and_spread_are_those_of_the_samples_and_sample_i_depends_on_seed_and_i_alone(tmp_path, small, run, ckpt):
+    y, measured, prior = values(small), wedge((16, 16, 16)), checkpoint.load(ckpt)
+    noise = 0.05 * data.normalise(y, 0, 1)[1].maximum
+    draw = lambda n: list(sampling.wedge_samples(prior, y, measured, "prior", samples=n, seed=4, noise=noise, steps=2))
+    samples = torch.stack(draw(3))
+    assert torch.equal(samples[0], draw(1)[0]) and not torch.equal(samples[0], samples[1])
+    run(small, "--samples", 3, "--seed", 4, "--noise", 0.05, "--method", "prior")
+    assert close(values(tmp_path / "in_wedge.mrc"), sampling.put_back(samples.mean(0), y, measured))
+    assert close(values(tmp_path / "in_wedge_std.mrc"), samples.std(0))
+
+
+def test_a_seed_fixes_every_byte_and_another_gives_another_map(tmp_path, small, run):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(small, "--seed", seed, "-o", tmp_path / f"{name}.mrc")
+    a, b, c = ((tmp_path / f"{name}.mrc").read_bytes() for name in "abc")
+    assert a == b and a != c
+    assert (tmp_path / "a_std.mrc").read_bytes() == (tmp_path / "b_std.mrc").read_bytes()
+
+
+def test_the_grey_scale_of_the_input_is_kept_whatever_its_unit(tmp_path, small, run):
+    write_mrc(tmp_path / "big.mrc", 1024 * values(small))       # a power of two: the same rounding everywhere
+    for name in ("in", "big"):
+        run(tmp_path / f"{name}.mrc")
+    for end in ("", "_std"):
+        assert close(values(tmp_path / f"big_wedge{end}.mrc"), 1024 * values(tmp_path / f"in_wedge{end}.mrc"))
+
+
+@pytest.mark.parametrize("voxel_size, side", [(1.5, 24), (1.0, 36), (2.0, 18), (2.6, 16)])
+def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_found(tmp_path, run, voxel_size, side):
+    shape, size = (side,) * 3, (voxel_size,) * 3
+    y = degraded(molecule(shape, size, 3.0), wedge(shape), noise=0.2)
+    write_mrc(tmp_path / "in.mrc", y, size)
+    assert run(tmp_path / "in.mrc", "--samples", 1, "--steps", 1, "--method", "prior") == 0
+    assert values(tmp_path / "in_wedge.mrc").shape == shape and "in_wedge_std.mrc" not in names(tmp_path)
+    noise = json.loads((tmp_path / "in_wedge.json").read_text())["noise"]       # of the 99.999 percentile
+    assert noise * data.normalise(y, 0, 1)[1].maximum == pytest.approx(0.2, rel=0.25)
+
+
+def test_pocs_is_a_method_and_what_is_left_where_voxels_are_far_too_coarse_for_the_prior(tmp_path, small, run):
+    run(small, "--method", "pocs")
+    assert close(values(tmp_path / "in_wedge.mrc"), sampling.pocs(values(small), wedge((16, 16, 16))))
+    run(small, "--voxel-size", 9, "-o", tmp_path / "coarse.mrc")
+    assert json.loads((tmp_path / "coarse.json").read_text())["method"] == "pocs"
+
+
+def test_quiet_prints_nothing_and_compressed_input_gives_the_same_map(tmp_path, small, run, capfd):
+    (tmp_path / "packed.map.gz").write_bytes(gzip.compress(small.read_bytes()))
+    run(small, "--quiet")
+    run(tmp_path / "packed.map.gz", "--quiet")
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "in_wedge.mrc").read_bytes() == (tmp_path / "packed_wedge.mrc").read_bytes()
+
+
+def test_one_bad_file_does_not_stop_a_folder_but_is_said_and_counted(tmp_path, small, run, capsys):
+    (tmp_path / "bad.mrc").write_bytes(small.read_bytes()[:5000])
+    (tmp_path / "notes.txt").write_text("not a map")
+    (tmp_path / "out").mkdir()
+    write_mrc(tmp_path / "other.mrc", -values(small).flip(0))
+    assert run(tmp_path, "-o", tmp_path / "out", "--method", "pocs") == 1
+    assert {"in_wedge.mrc", "other_wedge.mrc"} == {n for n in names(tmp_path / "out") if n.endswith(".mrc")}
+    [line] = capsys.readouterr().err.splitlines()
+    assert "bad.mrc: truncated" in line
+
+
+def test_a_folder_is_restored_from_its_inputs_alone(tmp_path, small, run):
+    write_mrc(tmp_path / "in_truth.mrc", values(small))
+    for _ in range(2):
+        assert run(tmp_path, "--overwrite", "--samples", 1) == 0
+        assert [n for n in names(tmp_path) if "_wedge_" in n or "truth_" in n] in ([], ["in_wedge_mean.mrc"])
+
+
+def test_files_that_exist_stay_unless_told_otherwise_and_the_input_always(tmp_path, small, run):
+    original = small.read_bytes()
+    run(small, "--method", "pocs")
+    first = (tmp_path / "in_wedge.mrc").read_bytes()
+    with pytest.raises((ValueError, OSError), match="in_wedge.mrc: exists.*--overwrite"):
+        run(small)
+    assert (tmp_path / "in_wedge.mrc").read_bytes() == first
+    run(small, "--overwrite")
+    assert (tmp_path / "in_wedge.mrc").read_bytes() != first
+    with pytest.raises((ValueError, OSError), match="in.mrc: is the input"):
+        run(small, "-o", small, "--overwrite")
+    assert small.read_bytes() == original
+
+
+def test_a_picture_is_drawn_where_matplotlib_is(tmp_path, small, run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    pytest.importorskip("matplotlib.figure")
+    run(small, "--method", "pocs", "--truth", small)
+    assert (tmp_path / "in_wedge.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------------
+
+def edited(folder, name="bad.mrc", **fields):
+    """in.mrc with other header fields."""
+    raw = bytearray((folder / "in.mrc").read_bytes())
+    header = np.frombuffer(raw, HEADER_DTYPE, count=1)
+    for key, value in fields.items():
+        header[key] = value
+    (folder / name).write_bytes(raw)
+    return folder / name
+
+
+def saved(folder, content):
+    torch.save(content, folder / "bad.pt")
+    return folder / "bad.pt"
+
+
+def put(path, content):
+    path.write_bytes(content)
+    return path
+
+
+DARK = -molecule((16, 16, 16)) - 0.1
+BAD = {                                                         # what is wrong: the command line, what the message says
+    "no such file": lambda d: ([d / "nope.mrc"], "nope.mrc: no such file"),
+    "not an MRC": lambda d: ([put(d / "bad.mrc", b"text" * 999)], "bad.mrc: not an MRC"),
+    "empty": lambda d: ([put(d / "bad.mrc", b"")], "bad.mrc: not an MRC"),
+    "truncated": lambda d: ([put(d / "bad.mrc", (d / "in.mrc").read_bytes()[:-7])], "bad.mrc: truncated"),
+    "NaN": lambda d: ([put(d / "bad.mrc", (d / "in.mrc").read_bytes()[:-4] + np.float32("nan").tobytes())],
+                      "bad.mrc: 1 values are NaN"),
+    "constant": lambda d: ([write_mrc(d / "bad.mrc", torch.full((16, 16, 16), 2.0))], "bad.mrc: every voxel is 2"),
+    "zero voxel size": lambda d: ([edited(d, cella=(0, 0, 0))], "bad.mrc.*--voxel-size"),
+    "complex": lambda d: ([edited(d, mode=4)], "bad.mrc: complex"),
+    "image stack": lambda d: ([edited(d, "bad.mrcs", ispg=0, mz=1)], "bad.mrcs: a stack of 16 images"),
+    "dark protein": lambda d: ([write_mrc(d / "bad.mrc", DARK)], "multiply the map by -1"),
+    "tilt beyond 90": lambda d: ([d / "in.mrc", "--tilt-range", -60, 90], "tilt range -60.* 90"),
+    "tilt reversed": lambda d: ([d / "in.mrc", "--tilt-range", 60, -60], "tilt range 60.* -60"),
+    "another kind": lambda d: ([d / "in.mrc", "--ckpt", saved(d, {"kind": "other", "weights": {}})], "bad.pt.*not a checkpoint"),
+    "pickled code": lambda d: ([d / "in.mrc", "--ckpt", saved(d, Path("x"))], "bad.pt: not a checkpoint"),
+    "random bytes": lambda d: ([d / "in.mrc", "--ckpt", put(d / "bad.pt", bytes(range(256)))], "bad.pt: not a checkpoint"),
+    "no checkpoint": lambda d: ([d / "in.mrc", "--ckpt", d / "nope.pt"], "nope.pt"),
+    "truth of another shape": lambda d: ([d / "in.mrc", "--truth", write_mrc(d / "bad.mrc", molecule((16, 16, 18)))],
+                                         r"bad.mrc: \(16, 16, 18\)"),
+    "no truth": lambda d: ([d / "in.mrc", "--truth", d / "nope.mrc"], "nope.mrc: no such file"),
+    "no such folder": lambda d: ([d / "in.mrc", "-o", d / "nope" / "out.mrc"], "nope: no such folder"),
+    "no map by its name": lambda d: ([d / "in.mrc", "-o", d / "out.txt"], "out.txt: maps are written as .mrc"),
+    "one output for two": lambda d: ([d / "in.mrc", d / "nope.mrc", "-o", d / "out.mrc"], "-o .*out.mrc: for 2 inputs"),
+    "no steps": lambda d: ([d / "in.mrc", "--steps", 0], "--steps 0"),
+    "no samples": lambda d: ([d / "in.mrc", "--samples", 0], "--samples 0"),
+    "noise": lambda d: ([d / "in.mrc", "--noise", "nan"], "--noise nan"),
+    "voxel size": lambda d: ([d / "in.mrc", "--voxel-size", -1], "--voxel-size -1"),
+    "seed": lambda d: ([d / "in.mrc", "--seed", 10 ** 20], "--seed 1"),
+    "dark protein, which": lambda d: ([write_mrc(d / "bad.mrc", DARK)], "bad.mrc.*multiply"),
+    "device": lambda d: ([d / "in.mrc", "--device", "toaster"], "--device toaster"),
+    "device that is not here": lambda d: ([d / "in.mrc", "--device", "cuda:99"], "--device cuda:99"),
+    "input is OUT_mean": lambda d: ([put(d / "a_mean.mrc", (d / "in.mrc").read_bytes()), "-o", d / "a.mrc", "--overwrite"],
+                                    "a_mean.mrc: is the input"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_line_and_leaves_no_file(tmp_path, small, run, case):
+    argv, words = BAD[case](tmp_path)
+    before = names(tmp_path)
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        run(*argv)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == before
+
+
+def test_the_flag_that_supplies_a_voxel_size_mends_a_header_without_one(tmp_path, small, run):
+    run(edited(tmp_path, cella=(0, 0, 0)), "--voxel-size", 1.5, "--method", "pocs")
+    assert data.read_map(tmp_path / "bad_wedge.mrc").voxel_size == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_an_error_ends_the_program_with_one_line_and_a_non_zero_status(tmp_path, ckpt):
+    program = Path(sampling.__file__)
+    done = subprocess.run([sys.executable, program, "nope.mrc", "--ckpt", ckpt], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines() == ["sampling.py: nope.mrc: no such file"]
