@@ -481,8 +481,8 @@ def read_volumes(path: str | Path, voxel_size: float,
                  box: int | None = None) -> tuple[list[Volume], list[str]]:
     """The maps of a folder (or one file), resampled to voxel_size (Å); and a line for each refused.
 
-    Refused is what `read_map` refuses, and a map with no density in the ball (of `box` voxels across,
-    if given) that stays inside at every orientation. Boxes are padded to cubes with 0, so that no
+    Refused is what `read_map` refuses, and a map without density above a tenth of its maximum in the
+    ball (`box` voxels across, if given) that stays inside at every orientation. Boxes are padded to cubes with 0, so that no
     rotation turns density out of them. All maps are kept in memory: 4 bytes per voxel.
     """
     volumes, refused = [], []
@@ -493,7 +493,8 @@ def read_volumes(path: str | Path, voxel_size: float,
             middle = center_crop(x, min(box or len(x), len(x)))
             square = torch.linspace(-1, 1, len(middle)) ** 2
             ball = square[:, None, None] + square[:, None] + square <= 1
-            normalise(middle * ball, 0, 1)
+            if not normalise(middle * ball, 0, 1)[1].maximum > 0.1 * normalise(x, 0, 1)[1].maximum:
+                raise ValueError(f"hardly any density in the middle {len(middle)} voxels; centre it first")
         except (ValueError, OSError) as error:
             refused.append(str(error) if str(file) in str(error) else f"{file}: {error}")
         else:
@@ -613,10 +614,10 @@ class SimulatedCrops(torch.utils.data.Dataset):
     whole, (4); three crops in four are cut around a point of the molecule, the others anywhere.
     `structures` is any sequence of them.
     """
-    def __init__(self, structures, *, crop: int, crops: int, box: int = 64, voxel_size: float = 1.5,
+    def __init__(self, structures, *, crop: int, crops: int, box: int, voxel_size: float = 1.5,
                  resolution: tuple[float, float] = (2.5, 4.0), mean: float, std: float,
                  seed: int = 0):
-        self.structures, self.crop, self.crops, self.box = structures, crop, crops, max(box, crop)
+        self.structures, self.crop, self.crops, self.box = structures, crop, crops, box
         self.voxel_size, self.resolution = voxel_size, resolution
         self.mean, self.std, self.seed = mean, std, seed
 

@@ -1,20 +1,29 @@
-"""Train a prior: `python train.py --model tiny`, or `torchrun --nproc-per-node 8 train.py --model s --data MAPS`.
+"""Train a prior: `python train.py --model tiny`; `torchrun --nproc-per-node 8 train.py --model s --data MAPS`.
 
-    theta <- FairseqAdam(theta, clip(grad L, 1)),   L the flow-matching loss, flow.py (3)                 (1)
-    lr(n)  = lr * (0.01 + 0.99 n / warmup) while n < warmup, then lr, then linearly to 0 over the last `decay`  (2)
-    ema   <- d ema + (1 - d) theta,                 d = min(ema_decay, (1 + n) / (10 + n))                (3)
+    theta <- FairseqAdam(theta, clip(grad L, 1)),  L the flow-matching loss, flow.py (3)                 (1)
+    lr(n) = lr (0.01 + 0.99 n / warmup) while n < warmup, then lr; linearly to 0 over the last `decay`   (2)
+    ema   <- d ema + (1 - d) theta,  d = min(ema_decay, (1 + n) / (10 + n))                              (3)
 
-CryoFM (arXiv:2410.08631) appendix B.1, Table 4. A batch is a function of (seed, step, rank), so a run that was stopped and
-resumed sees the data, noise and times the unbroken run would have seen, and ends with the same weights.
+CryoFM (arXiv:2410.08631) appendix B.1 and Table 4; (2)'s start, (3) and the laws of the training times as in
+the authors' release.
+
+A step takes `batch` crops, in micro-batches that ranks and accumulation share out. What is in micro-batch
+number m of a run, crops, noise and times, depends on (seed, m) alone. So a run that was stopped and resumed
+sees what the unbroken run would have seen and ends with the same weights, bit by bit on a CPU; and two ranks
+take the step that one rank takes.
+
+Written to --out: log.csv; prior.pt, the averaged weights in half precision, for sampling.py; checkpoint.pt,
+for --resume. SIGTERM and SIGINT (Ctrl-C) end a run after the current step, with a checkpoint.
 
 Departure 1: the paper keeps the learning rate constant; "tiny" lets it fall to 0, which a run of an hour needs.
-Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024; torch.optim.Muon with AdamW's update size),
-which reached in 150 steps the loss that FairseqAdam alone reached in more than 250. All else stays with FairseqAdam.
+Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024; torch.optim.Muon with AdamW's
+update size), which reached in 150 steps the loss that FairseqAdam alone reached in more than 250. All else
+stays with FairseqAdam.
 """
 import argparse
 import contextlib
 import copy
-import csv
+import math
 import os
 import resource
 import signal
@@ -22,6 +31,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,6 +46,7 @@ import model_hdit
 from model_hdit import HDiT, HDiTConfig
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)              # as in the authors' release
+HELD_OUT_CROPS = 64
 
 
 def opt(default, help):
@@ -44,58 +55,70 @@ def opt(default, help):
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Everything a run depends on; the defaults are CryoFM-S on procedural structures."""
     net: HDiTConfig = HDiTConfig()
-    data: str = opt("procedural", "folder of maps, PDB file or folder, archive of structures (.npz), or 'procedural'")
+    data: str = opt("procedural", "folder of maps, PDB file or folder, .npz of structures, or 'procedural'")
     out: str = opt("runs/default", "folder for checkpoint.pt, prior.pt and log.csv")
     resume: bool = opt(False, "go on from OUT/checkpoint.pt")
     seed: int = opt(0, "of weights, data, noise and times")
-    steps: int = opt(150_000, "optimiser steps")
-    batch: int = opt(128, "crops per optimiser step, over all ranks and accumulation")
-    micro_batch: int = opt(16, "crops per forward pass of one rank")
-    crop: int = opt(64, "voxels per side of a training crop")
-    crops_per_map: int = opt(2, "crops cut from one map")
-    voxel_size: float = opt(1.5, "Å")
+    steps: int = opt(150_000, "optimiser steps")                                    # Table 4
+    batch: int = opt(128, "crops per optimiser step, over all ranks and accumulation")        # Table 4
+    micro_batch: int = opt(16, "crops per forward pass of one rank, at most")
+    crop: int = opt(64, "voxels per side of a training crop")                       # section 4.1
+    crops_per_map: int = opt(2, "crops cut from one map")                           # the release
+    center_crops: bool = opt(False, "crop the centre of a map (CryoFM-L), not anywhere in the molecule")
+    voxel_size: float = opt(1.5, "Å")                                               # section 4.1
     resolution_min: float = opt(2.5, "Å, best resolution of simulated maps")
     resolution_max: float = opt(4.0, "Å, worst resolution of simulated maps")
-    mean: float = opt(0.04, "of the clipped density; network value = (density - mean) / std")
-    std: float = opt(0.09, "of the clipped density")
-    time_law: str = opt("uniform", "of the training times: uniform or logit-normal")
+    mean: float = opt(0.04, "of the clipped density; network value = (density - mean) / std")  # section 4.2
+    std: float = opt(0.09, "of the clipped density")                                # section 4.2
+    time_law: str = opt("uniform", "of the training times: uniform or logit-normal")          # the release
     optimizer: str = opt("adam", "adam: FairseqAdam for all; muon: Muon for the matrices of the blocks")
-    lr: float = opt(1e-4, "peak learning rate")
-    warmup: int = opt(2000, "steps of linear warm-up from 0.01 lr")
+    lr: float = opt(1e-4, "peak learning rate")                                     # B.1
+    warmup: int = opt(2000, "steps of linear warm-up from 0.01 lr")                 # B.1, the release
     decay: float = opt(0.0, "fraction of the steps, at the end, over which lr falls to 0")
-    beta2: float = opt(0.98, "FairseqAdam; beta1 is 0.9")
-    weight_decay: float = opt(0.01, "decoupled, on all parameters")
-    clip: float = opt(1.0, "largest norm of the gradient")
-    ema_decay: float = opt(0.99, "of the averaged weights, the ones that are used")
-    bf16: bool = opt(True, "autocast to bfloat16")
-    activation_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    beta2: float = opt(0.98, "FairseqAdam; beta1 is 0.9")                           # B.1
+    weight_decay: float = opt(0.01, "decoupled, on all parameters")                 # B.1
+    clip: float = opt(1.0, "largest norm of the gradient")                          # the release
+    ema_decay: float = opt(0.99, "of the averaged weights, the ones that are used")  # the release
+    bf16: bool = opt(True, "autocast to bfloat16")                                  # Table 4
+    activation_checkpointing: bool = opt(False, "recompute for the backward pass: less memory, a third slower")
     compile: bool = opt(False, "torch.compile the network")
-    workers: int = opt(1, "processes that make the data; 0: none")
+    workers: int = opt(1, "processes per rank that make the data; 0: none")
     log_every: int = opt(50, "steps between log lines")
     eval_every: int = opt(500, "steps between held-out losses")
     save_every: int = opt(500, "steps between checkpoints")
 
     def __post_init__(self):
-        if self.crop % self.net.multiple:
+        for name in ("steps", "batch", "micro_batch", "crops_per_map", "voxel_size", "std",
+                     "log_every", "eval_every", "save_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be positive")
+        if self.crop < 1 or self.crop % self.net.multiple:
             raise ValueError(f"--crop {self.crop}: this network wants a multiple of {self.net.multiple}")
-        if self.steps < 1 or self.batch < 1 or self.micro_batch < 1 or self.crops_per_map < 1:
-            raise ValueError("--steps, --batch, --micro-batch and --crops-per-map must be at least 1")
+        if not 0 < self.resolution_min <= self.resolution_max:
+            raise ValueError(f"--resolution-min {self.resolution_min:g} must be positive and at most "
+                             f"--resolution-max {self.resolution_max:g}")
+        if not 0 <= self.decay <= 1 or min(self.seed, self.warmup, self.workers) < 0:
+            raise ValueError("--decay must be in 0..1, and --seed, --warmup and --workers at least 0")
         if self.time_law not in ("uniform", "logit-normal"):
             raise ValueError(f"--time-law {self.time_law}: choose uniform or logit-normal")
         if self.optimizer not in ("adam", "muon"):
             raise ValueError(f"--optimizer {self.optimizer}: choose adam or muon")
 
 
-TINY = dict(steps=6000, batch=16, micro_batch=16, crop=32, crops_per_map=4, mean=0.05, std=0.13, optimizer="muon", lr=2e-3,
-            warmup=50, decay=0.5, ema_decay=0.999)
-S = TrainConfig(crops_per_map=2)                                               # CryoFM-S: Table 4, appendix B.1
+S = TrainConfig()                                                                   # CryoFM-S
 PRESETS = {
-    "tiny": TrainConfig(net=model_hdit.PRESETS["tiny"], **TINY),               # the shipped prior; trains on a CPU
+    # The shipped prior; trains on a CPU. Mean and std are those of simulated maps.
+    "tiny": TrainConfig(net=model_hdit.PRESETS["tiny"], steps=6000, batch=16, crop=32, crops_per_map=4,
+                        mean=0.05, std=0.13, optimizer="muon", lr=2e-3, warmup=50, decay=0.5, ema_decay=0.999),
     "s": S,
-    "l": replace(S, net=model_hdit.PRESETS["l"], steps=300_000, crop=128, crops_per_map=1, voxel_size=3.0, micro_batch=4,
-                 resolution_min=6.0, resolution_max=6.0, time_law="logit-normal"),             # CryoFM-L
-    **{name: replace(S, net=model_hdit.PRESETS[name]) for name in ("p2-d1", "p8-d1", "p4-d0", "p4-d2")},     # Table 7
+    # CryoFM-L: Table 4, section 4.1; the resolution of simulated maps is that of its grid.
+    "l": replace(S, net=model_hdit.PRESETS["l"], steps=300_000, micro_batch=4, crop=128, crops_per_map=1,
+                 center_crops=True, voxel_size=3.0, resolution_min=6.0, resolution_max=6.0,
+                 time_law="logit-normal"),
+    **{name: replace(S, net=model_hdit.PRESETS[name])                               # Table 7
+       for name in ("p2-d1", "p8-d1", "p4-d0", "p4-d2")},
 }
 
 
@@ -107,11 +130,13 @@ def parse(argv=None) -> TrainConfig:
             kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
             cli.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **kind)
     typed = {k: v for k, v in vars(cli.parse_args(argv)).items() if v is not None}
-    return replace(PRESETS[typed.pop("model")], **typed)                       # the preset first, then what the user typed
+    return replace(PRESETS[typed.pop("model")], **typed)     # the preset first, then what the user typed
 
+
+# ---- Optimiser ------------------------------------------------------------------------------------------------
 
 class FairseqAdam(torch.optim.Optimizer):
-    """AdamW with eps added before the bias correction: an effective eps of eps / sqrt(1 - beta2^n) (Ott et al. 2019)."""
+    """AdamW with eps added before the bias correction: in effect eps / sqrt(1 - beta2^n) (Ott et al. 2019)."""
     def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
 
@@ -124,14 +149,16 @@ class FairseqAdam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-            grads, m, v = [p.grad for p in params], [self.state[p]["m"] for p in params], [self.state[p]["v"] for p in params]
+            grads = [p.grad for p in params]
+            m, v = ([self.state[p][name] for p in params] for name in "mv")
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
             denominator = torch._foreach_sqrt(v)
             torch._foreach_add_(denominator, group["eps"])
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_addcdiv_(params, m, denominator, -lr * (1 - beta2 ** n) ** 0.5 / (1 - beta1 ** n))
+            rate = lr * (1 - beta2 ** n) ** 0.5 / (1 - beta1 ** n)
+            torch._foreach_addcdiv_(params, m, denominator, -rate)
 
 
 def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -140,8 +167,10 @@ def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optim
     matrices = [p for name, p in net.named_parameters() if cfg.optimizer == "muon" and inner(name, p)]
     taken = {id(p) for p in matrices}
     rest = [p for p in net.parameters() if id(p) not in taken]
-    adam = [FairseqAdam(rest, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay)]
-    return adam + [torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw")] * bool(matrices)
+    result = [FairseqAdam(rest, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay)]
+    if matrices:
+        result.append(torch.optim.Muon(matrices, cfg.lr, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return result
 
 
 def lr_at(step: int, cfg: TrainConfig) -> float:
@@ -160,19 +189,66 @@ def update_ema(ema: torch.nn.Module, net: torch.nn.Module, n: int, decay: float)
         a.copy_(b)
 
 
-def held_out(label: str) -> bool:
-    """One in twenty entries, by the hash of its name, is never trained on."""
-    return zlib.crc32(label.encode()) % 20 == 0
+# ---- Data -----------------------------------------------------------------------------------------------------
+
+def datasets(cfg: TrainConfig, say=print):
+    """(training, held-out) datasets of --data; items are (crops, 1, D, D, D).
+
+    Raises OSError or ValueError if there is nothing to train on.
+    """
+    common = dict(crop=cfg.crop, crops=cfg.crops_per_map, mean=cfg.mean, std=cfg.std)
+    simulated = dict(common, box=cfg.crop if cfg.center_crops else 2 * cfg.crop, voxel_size=cfg.voxel_size,
+                     resolution=(cfg.resolution_min, cfg.resolution_max))
+    if cfg.data == "procedural":
+        return tuple(data.SimulatedCrops(data.ProceduralChains(seed), seed=seed, **simulated)
+                     for seed in (cfg.seed, cfg.seed + 1))
+    if data.list_files(cfg.data, data.MAP_SUFFIXES):     # in a folder with both, maps come before models
+        entries, refused = data.read_volumes(cfg.data, cfg.voxel_size, cfg.crop if cfg.center_crops else None)
+        for line in refused:
+            say(f"skipped {line}")
+        say(f"{cfg.data}: {len(refused)} maps skipped, {len(entries)} read, "
+            f"{sum(v.density.nbytes for v in entries) / 2 ** 30:.2f} GiB at {cfg.voxel_size:g} Å per voxel")
+        make = lambda part, seed: data.MapCrops(part, center=cfg.center_crops, seed=seed, **common)
+    else:
+        entries = data.read_structures(cfg.data)
+        make = lambda part, seed: data.SimulatedCrops(part, seed=seed, **simulated)
+    if not entries:
+        raise ValueError(f"{cfg.data}: nothing to train on; give a folder of maps ({', '.join(data.SUFFIXES)}), "
+                         "PDB or mmCIF files, an archive of structures (.npz), or 'procedural'")
+    train, held_out = split(entries)
+    say(f"{cfg.data}: {len(train)} to train on, {len(held_out)} held out"
+        + (", the same one in other orientations" if len(train) == len(entries) else ""))
+    return make(train, cfg.seed), make(held_out, cfg.seed + 1)
 
 
-def datasets(cfg: TrainConfig):
-    """(training, held-out) datasets of --data; items are (crops, 1, D, D, D)."""
-    common = dict(crop=cfg.crop, crops=cfg.crops_per_map, voxel_size=cfg.voxel_size, mean=cfg.mean, std=cfg.std)
-    entries = data.read_structures(cfg.data)
-    parts = [s for s in entries if not held_out(s.label)], [s for s in entries if held_out(s.label)]
-    simulated = dict(common, resolution=(cfg.resolution_min, cfg.resolution_max))
-    return (data.SimulatedCrops(parts[0], seed=cfg.seed, **simulated),
-            data.SimulatedCrops(parts[1], seed=cfg.seed + 1, **simulated))
+def split(entries: list) -> tuple[list, list]:
+    """(training, held-out) entries: one label in twenty, by its hash, is never trained on.
+
+    Among few labels that may be none, or all: then it is one of them. A single label is in both parts.
+    """
+    remainder = {entry.label: zlib.crc32(entry.label.encode()) % 20 for entry in entries}
+    held_out = {label for label, r in remainder.items() if r == 0}
+    if len(held_out) in (0, len(remainder)):
+        held_out = {min(remainder, key=remainder.get)}
+    train = [entry for entry in entries if entry.label not in held_out]
+    return train or entries, [entry for entry in entries if entry.label in held_out]
+
+
+def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
+    """(micro-batches of a rank per step, crops of each). Raises ValueError if the batch is not divisible."""
+    share, rest = divmod(cfg.batch, world)
+    sizes = range(cfg.crops_per_map, min(cfg.micro_batch, share) + 1, cfg.crops_per_map)
+    micro = max((n for n in sizes if share % n == 0), default=0)
+    if rest or not micro:
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of {world} rank(s) times a multiple of "
+                         f"--crops-per-map {cfg.crops_per_map} that is at most --micro-batch {cfg.micro_batch}")
+    return share // micro, micro
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes; those that make the data go on until the loop has ended."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -185,78 +261,115 @@ def held_out_loss(net, x_0: Tensor, cfg: TrainConfig) -> list[float]:
         for x in x_0.split(cfg.micro_batch):
             x_1 = torch.randn(x.shape, generator=g).to(x.device)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.bf16):
-                parts.append(flow.loss(net, x, t=torch.full((len(x),), t, device=x.device), x_1=x_1, per_sample=True))
+                times = torch.full((len(x),), t, device=x.device)
+                parts.append(flow.loss(net, x, t=times, x_1=x_1, per_sample=True))
         losses.append(float(torch.cat(parts).mean()))
     return losses
 
 
+# ---- Resume, log ----------------------------------------------------------------------------------------------
+
+def read_training(path: Path, cfg: TrainConfig, say=print) -> dict:
+    """The checkpoint to go on from. Raises OSError if there is none, ValueError if it does not fit."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no checkpoint to resume from; leave out --resume to start a run")
+    saved = checkpoint.read(path)
+    if not saved.get("training"):
+        raise ValueError(f"{path}: holds no training state; --resume wants the checkpoint.pt of a run")
+    flags = saved["training"]["flags"]
+    if flags["net"] != asdict(cfg.net) or flags["optimizer"] != cfg.optimizer:
+        raise ValueError(f"{path}: another network or optimiser; give the --model and --optimizer it began with")
+    say(f"resuming {path} after step {saved['training']['step']}")
+    for name, now in asdict(cfg).items():
+        if flags.get(name, now) != now and name not in ("out", "resume"):
+            say(f"  changed: --{name.replace('_', '-')} {flags[name]} -> {now}")
+    return saved
+
+
+def open_log(path: Path, start: int):
+    """log.csv, to append to; a run resumed after step `start` writes the later rows again, so they are cut."""
+    rows = ["step,loss,grad_norm,lr,maps_per_s," + ",".join(f"held_out_t{t}" for t in HELD_OUT_TIMES)]
+    if start and path.exists():
+        old = path.read_text().splitlines()[1:]
+        rows += [row for row in old if row[:1].isdigit() and int(row.split(",")[0]) <= start]
+    path.write_text("\n".join(rows) + "\n")
+    return open(path, "a")
+
+
+# ---- The run --------------------------------------------------------------------------------------------------
+
 def main(argv=None) -> None:
     cfg = parse(argv)
-    env = lambda name, alone: int(os.environ.get(name, alone))                 # torchrun sets these; alone without it
+    env = lambda name, alone: int(os.environ.get(name, alone))         # torchrun sets these; alone without it
     rank, local_rank, world = env("RANK", 0), env("LOCAL_RANK", 0), env("WORLD_SIZE", 1)
+    say = (lambda *words: print(*words, flush=True)) if rank == 0 else (lambda *words: None)
+    accumulate, micro = split_batch(cfg, world)
+    out = Path(cfg.out)
+    if not cfg.resume and (out / "checkpoint.pt").exists():
+        raise FileExistsError(f"{out / 'checkpoint.pt'}: a run is there; --resume it, or give another --out")
+    saved = read_training(out / "checkpoint.pt", cfg, say) if cfg.resume else None
+    start = saved["training"]["step"] if saved else 0
+    if start >= cfg.steps:
+        say(f"nothing to do: step {start} of {cfg.steps}; give more --steps to go on")
+        return
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1:                                        # a failure here stops the run; it never becomes N lone runs
-        dist.init_process_group("nccl" if cuda else "gloo")
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    accumulate, rest = divmod(cfg.batch, world * min(cfg.micro_batch, cfg.batch // world or 1))
-    micro = cfg.batch // (world * accumulate) if accumulate else 0
-    if rest or not micro or micro % cfg.crops_per_map:
-        raise ValueError(f"--batch {cfg.batch} is not (ranks {world}) x (--micro-batch {cfg.micro_batch}) x an integer, with "
-                         f"--crops-per-map {cfg.crops_per_map} dividing the micro-batch")
+    if world > 1:                                        # a failure stops the run; it never becomes N lone runs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
     torch.manual_seed(cfg.seed)
     net = HDiT(cfg.net, cfg.activation_checkpointing).to(device)
     opts = optimizers(net, cfg)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    start = 0
-    if cfg.resume:
-        saved = checkpoint.read(out / "checkpoint.pt")
+    if saved:
         ema.load_state_dict(saved["weights"])
         net.load_state_dict(saved["training"]["net"])
         for optimizer, state in zip(opts, saved["training"]["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        start = saved["training"]["step"]
-    ddp = DDP(net, device_ids=[local_rank] if cuda else None) if world > 1 else net
+        del saved
+    # `net` is saved, `velocity` is called, `ema` is evaluated: no prefixed keys on disk. Buffers never change.
+    ddp = DDP(net, device_ids=[local_rank] if cuda else None, broadcast_buffers=False) if world > 1 else net
     velocity = torch.compile(ddp) if cfg.compile else ddp
 
-    train_set, held_out_set = datasets(cfg)
-    maps = micro // cfg.crops_per_map                    # items per micro-batch; item numbers make the data (seed, step, rank)
-    items = ((step * accumulate + i) * world * maps + rank * maps + j
+    train_set, held_out_set = datasets(cfg, say)
+    m = lambda step, i: (step * accumulate + i) * world + rank                 # the number of a micro-batch
+    maps = micro // cfg.crops_per_map                                          # items per micro-batch
+    items = (m(step, i) * maps + j
              for step in range(start, cfg.steps) for i in range(accumulate) for j in range(maps))
-    loader = iter(torch.utils.data.DataLoader(train_set, batch_size=maps, sampler=items, num_workers=cfg.workers,
-                                              pin_memory=cuda, prefetch_factor=8 if cfg.workers else None))
-    held_out_crops = torch.cat([held_out_set[i] for i in range(-(-64 // cfg.crops_per_map))]).to(device)
-
-    if rank == 0:
-        n = sum(p.numel() for p in net.parameters())
-        print(f"{n / 1e6:.2f} M parameters, {device}, {world} rank(s) x {accumulate} x {micro} crops of {cfg.crop}^3, "
-              f"steps {start} to {cfg.steps}, torch {torch.__version__}", flush=True)
-        log = open(out / "log.csv", "a" if start else "w", newline="")
-        row = csv.writer(log)
-        if not start:
-            row.writerow(["step", "loss", "grad_norm", "lr", "maps_per_s", *(f"held_out_t{t}" for t in HELD_OUT_TIMES)])
-    stop = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: stop.append(number))             # finish the step, save, leave
+    loader = iter(torch.utils.data.DataLoader(
+        train_set, batch_size=maps, sampler=items, num_workers=cfg.workers, pin_memory=cuda,
+        prefetch_factor=8 if cfg.workers else None, worker_init_fn=ignore_signals))
 
     def save(step):
         shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
-        checkpoint.save(out / "checkpoint.pt", ema, **shared,
-                        training=dict(net=net.state_dict(), optimizers=[o.state_dict() for o in opts], step=step, flags=asdict(cfg)))
+        training = dict(net=net.state_dict(), optimizers=[optimizer.state_dict() for optimizer in opts], step=step,
+                        flags=asdict(cfg))
+        checkpoint.save(out / "checkpoint.pt", ema, **shared, training=training)
         checkpoint.save(out / "prior.pt", ema, **shared, half=True)
+
+    say(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {device}, "
+        f"{world} rank(s) x {accumulate} x {micro} crops of {cfg.crop}^3, steps {start} to {cfg.steps}, "
+        f"torch {torch.__version__}")
+    if rank == 0:                                        # measures and writes; all ranks train
+        count = math.ceil(HELD_OUT_CROPS / cfg.crops_per_map)
+        held_out_crops = torch.cat([held_out_set[i] for i in range(count)]).to(device)
+        out.mkdir(parents=True, exist_ok=True)
+        log = open_log(out / "log.csv", start)
+    stop = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda signum, _: stop.append(signum))             # finish the step, save, leave
 
     since, seen, total, norms = time.perf_counter(), 0, torch.zeros((), device=device), []
     for step in range(start, cfg.steps):
         for optimizer in opts:
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, cfg)
+                group["lr"] = lr_at(step, cfg)                                 # (2)
         for i in range(accumulate):
             x_0 = next(loader).flatten(0, 1).to(device, non_blocking=True)     # (micro, 1, D, D, D)
-            g = torch.Generator().manual_seed(((cfg.seed * 1_000_003 + step) * 4099 + i) * 65537 + rank)
+            seed = (cfg.seed * 1_000_003 + m(step, i)) * 268_636_163 % 2 ** 63      # none that crops use
+            g = torch.Generator(device).manual_seed(seed)
             quiet = ddp.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext()
             with quiet:                                  # gradients cross ranks once per step
                 with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
@@ -265,44 +378,57 @@ def main(argv=None) -> None:
             total += loss.detach()                       # no .item() here: it would wait for the GPU
         norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
         for optimizer in opts:
-            optimizer.step()
+            optimizer.step()                                                   # (1)
             optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, net, step + 1, cfg.ema_decay)    # (3)
+        update_ema(ema, net, step + 1, cfg.ema_decay)                          # (3)
         seen += 1
 
-        last = step + 1 == cfg.steps or bool(stop)
-        if (step + 1) % cfg.log_every == 0 or last:
-            mean_loss = total / seen
+        stopping = torch.tensor(len(stop))
+        if world > 1:
+            dist.all_reduce(stopping)                    # a signal to one rank stops all, at the same step
+        last = step + 1 == cfg.steps or bool(stopping)
+        saving = last or (step + 1) % cfg.save_every == 0
+        evaluating = last or (step + 1) % cfg.eval_every == 0
+        if saving or evaluating or (step + 1) % cfg.log_every == 0:
+            mean_loss, norm = total / seen, torch.stack(norms).mean()
             if world > 1:
-                dist.all_reduce(mean_loss, dist.ReduceOp.AVG if cuda else dist.ReduceOp.SUM)
-                mean_loss = mean_loss if cuda else mean_loss / world
-            if not mean_loss.isfinite():
-                raise ValueError(f"the loss is {float(mean_loss)} at step {step + 1}; resume from {out / 'checkpoint.pt'} with a "
-                                 "lower --lr")
-            held = held_out_loss(ema, held_out_crops, cfg) if (step + 1) % cfg.eval_every == 0 or last else []
+                dist.all_reduce(mean_loss)               # sums; every rank knows, so every rank raises
+                mean_loss /= world
+            if not (mean_loss.isfinite() and norm.isfinite()):
+                raise ValueError(f"loss {float(mean_loss):g}, gradient norm {float(norm):g} in the steps up to "
+                                 f"{step + 1}; --resume from the last checkpoint with a lower --lr")
             if rank == 0:
+                held = held_out_loss(ema, held_out_crops, cfg) if evaluating else []
                 rate = seen / (time.perf_counter() - since)
-                memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                norm = float(torch.stack(norms).mean())
-                eta = time.strftime("%H:%M:%S", time.gmtime((cfg.steps - step - 1) / rate))
-                print(f"step {step + 1:6d}  loss {float(mean_loss):.4f}  |g| {norm:.2f}  lr {lr_at(step, cfg):.1e}  "
-                      f"{rate:.2f} steps/s  {rate * cfg.batch:.1f} maps/s  {memory / 2 ** 30:.1f} GiB  ETA {eta}"
-                      + "".join(f"  t{t} {v:.4f}" for t, v in zip(HELD_OUT_TIMES, held)), flush=True)
-                row.writerow([step + 1, f"{float(mean_loss):.5f}", f"{norm:.3f}", f"{lr_at(step, cfg):.3e}",
-                              f"{rate * cfg.batch:.2f}", *(f"{v:.5f}" for v in held)])
-                log.flush()
+                eta = timedelta(seconds=round((cfg.steps - step - 1) / rate))
+                lr, maps_per_s = lr_at(step, cfg), rate * cfg.batch
+                say(f"step {step + 1:6d}  loss {float(mean_loss):.4f}  |g| {float(norm):.2f}  lr {lr:.1e}  "
+                    f"{rate:.2f} steps/s  {maps_per_s:.1f} maps/s  {peak_memory(cuda):.1f} GiB  ETA {eta}"
+                    + "".join(f"  t{t} {v:.4f}" for t, v in zip(HELD_OUT_TIMES, held)))
+                row = [f"{float(mean_loss):.5f}", f"{float(norm):.3f}", f"{lr:.3e}", f"{maps_per_s:.2f}"]
+                print(step + 1, *row, *(f"{v:.5f}" for v in held), sep=",", file=log, flush=True)
+                if saving:
+                    save(step + 1)
             since, seen, total, norms = time.perf_counter(), 0, torch.zeros((), device=device), []
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or last):
-            save(step + 1)
-        if stop:
-            print(f"stopped by signal {stop[0]} after step {step + 1}; go on with --resume", flush=True)
+        if stopping:
+            say(f"stopped by a signal after step {step + 1}; go on with --resume")
             break
     if world > 1:
         dist.destroy_process_group()
 
 
+def peak_memory(cuda: bool) -> float:
+    """GiB, of this process: on the GPU, or resident."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024       # bytes, or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
 if __name__ == "__main__":
     try:
         main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: {error}\nless memory: a smaller --micro-batch, --activation-checkpointing")
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")

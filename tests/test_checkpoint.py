@@ -1,0 +1,168 @@
+"""What checkpoint.py promises: what was saved comes back, and nothing else is taken for a checkpoint."""
+
+import io
+import os
+import pickle
+import random
+import resource
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+from model_hdit import HDiT, HDiTConfig
+
+NET = HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, kernel_size=3, mapping_width=16, time_phase="bfloat16")
+META = dict(voxel_size=1.5, box=16, mean=0.05, std=0.13)
+
+
+def make_net(seed=0):
+    torch.manual_seed(seed)
+    net = HDiT(NET)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return net
+
+
+def weights(net):
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_was_saved_comes_back(tmp_path, half):
+    net = make_net()
+    training = dict(step=7, optimizers=[{"state": {0: {"m": torch.arange(3.0)}}}], flags={"net": {"depths": (1, 1)}})
+    checkpoint.save(tmp_path / "a.pt", net, **META, half=half, training=training)
+    prior = checkpoint.load(tmp_path / "a.pt", kind="hdit")
+    assert prior.net.config == NET
+    assert {key: getattr(prior, key) for key in META} == META
+    assert prior.training["step"] == 7 and prior.training["flags"] == training["flags"]
+    assert torch.equal(prior.training["optimizers"][0]["state"][0]["m"], torch.arange(3.0))
+    assert not prior.net.training and not any(p.requires_grad for p in prior.net.parameters())
+    for key, value in net.state_dict().items():
+        assert prior.net.state_dict()[key].dtype == value.dtype
+        assert torch.equal(prior.net.state_dict()[key], value.half().float() if half else value), key
+    size = sum(v.numel() * v.element_size() for v in net.state_dict().values())
+    assert os.path.getsize(tmp_path / "a.pt") < (0.5 if half else 1) * size + 40_000     # and the archive's names
+
+
+def test_equal_weights_have_equal_hashes_and_others_do_not(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        checkpoint.save(tmp_path / name / "prior.pt", make_net(seed), **META)
+    a, b, c = (checkpoint.load(tmp_path / name / "prior.pt").sha256 for name in "abc")
+    assert a == b != c
+
+
+def test_a_crash_at_any_byte_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(0), **META)
+    before = path.read_bytes()
+
+    def die(*_):
+        raise KeyboardInterrupt                          # no Exception: nothing may hold it up
+
+    def write_half(content, file):
+        file.write(before[:len(before) // 2])
+        die()
+
+    for name, function in (("torch.save", write_half), ("os.fsync", die), ("os.replace", die)):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, function)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save(path, make_net(1), **META)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", make_net(), **META)
+    before = set(tmp_path.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)         # as kill -9: no clearing up
+        patch.setattr("os.replace", lambda *_: None)
+        checkpoint.save(tmp_path / "a.pt", make_net(), **META)
+    assert len(set(tmp_path.iterdir()) - before) == 1
+    checkpoint.save(tmp_path / "a.pt", make_net(), **META)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(0), **META)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, len(before) // 2, len(before) - 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))        # bytes; write() fails beyond
+        try:
+            with pytest.raises(OSError) as error:
+                checkpoint.save(path, make_net(1), **META)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(error.value)
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def refused(path, match):
+    with pytest.raises(ValueError, match=match) as error:
+        checkpoint.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_junk_is_refused_in_one_line(tmp_path):
+    archive, legacy, module = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("a.txt", "hello")
+    torch.save({"kind": "hdit"}, legacy, _use_new_zipfile_serialization=False)
+    torch.save(make_net(), module)                      # a pickled class: weights_only does not load it
+    cases = {"empty": b"", "text": b"hello world\n" * 50, "pickle": pickle.dumps({"kind": "hdit"}),
+             "zip": archive.getvalue(), "legacy": legacy.getvalue(), "module": module.getvalue(),
+             "npy": b"\x93NUMPY" + bytes(100)}
+    cases |= {f"random {n}": random.Random(n).randbytes(n) for n in (1, 2, 10, 100, 1000, 10_000)}
+    path = tmp_path / "a.pt"
+    for name, content in cases.items():
+        path.write_bytes(content)
+        refused(path, "not a checkpoint of this project, or a damaged one")
+    torch.save({"state_dict": {}}, path)
+    refused(path, "a PyTorch file, but not a checkpoint of this project")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        checkpoint.load(tmp_path)                       # a folder
+    with pytest.raises(OSError, match="none.pt"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+def test_a_truncated_or_damaged_checkpoint_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(), **META)
+    whole, want = path.read_bytes(), weights(make_net())
+    for length in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        refused(path, "a damaged one")
+    rng, found = random.Random(0), 0
+    for _ in range(100):                                # a flipped bit is found, or it was in a gap
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            content = checkpoint.read(path)
+        except ValueError as error:
+            assert "a damaged one" in str(error)
+            found += 1
+        else:
+            assert all(torch.equal(content["weights"][key], value) for key, value in want.items())
+    assert found > 50
+
+
+def test_another_kind_of_network_is_refused_in_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(), **META)
+    with pytest.raises(ValueError, match="a.pt: holds a hdit network, this task needs scunet; give another --ckpt"):
+        checkpoint.load(path, kind="scunet")
+    content = checkpoint.read(path)
+    for change, match in ((dict(config={**content["config"], "depth": 3}), "depth"),
+                          (dict(config={**content["config"], "widths": (24, 96)}), "size mismatch"),
+                          (dict(weights={}), "Missing key"), (dict(kind="vae"), "not a checkpoint of this project")):
+        torch.save({**content, **change}, path)
+        refused(path, match)
