@@ -68,6 +68,19 @@ def evaluate(velocity: Velocity, x: Tensor, t: Tensor | float) -> Tensor:
     return v.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16. Where it does not, torch does so in software: a forward
+    pass of "tiny" took 2.6 s in bfloat16 and 0.24 s in float32 on a CPU with AVX2 alone."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: torch.device, bf16: bool = True) -> torch.autocast:
+    """Autocast to bfloat16, if asked for, where that is faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device))
+
+
 def home(generator: torch.Generator | None, device) -> torch.device:
     """Where to draw: with a CPU generator a GPU run sees the numbers that a CPU run sees."""
     return device if generator is None else generator.device

@@ -147,7 +147,7 @@ class Transformer(nn.Module):
 
 
 class FilterResponseNorm(nn.Module):
-    """(3) on (B, C, D, H, W), in float32. Parameters are 1-D, so that an optimiser that spares biases from decay spares them."""
+    """(3) on (B, C, D, H, W), in float32. Its parameters are 1-D, as biases are: what spares those from decay spares these."""
     def __init__(self, width: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))

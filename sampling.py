@@ -38,6 +38,7 @@ from torch import Generator, Tensor
 import checkpoint
 import data
 import degrade
+import flow
 import fsc
 from checkpoint import Prior
 
@@ -78,7 +79,7 @@ def tiled_velocity(prior: Prior, x: Tensor, t: float, generator: Generator, tile
     tiles = [(z[:, None, None], y[None, :, None], w[None, None, :]) for z, y, w in itertools.product(*axes)]
     for i in range(0, len(tiles), tiles_per_call):
         batch = torch.stack([x[tile].permute(order).flip(flips) for tile in tiles[i:i + tiles_per_call]])[:, None]
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        with torch.no_grad(), flow.autocast(x.device):
             v = prior.net(batch, torch.full((len(batch),), t, device=x.device))[:, 0]
         for tile, part in zip(tiles[i:i + tiles_per_call], v):
             part = part.flip(flips).permute(tuple(np.argsort(order)))
@@ -154,7 +155,7 @@ def wedge(args: argparse.Namespace, source: data.Map, prior: Prior) -> tuple[dic
     if report["method"] == "pocs":
         return {"": pocs(y, measured_here)}, report
 
-    # The rest happens on the prior's grid; what comes back is the change, so that nothing else is touched by resampling.
+    # The samples live on the prior's grid.
     work = data.resample(source, prior.voxel_size)
     shape = work.density.shape
     measured = measured_by(work, args) & below_nyquist(shape, y.shape)
@@ -177,7 +178,9 @@ def wedge(args: argparse.Namespace, source: data.Map, prior: Prior) -> tuple[dic
         delta = sample - mean                            # Welford's running mean and sum of squares
         mean += delta / (i + 1)
         square += delta * (sample - mean)
-    posterior_mean = y + data.fourier_resample(mean - work.density, y.shape)
+    # The prior changes what its own grid can hold; finer detail of the input is filled in by POCS.
+    finer = pocs(y, measured_here)
+    posterior_mean = finer + data.fourier_resample(mean - data.fourier_resample(finer, shape), y.shape)
     maps = {"": put_back(posterior_mean, y, measured_here), "_mean": posterior_mean}
     if args.samples > 1:
         maps["_std"] = data.fourier_resample((square / (args.samples - 1)).sqrt(), y.shape).clamp(min=0)

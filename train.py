@@ -81,7 +81,7 @@ class TrainConfig:
     weight_decay: float = opt(0.01, "decoupled, on all parameters")                 # B.1
     clip: float = opt(1.0, "largest norm of the gradient")                          # the release
     ema_decay: float = opt(0.99, "of the averaged weights, the ones that are used")  # the release
-    bf16: bool = opt(True, "autocast to bfloat16")                                  # Table 4
+    bf16: bool = opt(True, "autocast to bfloat16, where the hardware has it")      # Table 4
     activation_checkpointing: bool = opt(False, "recompute for the backward pass: less memory, a third slower")
     compile: bool = opt(False, "torch.compile the network")
     workers: int = opt(1, "processes per rank that make the data; 0: none")
@@ -260,7 +260,7 @@ def held_out_loss(net, x_0: Tensor, cfg: TrainConfig) -> list[float]:
         parts = []
         for x in x_0.split(cfg.micro_batch):
             x_1 = torch.randn(x.shape, generator=g).to(x.device)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.bf16):
+            with flow.autocast(x.device, cfg.bf16):
                 times = torch.full((len(x),), t, device=x.device)
                 parts.append(flow.loss(net, x, t=times, x_1=x_1, per_sample=True))
         losses.append(float(torch.cat(parts).mean()))
@@ -372,7 +372,7 @@ def main(argv=None) -> None:
             g = torch.Generator(device).manual_seed(seed)
             quiet = ddp.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext()
             with quiet:                                  # gradients cross ranks once per step
-                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16):
+                with flow.autocast(device, cfg.bf16):
                     loss = flow.loss(velocity, x_0, law=cfg.time_law, generator=g) / accumulate
                 loss.backward()
             total += loss.detach()                       # no .item() here: it would wait for the GPU

@@ -65,7 +65,7 @@ def test_block_and_its_attention_equal_the_public_code(kind):
     block.load_state_dict(state, strict=True)
     for module, name in ((block, ""), (block.trans_block.msa, "attn_")):
         out = module(torch.from_numpy(z[f"{kind}_{name}input"]))
-        torch.testing.assert_close(out, torch.from_numpy(z[f"{kind}_{name}output"]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(out, torch.from_numpy(z[f"{kind}_{name}output"]), rtol=0, atol=4e-6)
 
 
 def test_mask_and_relative_positions_equal_the_public_code():

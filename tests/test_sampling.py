@@ -161,8 +161,8 @@ def gaussian_prior(monkeypatch):
 
 
 def gaussian_samples(y, measured, n, **settings):
-    return torch.stack([sampling.restore_wedge(stub(None, 8), y, measured, y, rng(i), steps=40, t_start=1.0, inner=0, **settings)
-                        for i in range(n)])
+    sample = lambda g: sampling.restore_wedge(stub(None, 8), y, measured, y, g, steps=40, t_start=1.0, inner=0, **settings)
+    return torch.stack([sample(g) for g in map(rng, range(n))])
 
 
 @pytest.mark.parametrize("fresh_noise", [False, True])
@@ -339,8 +339,8 @@ def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_found(tmp_path
     assert values(tmp_path / "in_wedge.mrc").shape == shape and "in_wedge_std.mrc" not in names(tmp_path)
     report = json.loads((tmp_path / "in_wedge.json").read_text())
     assert report["noise"] * data.normalise(y, 0, 1)[1].maximum == pytest.approx(0.2, rel=0.25)
-    # On the prior's grid, the same power per coefficient (an average, |F|^2 / n^2) is spread over other coefficients.
-    assert given[0] / math.prod(report["box"]) ** 0.5 == pytest.approx(0.2 / side ** 1.5, rel=0.25)
+    # Resampling keeps |F|^2 / n^2 of every coefficient, n voxels in all: for white noise, variance / n.
+    assert given[0] ** 2 / math.prod(report["box"]) == pytest.approx(0.2 ** 2 / side ** 3, rel=0.5)
 
 
 def test_pocs_is_a_method_and_what_is_left_where_voxels_are_far_too_coarse_for_the_prior(tmp_path, small, run):
@@ -388,6 +388,7 @@ def test_files_that_exist_stay_unless_told_otherwise_and_the_input_always(tmp_pa
     (tmp_path / "in_wedge.mrc").unlink()
     with pytest.raises((ValueError, OSError), match="in_wedge.*: exists.*--overwrite"):        # what lies beside it counts
         run(small)
+    assert "in_wedge.mrc" not in names(tmp_path)
     with pytest.raises((ValueError, OSError), match="in.mrc: is the input"):
         run(small, "-o", small, "--overwrite")
     assert small.read_bytes() == original
@@ -474,6 +475,7 @@ def test_the_flag_that_supplies_a_voxel_size_mends_a_header_without_one(tmp_path
 
 
 def test_an_error_ends_the_program_with_one_line_and_a_non_zero_status(tmp_path, ckpt):
-    done = subprocess.run([sys.executable, sampling.__file__, "nope.mrc", "--ckpt", ckpt], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, sampling.__file__, "nope.mrc", "--ckpt", ckpt]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines() == ["sampling.py: nope.mrc: no such file"]
