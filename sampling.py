@@ -1,23 +1,39 @@
 """Restore maps with a trained prior: `python sampling.py --task wedge in.mrc` writes in_wedge.mrc.
 
 The prior is a velocity field v(x_t, t) that turns noise (t = 1) into density (t = 0); it was trained without knowing any
-task (flow.py, train.py). What a tilt series did not measure is found by sampling densities that agree with what it did:
+task (flow.py, train.py). Here it meets what was observed,
 
-    A y = F^-1[m F y]                     m = 1 where the tilt series measured, else 0 (degrade.py)            (1)
+    y = A x + n,   (F A x)_k = m_k (F x)_k,   E |(F n)_k|^2 = P_k   for coefficient k of N                    (1)
+
+    --task wedge        m = 1 where a tilt series measured, else 0; n white
+    --task denoise      m = 1; P one number per shell, from two half maps or an FSC (degrade.py (5))
+    --task anisotropic  m = 1; P differs between directions, too (degrade.py (6))
+
+by sampling densities that agree with it:
+
     x_0' = x_t - t v(x_t, t)              what the prior makes of x_t: an estimate of E[x_0 | x_t]             (2)
-    x_0'' = x_0' + w A (y - x_0')         the measured coefficients put back; w = 1: Algorithm 2, line 3       (3)
+    x_0'' = x_0' + F^-1[w F(y - x_0')]    the observed coefficients put back; w = m: Algorithm 2, line 3       (3)
     x_s = (s/t) x_t + (1 - s/t) x_0''     from t to s < t: Algorithm 2, line 4                                 (4)
     x_s = (1 - s) x_0'' + s z             the same with fresh noise, z ~ N(0, I)                               (5)
-    u <- A y + (1 - A) max(u, 0)          POCS, the classical answer: density is not negative                  (6)
-    w = r^2 / (r^2 + sigma^2), r = t/(1-t)   trust in y whose noise has standard deviation sigma               (7)
+    w_k = m_k r^2 / (r^2 + P_k / N), r = t/(1-t)                trust in a coefficient, by its noise           (6)
 
-CryoFM (arXiv:2410.08631) appendix E.1, Algorithm 2. (5): DDNM (Wang et al. 2023, arXiv:2212.00490); (6): Youla & Webb 1982;
-(7): the proximal step of DiffPIR (Zhu et al. 2023, arXiv:2305.08995), in closed form since A is diagonal in Fourier space.
+What the prior must beat, the classical answers:
+
+    u <- A y + (1 - A) max(u, 0)          POCS: density is not negative                                        (7)
+    u = F^-1[S / (S + P) F y]             Wiener, S the signal's power per shell; then max(u, 0)               (8)
+
+And Algorithm 1, by the gradient through the network of what y says of x_0':
+
+    l = mean_k |F(A x_0' - y)|_k^2 / (2 P_k),   x_s = x_t - (t - s) v - lambda g / |g|,   g = dl/dx_t          (9)
+
+CryoFM (arXiv:2410.08631): Algorithm 1, appendix D, E.1. (5): DDNM (Wang et al. 2023, arXiv:2212.00490); (6): the proximal step of
+DiffPIR (Zhu et al. 2023, arXiv:2305.08995), in closed form since A is diagonal in Fourier space; (7): Youla & Webb 1982.
 The result is the mean of several samples: FSC rewards the mean of the posterior, and their spread says where not to trust it.
 
-Departure 1: `--method prior` starts from POCS at t = 0.4 instead of noise at t = 1, takes (5) instead of (4), trusts noisy y
-only as far as (7) says, and keeps density non-negative; what each is worth: README, "What helped". `--method paper` is
-Algorithm 2 as printed.
+Erratum: Algorithm 1 leaves out the 1/N before v and prints + lambda g, which climbs the loss; (9) as in the release.
+Departure 1: `--method prior` starts from (7) or (8) at t < 1 instead of noise at t = 1, takes (5) instead of (4), trusts y
+only as far as (6) says, and keeps density non-negative; what each is worth: README, "What helped". `--method paper` is
+Algorithm 2 (wedge) or 1 as printed, but for the erratum.
 Departure 2: the paper's maps are 64^3. Ours are of any size: (3) always acts on the whole volume, only v goes by tiles.
 """
 import argparse
@@ -30,9 +46,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Generator, Tensor
 
 import checkpoint
@@ -43,21 +61,28 @@ import fsc
 from checkpoint import Prior
 
 
-# ---- The data term -----------------------------------------------------------------------------------------------------
+# ---- What was observed, and the classical answers ------------------------------------------------------------------------
 
-def put_back(x: Tensor, y: Tensor, measured: Tensor, weight: float = 1.0) -> Tensor:
-    """(3) on maps (D, H, W); `measured` (D, H, W) in `fftfreq` layout, Hermitian. Float32, outside autocast."""
-    X, Y, half = torch.fft.rfftn(x), torch.fft.rfftn(y), measured[..., :x.shape[-1] // 2 + 1]
-    return torch.fft.irfftn(X + weight * half * (Y - X), s=x.shape)
+def put_back(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """(3) on maps (D, H, W); weights (D, H, W) in `fftfreq` layout, even in k. Float32, outside autocast."""
+    X, Y = torch.fft.rfftn(x), torch.fft.rfftn(y)
+    return torch.fft.irfftn(X + weights[..., :x.shape[-1] // 2 + 1] * (Y - X), s=x.shape)
 
 
 def pocs(y: Tensor, measured: Tensor, iterations: int = 100, support: Tensor | None = None) -> Tensor:
-    """(6): projections onto convex sets, from y itself. support: boolean (D, H, W), density is 0 outside of it."""
+    """(7): projections onto convex sets, from y itself. support: boolean (D, H, W), density is 0 outside of it."""
     u = y = put_back(torch.zeros_like(y), y, measured)
     for _ in range(iterations):
         u = u.clamp(min=0)
         u = put_back(u if support is None else u * support, y, measured)
     return u
+
+
+def wiener(y: Tensor, power: Tensor, signal: Tensor) -> Tensor:
+    """(8) on a map (D, H, W); power and signal (D, H, W) or one number per shell, in |F y|^2."""
+    grid = lambda p: p if p.ndim == 3 else degrade.on_grid(p, y.shape)
+    S, P = grid(signal), grid(power)
+    return degrade.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
 
 
 # ---- The prior, on a map of any size -----------------------------------------------------------------------------------
@@ -79,8 +104,10 @@ def tiled_velocity(prior: Prior, x: Tensor, t: float, generator: Generator, tile
     tiles = [(z[:, None, None], y[None, :, None], w[None, None, :]) for z, y, w in itertools.product(*axes)]
     for i in range(0, len(tiles), tiles_per_call):
         batch = torch.stack([x[tile].permute(order).flip(flips) for tile in tiles[i:i + tiles_per_call]])[:, None]
-        with torch.no_grad(), flow.autocast(x.device):
-            v = prior.net(batch, torch.full((len(batch),), t, device=x.device))[:, 0]
+        times = torch.full((len(batch),), t, device=x.device)
+        with flow.autocast(x.device):                    # the backward pass of (9) computes each batch again: memory for one
+            v = (torch.utils.checkpoint.checkpoint(prior.net, batch, times, use_reentrant=False) if x.requires_grad
+                 else prior.net(batch, times))[:, 0]
         for tile, part in zip(tiles[i:i + tiles_per_call], v):
             part = part.flip(flips).permute(tuple(np.argsort(order)))
             total.index_put_(tile, part, accumulate=True)
@@ -88,12 +115,14 @@ def tiled_velocity(prior: Prior, x: Tensor, t: float, generator: Generator, tile
     return total / weight
 
 
-def restore_wedge(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, generator: Generator, *, steps: int, t_start: float,
-                  sigma: float = 0.0, fresh_noise: bool = True, inner: int = 0, tick=lambda: None) -> Tensor:
+def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, generator: Generator, *, steps: int,
+                     t_start: float, sigma: float | Tensor = 0.0, fresh_noise: bool = True, inner: int = 0,
+                     tick=lambda: None) -> Tensor:
     """One sample of the posterior: Algorithm 2 from t_start on, all maps (D, H, W) in network scale.
 
-    start: where to begin, noised to t_start (irrelevant at t_start = 1); sigma: standard deviation of the noise in y;
-    fresh_noise: (5) instead of (4); inner: non-negativity projections in every step.
+    start: where to begin, noised to t_start (irrelevant at t_start = 1); sigma: root of P/N in (6), the standard deviation
+    of the noise in y, one number or (D, H, W) in `fftfreq` layout; fresh_noise: (5) instead of (4); inner: non-negativity
+    projections in every step.
     """
     noise = lambda: torch.randn(y.shape, generator=generator).to(y.device)
     zero = -prior.mean / prior.std                       # no density, in network scale
@@ -102,58 +131,113 @@ def restore_wedge(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, gene
     for t, s in zip(times, times[1:]):
         estimate = x - t * tiled_velocity(prior, x, t, generator)                      # (2)
         r2 = (t / max(1 - t, 1e-3)) ** 2
-        w = r2 / (r2 + sigma ** 2)                                                     # (7)
+        w = measured * (r2 / (r2 + sigma ** 2))                                        # (6)
         for _ in range(inner):
-            estimate = put_back(estimate, y, measured, w).clamp(min=zero)
-        estimate = put_back(estimate, y, measured, w)                                  # (3)
+            estimate = put_back(estimate, y, w).clamp(min=zero)
+        estimate = put_back(estimate, y, w)                                            # (3)
         x = (1 - s) * estimate + s * noise() if fresh_noise else s / t * x + (1 - s / t) * estimate   # (5) or (4)
         tick()
     return x
 
 
-METHODS = {"prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),            # the best we know: README, "What helped"
-           "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0)}          # Algorithm 2 as printed
+def algorithm_1(prior: Prior, y: Tensor, measured: Tensor, generator: Generator, *, steps: int, sigma: Tensor,
+                lambda_max: float = 5.0, operator_noise: bool = False, per_time: bool = False, tick=lambda: None) -> Tensor:
+    """One sample by (9), Algorithm 1: maps as in `sample_posterior`, sigma > 0.
+
+    operator_noise: A adds fresh noise to x_0', as the release's does. per_time: lambda times 200/N, so that the sum of all
+    lambda, and with it the weight of y, does not depend on the number of steps N.
+    """
+    noise = lambda: torch.randn(y.shape, generator=generator).to(y.device)
+    x = noise()
+    for i in range(steps):
+        t = 1 - i / steps
+        x.requires_grad_()
+        v = tiled_velocity(prior, x, t, generator)
+        estimate = degrade.apply_fourier(x - t * v, measured)
+        if operator_noise:                               # P = N sigma^2 in units of the network
+            estimate = degrade.add_spectral_noise(estimate, sigma ** 2 * y.numel(), noise=noise())
+        residual = torch.fft.fftn(estimate - y)
+        loss = torch.where(measured, residual.abs() ** 2 / (2 * y.numel() * sigma ** 2), 0).mean()
+        g, = torch.autograd.grad(loss, x)
+        size = min(lambda_max, t / max(1 - t, 1e-6)) * (200 / steps if per_time else 1)
+        x = (x - v / steps - size * g / g.norm()).detach()                             # (9)
+        tick()
+    return x
+
+
+# The best we know for each task (README, "What helped"), and Algorithms 2 and 1 as printed.
+METHODS = {"prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
+           "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0)}
+DENOISE = {"prior": dict(steps=20, t_start=0.6, fresh_noise=True, inner=2),
+           "paper": dict(steps=200)}
+
+
+def draw_samples(prior: Prior, y: Tensor, measured: Tensor, first: Tensor, sigma: float | Tensor, settings: dict, *,
+                 samples: int, seed: int, tick=lambda: None):
+    """Yields samples of the posterior for the map y (D, H, W) at the prior's voxel size, in y's own units.
+
+    first: the classical answer, whose percentile is nearer the truth's than that of y; sigma: root of P/N in y's units.
+    Sample i depends on (seed, i) alone.
+    """
+    scale = data.normalise(first, prior.mean, prior.std)[1]
+    device = next(prior.net.parameters()).device
+    network = lambda u: ((u / scale.maximum - prior.mean) / prior.std).to(device)
+    sigma = torch.as_tensor(sigma / scale.maximum / prior.std, dtype=torch.float32, device=device)
+    for i in range(samples):
+        g = Generator().manual_seed(seed * 1_000_003 + i)
+        if "t_start" in settings:
+            x = sample_posterior(prior, network(y), measured.to(device), network(first), g, sigma=sigma, tick=tick, **settings)
+        else:
+            x = algorithm_1(prior, network(y), measured.to(device), g, sigma=sigma, tick=tick, **settings)
+        yield data.denormalise(x.cpu(), scale)
 
 
 def wedge_samples(prior: Prior, y: Tensor, measured: Tensor, method: str, *, samples: int, seed: int, noise: float | None = None,
                   steps: int | None = None, tick=lambda: None):
-    """Yields samples of the posterior for the map y (D, H, W), sampled at the prior's voxel size, in y's own units.
-
-    noise: standard deviation of the noise in y, in its units; None: estimated. Sample i depends on (seed, i) alone.
-    """
+    """`draw_samples` for --task wedge. noise: standard deviation of the noise in y, in its units; None: estimated."""
     settings = METHODS[method] | ({"steps": steps} if steps else {})
-    first = pocs(y, measured)                            # its percentile is nearer the truth's than that of what a wedge leaves
-    scale = data.normalise(first, prior.mean, prior.std)[1]
     noise = estimate_noise(y, measured) if noise is None else noise
-    sigma = noise / scale.maximum / prior.std if method == "prior" else 0.0
-    device = next(prior.net.parameters()).device
-    network = lambda u: ((u / scale.maximum - prior.mean) / prior.std).to(device)
-    for i in range(samples):
-        x = restore_wedge(prior, network(y), measured.to(device), network(first), Generator().manual_seed(seed * 1_000_003 + i),
-                          sigma=sigma, tick=tick, **settings)
-        yield data.denormalise(x.cpu(), scale)
+    return draw_samples(prior, y, measured, pocs(y, measured), noise if method == "prior" else 0.0, settings,
+                        samples=samples, seed=seed, tick=tick)
+
+
+class Moments:
+    """Mean and standard deviation of samples that come one by one (Welford 1962)."""
+    def __init__(self):
+        self.count, self.mean, self.square = 0, 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        self.count += 1
+        delta = x - self.mean
+        self.mean = self.mean + delta / self.count
+        self.square = self.square + delta * (x - self.mean)
+
+    def std(self) -> Tensor:
+        return (self.square / (self.count - 1)).sqrt()
 
 
 # ---- The tasks ---------------------------------------------------------------------------------------------------------
 
-def wedge(args: argparse.Namespace, source: data.Map, prior: Prior) -> tuple[dict[str, Tensor], dict]:
-    """--task wedge: the maps to write, by the suffix of their names, and what to report.
+class Result(NamedTuple):
+    """What a task hands over; all maps (D, H, W) have the grid and the grey scale of the input."""
+    maps: dict[str, Tensor]                  # to write, by the suffix of their names; "" is the result
+    inputs: dict[str, Tensor]                # what each of them was before, for --mask
+    shown: dict[str, Tensor]                 # to score and draw, by name: the input, classical answers
+    report: dict
+    region: Tensor | None = None             # coefficients to score apart: those that the wedge misses
 
-    "" keeps every measured coefficient as it is; "_mean" is the posterior mean, where the measured ones lose their noise
-    too; "_std" is the spread of the samples. All have the grid and the grey scale of `source`.
-    """
-    y, report = source.density, {"method": args.method}
+
+def wedge(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> Result:
+    """--task wedge: "" keeps every measured coefficient as it is; "_mean" is the posterior mean, where the measured ones
+    lose their noise too; "_std" is the spread of the samples."""
+    source, = sources
+    y, report, measured_here = source.density, {}, measured_by(source, args)
     top = data.normalise(y, 0, 1)[1].maximum             # raises for dark protein
-    if args.method == "auto":
-        # The prior has seen densities sampled at its own voxel size; far coarser maps hold nothing that it knows.
-        coarse = max(source.voxel_size) > 2 * prior.voxel_size
-        report["method"] = "pocs" if coarse else "prior"
-        if coarse:
-            say(args, f"voxels of {max(source.voxel_size):g} Å hold no detail that this prior ({prior.voxel_size:g} Å) knows: POCS "
-                      "instead; --method prior to use it all the same")
-    measured_here = measured_by(source, args)
-    if report["method"] == "pocs":
-        return {"": pocs(y, measured_here)}, report
+    method = choose(args, source, prior, "pocs")
+    classical = pocs(y, measured_here)
+    shown = {"input": y, "POCS": classical}
+    if method == "pocs":
+        return Result({"": classical}, {"": y}, shown | {"restored": classical}, {"method": method}, ~measured_here)
 
     # The samples live on the prior's grid.
     work = data.resample(source, prior.voxel_size)
@@ -167,24 +251,208 @@ def wedge(args: argparse.Namespace, source: data.Map, prior: Prior) -> tuple[dic
         noise = estimate_noise(work.density, measured) / gain / top
     else:
         noise = estimate_noise(y, measured_here) / top
-    steps = args.steps or METHODS[report["method"]]["steps"]
-    report.update(noise=noise, noise_estimated=args.noise is None, steps=steps, box=list(shape))
-    say(args, f"{args.samples} sample(s) x {steps} steps x {math.prod(math.ceil(n / prior.box) for n in shape)} tile(s) of "
-              f"{prior.box}^3 on {args.device}; noise {noise:.3f} of the map's maximum" + " (estimated)" * (args.noise is None))
-    mean, square = torch.zeros(shape), torch.zeros(shape)
-    samples = wedge_samples(prior, work.density, measured, report["method"], samples=args.samples, seed=args.seed,
-                            noise=noise * top * gain, steps=steps, tick=Progress(args, args.samples * steps))
-    for i, sample in enumerate(samples):
-        delta = sample - mean                            # Welford's running mean and sum of squares
-        mean += delta / (i + 1)
-        square += delta * (sample - mean)
-    # The prior changes what its own grid can hold; finer detail of the input is filled in by POCS.
-    finer = pocs(y, measured_here)
-    posterior_mean = finer + data.fourier_resample(mean - data.fourier_resample(finer, shape), y.shape)
-    maps = {"": put_back(posterior_mean, y, measured_here), "_mean": posterior_mean}
+    steps = args.steps or METHODS[method]["steps"]
+    report = dict(method=method, noise=noise, noise_estimated=args.noise is None, steps=steps, box=list(shape))
+    say_work(args, prior, shape, args.samples, steps, f"noise {noise:.3f} of the map's maximum"
+             + " (estimated)" * (args.noise is None))
+    moments = Moments()
+    for sample in wedge_samples(prior, work.density, measured, method, samples=args.samples, seed=args.seed,
+                                noise=noise * top * gain, steps=steps, tick=Progress(args, args.samples * steps)):
+        moments.add(sample)
+    mean = on_grid_of(y, moments.mean, classical)
+    maps = {"": put_back(mean, y, measured_here), "_mean": mean}
     if args.samples > 1:
-        maps["_std"] = data.fourier_resample((square / (args.samples - 1)).sqrt(), y.shape).clamp(min=0)
-    return maps, report
+        maps["_std"] = data.fourier_resample(moments.std(), y.shape).clamp(min=0)
+    return Result(maps, {"": y, "_mean": y}, shown | {"restored": maps[""], "posterior mean": mean}, report, ~measured_here)
+
+
+def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> Result:
+    """--task denoise, anisotropic: each half map by itself, with its own seeds, so that their FSC stays fair; "" is their mean.
+
+    A single map needs --noise-from-fsc or --snr. "_std" is the spread of all samples of both halves.
+    """
+    here = sources[0].density.shape
+    if len(sources) == 2:
+        a, b = sources
+        if a.density.shape != b.density.shape or not np.allclose(a.voxel_size, b.voxel_size, rtol=1e-3):
+            raise ValueError(f"{tuple(a.density.shape)} voxels of {a.voxel_size[2]:g} Å, but {b.path} has "
+                             f"{tuple(b.density.shape)} of {b.voxel_size[2]:g} Å; half maps share one grid")
+        curve = fsc.fsc(a.density, b.density, convention="cryofm")[1:]
+        powers = [degrade.noise_power(a.density, b.density), degrade.noise_power(b.density, a.density)]
+    else:
+        curve = read_fsc(args.noise_from_fsc, here) if args.noise_from_fsc else torch.full((here[-1] // 2,), args.snr / (1 + args.snr))
+        powers = [degrade.noise_power_from_fsc(sources[0].density, curve)]
+    # No signal from the first shell on that the halves do not share: what is left of S = P_y - P is noise (RELION's rule, at 0.143).
+    shared = (curve >= 0.143).long().cumprod(0)
+    signal = torch.stack([degrade.radial_power(m.density) - P for m, P in zip(sources, powers)]).mean(0).clamp(min=0) * shared
+    grid = lambda power, m: power_on_grid(args, power, m)
+    average = torch.stack([m.density for m in sources]).mean(0)
+    noise_of_average = torch.stack(powers).sum(0) / len(powers) ** 2
+    classical = wiener(average, grid(noise_of_average, sources[0]), signal)
+    shown = {"input" if len(sources) == 1 else "average": average, "Wiener": classical, "Wiener, positive": classical.clamp(min=0)}
+    method = choose(args, sources[0], prior, "wiener")
+    resolution = float(fsc.resolution(torch.cat([curve.new_ones(1), curve]), sources[0].voxel_size[2], box=here[-1]))
+    report = dict(method=method, fsc_of_halves=curve.tolist(), resolution_0143=resolution)
+    if method == "wiener":
+        maps = {"": classical.clamp(min=0)}
+        return Result(maps, {"": average}, shown | {"restored": maps[""]}, report)
+
+    works = [data.resample(m, prior.voxel_size) for m in sources]
+    there = works[0].density.shape
+    N, gain = works[0].density.numel(), (works[0].density.numel() / average.numel()) ** 2      # of |F y|^2, by resampling
+    measured = below_nyquist(there, here)
+    settings = DENOISE[method] | ({"steps": args.steps} if args.steps else {})
+    report.update(steps=settings["steps"], box=list(there))
+    count = args.samples * len(sources)
+    say_work(args, prior, there, count, settings["steps"], f"FSC 0.143 at {resolution:.2f} Å")
+    tick, pooled, restored = Progress(args, count * settings["steps"]), Moments(), []
+    for i, (source, work, power) in enumerate(zip(sources, works, powers)):
+        P = grid(power * gain, work)
+        first = wiener(work.density, P, signal * gain).clamp(min=0)
+        moments = Moments()
+        for sample in draw_samples(prior, work.density, measured, first, (P / N).sqrt(), settings, samples=args.samples,
+                                   seed=args.seed + (i << 32), tick=tick):
+            moments.add(sample)
+            pooled.add(sample)
+        restored.append(on_grid_of(source.density, moments.mean, wiener(source.density, grid(power, source), signal)))
+    maps, inputs = {"": torch.stack(restored).mean(0)}, {"": average}
+    if len(sources) == 2:
+        maps |= {"_half1": restored[0], "_half2": restored[1]}
+        inputs |= {"_half1": sources[0].density, "_half2": sources[1].density}
+        # Not a gold standard: the halves share the prior, and what it adds to both correlates.
+        report["fsc_of_restored_halves"] = fsc.fsc(*restored, convention="cryofm")[1:].tolist()
+    if pooled.count > 1:
+        maps["_std"] = data.fourier_resample(pooled.std(), here).clamp(min=0)
+    return Result(maps, inputs, shown | {"restored": maps[""]}, report)
+
+
+def likelihood(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> Result:
+    """--task likelihood: log p of the map's density, clipped and divided by its 99.999 percentile, flow.py (6)-(8).
+
+    The map, padded with solvent, is taken for independent tiles of the prior's box. The map written holds each tile's
+    nats per voxel, the lower, the less expected.
+    """
+    source, = sources
+    work = data.resample(source, prior.voxel_size)
+    x, _ = data.normalise(work.density, prior.mean, prior.std)
+    count = [math.ceil(n / prior.box) for n in x.shape]
+    padded = torch.full([n * prior.box for n in count], -prior.mean / prior.std)
+    padded[tuple(map(slice, x.shape))] = x
+    corners = [tuple(prior.box * c for c in corner) for corner in itertools.product(*map(range, count))]
+    tiles = data.cut(padded, corners, prior.box)[:, None].to(args.device)
+    say(args, f"{len(tiles)} tile(s) of {prior.box}^3 on {args.device}, {args.probes} probes")
+    g, tick, results = Generator().manual_seed(args.seed), Progress(args, len(tiles)), []
+    for tile in tiles:
+        results.append(flow.log_likelihood(prior.net, tile[None], probes=args.probes, rtol=args.tolerance, atol=args.tolerance,
+                                           std=prior.std, return_error=True, generator=g))
+        tick()
+    nats, error = (torch.cat(part).cpu() for part in zip(*results))
+    voxels = prior.box ** 3
+    out = torch.empty_like(padded)
+    for (z, y, w), value in zip(corners, nats / voxels):
+        out[z:z + prior.box, y:y + prior.box, w:w + prior.box] = value
+    total, sd = float(nats.sum()), float(error.square().sum().sqrt())
+    say(args, f"log p = {total:.0f} +- {sd:.0f} nats ({len(tiles)} x {voxels} voxels), {total / len(tiles) / voxels:.4f} per voxel")
+    # Nearest neighbour back to the input's grid: a tile's value has no detail to keep.
+    back = [(torch.arange(n) * (m / n)).long() for n, m in zip(source.density.shape, x.shape)]
+    here = out[back[0][:, None, None], back[1][:, None], back[2]]
+    report = dict(method="likelihood", nats=total, standard_error=sd, nats_per_voxel=total / len(tiles) / voxels,
+                  tiles=nats.tolist(), corners=corners, box=list(padded.shape))
+    return Result({"": here}, {}, {"input": source.density}, report)
+
+
+def generate(args: argparse.Namespace, prior: Prior) -> None:
+    """--task generate: --samples densities of --box voxels a side from noise alone; OUT, OUT_2, ... and a contact sheet."""
+    box = args.box or prior.box
+    out = Path(args.out or "generate.mrc")
+    paths = [out.with_name(f"{stem(out)}{f'_{i + 1}' * (i > 0)}.mrc") for i in range(args.samples)]
+    refuse_existing(args, [*paths, out.with_name(stem(out) + ".json"), out.with_name(stem(out) + ".png")])
+    steps = args.steps or 50
+    begin, tick, shown = time.perf_counter(), Progress(args, args.samples * steps), {}
+    say_work(args, prior, (box,) * 3, args.samples, steps, args.solver)
+    for i, path in enumerate(paths):
+        g = Generator().manual_seed(args.seed * 1_000_003 + i)
+
+        def velocity(x, t):
+            if box == prior.box:                         # a crop as in training: neither rolled nor turned
+                with torch.no_grad(), flow.autocast(x.device):
+                    return prior.net(x[:, None], t)[:, 0]
+            return tiled_velocity(prior, x[0], float(t[0]), g)[None]
+
+        def ticking(range_of_steps):
+            for step in range_of_steps:
+                yield step
+                tick()
+        noise = torch.randn(1, box, box, box, generator=g).to(args.device)
+        x = flow.sample(velocity, noise, steps, args.solver, progress=ticking)[0].cpu()
+        density = x * prior.std + prior.mean             # 1 is the 99.999 percentile of a map
+        data.write_map(path, data.Map(density, prior.voxel_size), args.overwrite)
+        shown[f"{args.seed}, {i + 1}"] = density
+    write_report(args, out, shown, prior, begin, {"task": "generate", "steps": steps, "box": box, "solver": args.solver,
+                                                  "output": list(map(str, paths))})
+
+
+def choose(args: argparse.Namespace, source: data.Map, prior: Prior, classical: str) -> str:
+    """The method, and a word where "auto" is not the prior: far coarser maps than it has seen hold nothing that it knows."""
+    if args.method != "auto":
+        return args.method
+    if max(source.voxel_size) <= 2 * prior.voxel_size:
+        return "prior"
+    say(args, f"voxels of {max(source.voxel_size):g} Å hold no detail that this prior ({prior.voxel_size:g} Å) knows: "
+              f"{classical.upper() if classical == 'pocs' else classical.title()} instead; --method prior to use it all the same")
+    return classical
+
+
+def on_grid_of(y: Tensor, mean: Tensor, classical: Tensor) -> Tensor:
+    """The mean of samples on y's grid: the prior changes what its own grid can hold, finer detail is the classical answer's."""
+    return classical + data.fourier_resample(mean - data.fourier_resample(classical, mean.shape), y.shape)
+
+
+def power_on_grid(args: argparse.Namespace, power: Tensor, m: data.Map) -> Tensor:
+    """Noise power per shell -> per coefficient (D, H, W) of a map; for --task anisotropic by direction."""
+    shape = m.density.shape
+    if args.task != "anisotropic":
+        return degrade.on_grid(power, shape)
+    if args.orientations:
+        return degrade.anisotropic_noise_power(power, degrade.orientation_alpha(read_orientations(args.orientations), shape))
+    return degrade.anisotropic_noise_power(power, 1 + (args.alpha - 1) * ~measured_by(m, args))
+
+
+def read_fsc(path: str, shape) -> Tensor:
+    """Shells 1 .. W//2 of an FSC: the first curve of a .csv of fsc.py, or one number per line from shell 1 on."""
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    table = lines[0].startswith("shell,")
+    try:
+        curve = torch.tensor([float(line.split(",")[3] if table else line) for line in lines[2 if table else 0:]])
+    except (ValueError, IndexError):
+        raise ValueError(f"{path}: neither a .csv of fsc.py nor one FSC value per line") from None
+    if len(curve) != shape[-1] // 2 or not curve.isfinite().all():
+        raise ValueError(f"{path}: {len(curve)} shells; a box of {shape[-1]} needs shells 1 to {shape[-1] // 2}")
+    return curve.double()
+
+
+def read_orientations(path: str) -> Tensor:
+    """Particle rotations (P, 3, 3) from a RELION star file, or from lines of rot, tilt, psi in degrees."""
+    wanted, header, rows = ["_rlnAngleRot", "_rlnAngleTilt", "_rlnAnglePsi"], [], []
+    for line in Path(path).read_text().splitlines():
+        words = line.split()
+        if words and words[0].startswith(("data_", "loop_")):
+            if rows and set(wanted) <= set(header):
+                break                                    # the table after the one with the angles
+            header, rows = [], []
+        elif words and words[0].startswith("_"):
+            header.append(words[0])
+        elif words and not words[0].startswith("#"):
+            rows.append(words)
+    try:
+        columns = [header.index(name) for name in wanted] if header else range(3)
+        angles = torch.tensor([[float(row[c]) for c in columns] for row in rows]).double()
+    except (ValueError, IndexError):
+        raise ValueError(f"{path}: neither a RELION star file with {', '.join(wanted)} nor lines of rot, tilt, psi") from None
+    if not len(angles):
+        raise ValueError(f"{path}: no orientations in it")
+    turn = data.axis_rotation                            # R = Rz(rot) Ry(tilt) Rz(psi) takes image to volume frame
+    return torch.from_numpy(np.stack([turn(2, rot) @ turn(1, tilt) @ turn(2, psi) for rot, tilt, psi in angles.tolist()]))
 
 
 def measured_by(m: data.Map, args: argparse.Namespace) -> Tensor:
@@ -219,6 +487,11 @@ def say(args: argparse.Namespace, text: str) -> None:
         print(text, flush=True)
 
 
+def say_work(args: argparse.Namespace, prior: Prior, shape, samples: int, steps: int, more: str) -> None:
+    say(args, f"{samples} sample(s) x {steps} steps x {math.prod(math.ceil(n / prior.box) for n in shape)} tile(s) of "
+              f"{prior.box}^3 on {args.device}; {more}")
+
+
 class Progress:
     """Called once a step: prints how far the run is and how long it will take, every few seconds."""
     def __init__(self, args: argparse.Namespace, total: int):
@@ -234,11 +507,17 @@ class Progress:
             say(self.args, f"  step {self.done}/{self.total}  {now - self.begin:.0f} s  ETA {left:.0f} s")
 
 
-def score(maps: dict[str, Tensor], truth: Tensor, missing: Tensor) -> dict[str, dict]:
-    """FSC of each map with the truth, and FSC_AUC, over all coefficients and over the missing ones alone."""
-    curves = {name: {"whole": fsc.fsc(x, truth), "missing": fsc.fsc(x, truth, missing)} for name, x in maps.items()}
-    return {name: {"auc": float(fsc.auc(c["whole"])), "auc_missing": float(fsc.auc(c["missing"])),
-                   **{k: curve.tolist() for k, curve in c.items()}} for name, c in curves.items()}
+def score(maps: dict[str, Tensor], truth: Tensor, region: Tensor | None, voxel_size: float) -> dict[str, dict]:
+    """FSC of each map with the truth: curve, FSC_AUC, FSC_0.5 in Å; over all coefficients and over those of a region."""
+    scores = {}
+    for name, x in maps.items():
+        whole = fsc.fsc(x, truth)
+        scores[name] = {"auc": float(fsc.auc(whole)), "fsc_05": float(fsc.resolution(whole, voxel_size, 0.5, box=min(truth.shape))),
+                        "whole": whole.tolist()}
+        if region is not None:
+            missing = fsc.fsc(x, truth, region)
+            scores[name] |= {"auc_missing": float(fsc.auc(missing)), "missing": missing.tolist()}
+    return scores
 
 
 def draw(path: Path, maps: dict[str, Tensor], scores: dict[str, dict], voxel_size: float, across: int) -> None:
@@ -249,19 +528,26 @@ def draw(path: Path, maps: dict[str, Tensor], scores: dict[str, dict], voxel_siz
     columns = -(-panels // rows)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    high = float(torch.quantile(maps["restored"].flatten()[::7][:10 ** 7], 0.9995))
+    high = lambda x: float(torch.quantile(x.flatten()[::7][:10 ** 7], 0.9995))
+    top = high(maps["restored"]) if "restored" in maps else max(map(high, maps.values()))
     for ax, (name, x) in zip(axes, maps.items()):
-        ax.imshow(x.select(across, x.shape[across] // 2).numpy(), cmap="gray_r", vmin=-0.15 * high, vmax=high, origin="lower")
+        ax.imshow(x.select(across, x.shape[across] // 2).numpy(), cmap="gray_r", vmin=-0.15 * top, vmax=top, origin="lower")
         ax.set_title(name)
         ax.set_axis_off()
     if scores:
-        n = len(scores["restored"]["missing"])
+        part = "missing" if "missing" in scores["restored"] else "whole"
+        n = len(scores["restored"]["whole"])
         frequency = [k / (2 * (n - 1)) / voxel_size for k in range(n)]
         for i, (name, values) in enumerate(scores.items()):
-            axes[-1].plot(frequency, values["missing"], color=f"C{i}", label=f"{name} {values['auc_missing']:.2f}")
-            axes[-1].plot(frequency, values["whole"], color=f"C{i}", lw=0.8, ls="--")
-        axes[-1].set(title="FSC: missing wedge (-), whole (--)", xlabel="1/Å", ylim=(-0.1, 1.02), xlim=(0, frequency[-1]))
+            auc = values["auc_missing" if part == "missing" else "auc"]
+            axes[-1].plot(frequency, values[part], color=f"C{i}", label=f"{name} {auc:.2f}")
+            if part == "missing":
+                axes[-1].plot(frequency, values["whole"], color=f"C{i}", lw=0.8, ls="--")
+        axes[-1].set(title="FSC: missing wedge (-), whole (--)" if part == "missing" else "FSC with the truth", xlabel="1/Å",
+                     ylim=(-0.1, 1.02), xlim=(0, frequency[-1]))
         axes[-1].legend(frameon=False, fontsize=8)
+    for ax in axes[panels:]:
+        ax.set_axis_off()
     figure.savefig(path, dpi=110, format="png")
 
 
@@ -273,23 +559,35 @@ def write_text(path: Path, text: str) -> None:
 
 # ---- The program -------------------------------------------------------------------------------------------------------
 
-TASKS = {"wedge": wedge}
+TASKS = {"wedge": wedge, "denoise": denoise, "anisotropic": denoise, "likelihood": likelihood, "generate": generate}
+HELP = """wedge: fill in what a limited tilt range left out; denoise: two half maps, or one map with --noise-from-fsc or --snr;
+anisotropic: the same where the noise differs between directions (--alpha with --tilt-range, or --orientations); generate: densities
+from nothing; likelihood: log p of maps"""
 
 
 def parse(argv=None) -> argparse.Namespace:
     cli = argparse.ArgumentParser(description="Restore maps with a trained prior. Writes IN_TASK.mrc, and beside it .json and .png.")
-    cli.add_argument("maps", nargs="+", metavar="IN", help="maps (.mrc, .map, .ccp4, also .gz or .bz2), or folders of them")
-    cli.add_argument("--task", choices=TASKS, default="wedge", help="wedge: fill in what a limited tilt range left out")
+    cli.add_argument("maps", nargs="*", metavar="IN", help="maps (.mrc, .map, .ccp4, also .gz or .bz2), or folders of them")
+    cli.add_argument("--task", choices=TASKS, default="wedge", help=HELP)
     cli.add_argument("-o", "--out", metavar="OUT", help="the map to write, or a folder (default: IN_TASK.mrc beside IN)")
     cli.add_argument("--tilt-range", nargs=2, type=float, default=(-60, 60), metavar=("MIN", "MAX"), help="degrees (default: -60 60)")
     cli.add_argument("--tilt-axis", choices="xyz", default="y", help="the beam is along z (for axis z: along x)")
-    cli.add_argument("--method", choices=("auto", "prior", "paper", "pocs"), default="auto",
-                     help="prior: the best we know; paper: Algorithm 2 as printed; pocs: non-negativity, no network; auto: prior, or "
-                          "pocs where the voxels are too coarse for it")
-    cli.add_argument("--steps", type=int, help="of the sampler (default: 20; with --method paper 200)")
+    cli.add_argument("--method", choices=("auto", "prior", "paper", "pocs", "wiener"), default="auto",
+                     help="prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise): no network; "
+                          "auto: prior, or those where the voxels are too coarse for it")
+    cli.add_argument("--steps", type=int, help="of the sampler (default: 20; with --method paper 200; generate: 50)")
     cli.add_argument("--samples", type=int, default=4, help="posterior samples; their mean is the result, their spread IN_TASK_std.mrc")
-    cli.add_argument("--noise", type=float, help="standard deviation of the noise in IN, as a fraction of the map's maximum "
+    cli.add_argument("--noise", type=float, help="wedge: standard deviation of the noise in IN, as a fraction of the map's maximum "
                                                  "(its 99.999 percentile; default: estimated)")
+    cli.add_argument("--noise-from-fsc", metavar="FSC", help="denoise one map: the FSC of its halves, a .csv of fsc.py")
+    cli.add_argument("--snr", type=float, help="denoise one map: signal power over noise power in every shell")
+    cli.add_argument("--alpha", type=float, default=50, help="anisotropic: noise power outside of --tilt-range, relative to inside")
+    cli.add_argument("--orientations", metavar="FILE", help="anisotropic: particle orientations, .star or lines of rot tilt psi")
+    cli.add_argument("--mask", metavar="MAP", help="0 to 1: where to change the map; elsewhere the input is kept")
+    cli.add_argument("--box", type=int, help="generate: voxels per side (default: the prior's)")
+    cli.add_argument("--solver", choices=flow.SOLVERS, default="heun", help="generate")
+    cli.add_argument("--probes", type=int, default=4, help="likelihood: random vectors of Hutchinson's estimator")
+    cli.add_argument("--tolerance", type=float, default=1e-3, help="likelihood: of the ODE, relative and absolute")
     cli.add_argument("--truth", metavar="MAP", help="compare with this map (default: IN's name and _truth, if there is one)")
     cli.add_argument("--voxel-size", type=float, metavar="Å", help="instead of the header's")
     cli.add_argument("--ckpt", default=str(Path(__file__).parent / "weights" / "hdit_tiny.pt"), help="the prior (checkpoint.py)")
@@ -302,10 +600,19 @@ def parse(argv=None) -> argparse.Namespace:
         raise ValueError(f"--steps {args.steps} and --samples {args.samples} must be at least 1")
     if args.noise is not None and not 0 <= args.noise < 10:
         raise ValueError(f"--noise {args.noise}: a fraction of the map's maximum, 0 or more")
-    if args.voxel_size is not None and not 0 < args.voxel_size < math.inf:
-        raise ValueError(f"--voxel-size {args.voxel_size:g}: want a positive number of Å")
+    for name in ("voxel_size", "snr", "alpha", "tolerance"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: want a positive number" + " of Å" * (name == "voxel_size"))
     if not 0 <= args.seed < 2 ** 32:
         raise ValueError(f"--seed {args.seed}: want 0 to 2^32 - 1")
+    if args.method in ("pocs", "wiener") and args.method != ("pocs" if args.task == "wedge" else "wiener"):
+        raise ValueError(f"--method {args.method} is no answer to --task {args.task}")
+    count, halves = len(args.maps), args.task in ("denoise", "anisotropic")
+    one = halves and (args.snr or args.noise_from_fsc)
+    if count != 0 if args.task == "generate" else count != (1 if one else 2) if halves else count == 0:
+        wants = {"generate": "no input", "denoise": "two half maps", "anisotropic": "two half maps"}.get(args.task, "a map or more")
+        raise ValueError(f"--task {args.task} wants {wants}{', or one map with --noise-from-fsc or --snr' * halves}; {count} given")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -323,81 +630,109 @@ def stem(path: Path) -> str:
     return name
 
 
-def inputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
-    """Every (input, output) of the command line. Raises ValueError if two inputs would share one output."""
+def inputs(args: argparse.Namespace) -> list[tuple[list[Path], Path]]:
+    """Every (maps of one run, output) of the command line. Raises ValueError if two runs would share one output."""
     readable = tuple(end + packing for end in data.SUFFIXES for packing in ("", ".gz", ".bz2"))
-    paths = []
-    ours = (f"_{args.task}", f"_{args.task}_mean", f"_{args.task}_std", "_truth")     # what a folder may hold beside inputs
-    for path in map(Path, args.maps):
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(readable) and not stem(p).endswith(ours))
-        if not inside:
-            raise ValueError(f"{path}: no map ({', '.join(data.SUFFIXES)}) in this folder")
-        paths += inside
+    groups = []
+    if args.task in ("denoise", "anisotropic"):
+        groups = [list(map(Path, args.maps))]
+    else:
+        ours = (f"_{args.task}", f"_{args.task}_mean", f"_{args.task}_std", "_truth")     # what a folder may hold beside inputs
+        for path in map(Path, args.maps):
+            inside = [path]
+            if path.is_dir():
+                inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(readable) and not stem(p).endswith(ours))
+            if not inside:
+                raise ValueError(f"{path}: no map ({', '.join(data.SUFFIXES)}) in this folder")
+            groups += [[p] for p in inside]
     out = Path(args.out) if args.out else None
-    if out and len(paths) > 1 and not out.is_dir():
-        raise ValueError(f"-o {out}: for {len(paths)} inputs give an existing folder")
-    pairs = [(p, out if out and not out.is_dir() else (out or p.parent) / f"{stem(p)}_{args.task}.mrc") for p in paths]
+    if out and len(groups) > 1 and not out.is_dir():
+        raise ValueError(f"-o {out}: for {len(groups)} inputs give an existing folder")
+    pairs = [(g, out if out and not out.is_dir() else (out or g[0].parent) / f"{stem(g[0])}_{args.task}.mrc") for g in groups]
     if len({o for _, o in pairs}) < len(pairs):
         raise ValueError("two inputs have the same name and would overwrite one output; run them apart")
     return pairs
 
 
-def restore(path: Path, out: Path, prior: Prior, args: argparse.Namespace) -> None:
-    """One input: read, restore, compare, write."""
-    side = {end: out.with_name(stem(out) + end) for end in ("_mean.mrc", "_std.mrc", ".json", ".png")}
-    for p in (out, *side.values()):
-        if p.exists() and path.exists() and p.samefile(path):
+def refuse_existing(args: argparse.Namespace, outputs: list[Path], sources: list[Path] = ()) -> None:
+    for p in outputs:
+        if p.exists() and any(path.exists() and p.samefile(path) for path in sources):
             raise ValueError(f"{p}: is the input, never overwritten; give another name with -o")
         if p.exists() and not args.overwrite:
             raise ValueError(f"{p}: exists; give another name with -o, or --overwrite")
-    begin = time.perf_counter()
-    source = data.read_map(path, args.voxel_size)
+
+
+def restore(paths: list[Path], out: Path, prior: Prior, args: argparse.Namespace) -> None:
+    """One run: read, restore, compare, write."""
+    ends = ("_mean.mrc", "_std.mrc", "_half1.mrc", "_half2.mrc", ".json", ".png")
+    side = {end: out.with_name(stem(out) + end) for end in ends}
+    path, begin = paths[0], time.perf_counter()
+    refuse_existing(args, [out, *side.values()], paths)
+    sources = [data.read_map(p, args.voxel_size) for p in paths]
+    source, shape = sources[0], sources[0].density.shape
+
+    def read_beside(name):
+        m = data.read_map(name, args.voxel_size).density
+        if m.shape != shape:
+            raise ValueError(f"{name}: {tuple(m.shape)} voxels, but {path} has {tuple(shape)}")
+        return m
     truth_path = Path(args.truth) if args.truth else path.with_name(f"{stem(path)}_truth.mrc")
-    truth = data.read_map(truth_path, args.voxel_size) if args.truth or truth_path.exists() else None
-    if truth is not None and truth.density.shape != source.density.shape:
-        raise ValueError(f"{truth_path}: {tuple(truth.density.shape)} voxels, but {path} has {tuple(source.density.shape)}")
-    say(args, f"{path}: {' x '.join(map(str, source.density.shape))} voxels of {source.voxel_size[2]:g} Å")
+    truth = read_beside(truth_path) if args.truth or truth_path.exists() else None
+    mask = read_beside(args.mask) if args.mask else None
+    if mask is not None and not 0 <= float(mask.min()) <= float(mask.max()) <= 1:
+        raise ValueError(f"{args.mask}: a mask is 0 to 1, this map {float(mask.min()):g} to {float(mask.max()):g}")
+    say(args, f"{' '.join(map(str, paths))}: {' x '.join(map(str, shape))} voxels of {source.voxel_size[2]:g} Å")
 
     try:
-        maps, report = TASKS[args.task](args, source, prior)
+        maps, before, shown, report, region = TASKS[args.task](args, sources, prior)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if mask is not None:
+        maps = {end: mask * x + (1 - mask) * before[end] if end in before else mask * x for end, x in maps.items()}
+        shown |= {"restored": maps[""]}
 
-    measured = measured_by(source, args)
-    shown, scores = {"input": source.density, "POCS": pocs(source.density, measured), "restored": maps[""]}, {}
-    if "_mean" in maps:
-        shown["posterior mean"] = maps["_mean"]
+    scores = {}
     if truth is not None:
-        scores = score(shown, truth.density, ~measured)
-        say(args, f"FSC_AUC with {truth_path.name}     whole   missing wedge\n" + "\n".join(
-            f"  {name:24} {v['auc']:8.3f} {v['auc_missing']:12.3f}" for name, v in scores.items()))
-        shown["truth"] = truth.density
+        scores = score(shown, truth, region, source.voxel_size[2])
+        missing = region is not None
+        say(args, f"with {truth_path.name:24} FSC_AUC  FSC_0.5" + "  FSC_AUC in the missing wedge" * missing)
+        for name, v in scores.items():
+            say(args, f"  {name:27} {v['auc']:8.3f} {v['fsc_05']:6.2f} Å" + (f"{v['auc_missing']:8.3f}" if missing else ""))
+        shown["truth"] = truth
     for end, density in maps.items():
         data.write_map(side[f"{end}.mrc"] if end else out, replace(source, density=density), args.overwrite)
-    report = {"command": sys.argv, "input": str(path), "output": str(out), "settings": vars(args), **report, "fsc": scores,
-              "voxel_size": source.voxel_size, "checkpoint_sha256": prior.sha256, "seconds": time.perf_counter() - begin,
-              "torch": torch.__version__, "python": platform.python_version()}
+    write_report(args, out, shown, prior, begin, {"input": [str(p) for p in paths], "output": str(out), **report,
+                                                  "voxel_size": source.voxel_size, "fsc": scores})
+
+
+def write_report(args: argparse.Namespace, out: Path, shown: dict[str, Tensor], prior: Prior, begin: float, report: dict) -> None:
+    """The .json and the picture beside `out`."""
+    settings = {"command": sys.argv, "settings": vars(args), "checkpoint_sha256": prior.sha256, "torch": torch.__version__,
+                "python": platform.python_version(), "seconds": time.perf_counter() - begin}
     finite = lambda v: ({k: finite(x) for k, x in v.items()} if isinstance(v, dict) else [finite(x) for x in v]
                         if isinstance(v, (list, tuple)) else None if isinstance(v, float) and v != v else v)
-    write_text(side[".json"], json.dumps(finite(report), indent=1) + "\n")
+    json_path, picture = (out.with_name(stem(out) + end) for end in (".json", ".png"))
+    write_text(json_path, json.dumps(finite(settings | report), indent=1) + "\n")
+    voxel_size = min(report.get("voxel_size", (prior.voxel_size,)))
     try:
-        draw(side[".png"], shown, scores, min(source.voxel_size), "zyx".index(args.tilt_axis))
-        written = [out.name, side[".json"].name, side[".png"].name]
+        draw(picture, shown, report.get("fsc", {}), voxel_size, "zyx".index(args.tilt_axis))
+        written = [out.name, json_path.name, picture.name]
     except ImportError:
-        written = [out.name, side[".json"].name, "no picture (pip install matplotlib)"]
+        written = [out.name, json_path.name, "no picture (pip install matplotlib)"]
     say(args, f"wrote {out.parent}/: {', '.join(written)}  ({time.perf_counter() - begin:.0f} s)")
 
 
 def main(argv=None) -> int:
     args = parse(argv)
     prior = checkpoint.load(args.ckpt, kind="hdit", device=args.device)
+    if args.task == "generate":
+        generate(args, prior)
+        return 0
     failed = 0
     pairs = inputs(args)
-    for path, out in pairs:
+    for paths, out in pairs:
         try:
-            restore(path, out, prior, args)
+            restore(paths, out, prior, args)
         except (ValueError, OSError) as error:
             if len(pairs) == 1:
                 raise

@@ -62,7 +62,7 @@ def test_put_back_takes_measured_coefficients_from_y_and_all_others_from_x(shape
     once = sampling.put_back(x, y, measured)
     assert close(fft(once), torch.where(measured, fft(y), fft(x)))
     assert close(sampling.put_back(once, y, measured), once)
-    assert close(fft(sampling.put_back(x, y, measured, 0.25)), torch.where(measured, 0.75 * fft(x) + 0.25 * fft(y), fft(x)))
+    assert close(fft(sampling.put_back(x, y, 0.25 * measured)), torch.where(measured, 0.75 * fft(x) + 0.25 * fft(y), fft(x)))
 
 
 def test_pocs_equals_50_iterations_of_the_oracle_inside_its_support():
@@ -141,7 +141,7 @@ def test_algorithm_2_goes_through_the_states_of_the_reference(monkeypatch):
     y = (f["y_wedge"] - f["z_mean"].float()) / f["z_std"].float()
     measured = wedge((8, 8, 8), tilt_axis="z")
     assert torch.equal(measured, torch.fft.ifftshift(f["mask"]))
-    last = sampling.restore_wedge(stub(None, 8), y, measured, torch.zeros_like(y), rng(), steps=20, t_start=1.0, sigma=0.0,
+    last = sampling.sample_posterior(stub(None, 8), y, measured, torch.zeros_like(y), rng(), steps=20, t_start=1.0, sigma=0.0,
                                   fresh_noise=False, inner=0)
     assert close(torch.stack(states[1:] + [last]), f["inpaint_x"])
 
@@ -161,7 +161,7 @@ def gaussian_prior(monkeypatch):
 
 
 def gaussian_samples(y, measured, n, **settings):
-    sample = lambda g: sampling.restore_wedge(stub(None, 8), y, measured, y, g, steps=40, t_start=1.0, inner=0, **settings)
+    sample = lambda g: sampling.sample_posterior(stub(None, 8), y, measured, y, g, steps=40, t_start=1.0, inner=0, **settings)
     return torch.stack([sample(g) for g in map(rng, range(n))])
 
 
@@ -191,6 +191,55 @@ def test_the_posterior_mean_takes_noise_out_of_the_measured_coefficients(monkeyp
     wiener = mean + filtered(y - mean, power / (power + sigma ** 2))            # the exact posterior mean
     restored = gaussian_samples(y, measured, 24, fresh_noise=fresh_noise, sigma=sigma).mean(0)
     assert error(restored) < 1.6 * error(wiener) < 0.75 * error(y)
+
+
+@pytest.mark.parametrize("operator_noise", [False, True])
+def test_algorithm_1_goes_through_the_states_of_the_reference(monkeypatch, operator_noise):
+    f, states = fixture("parity/posterior_sampling.npz"), []
+    roll = lambda x: torch.fft.ifftshift(x)                     # the reference's middle voxel and frequency, to ours
+
+    def velocity(prior, x, t, *_):
+        states.append(x.detach())
+        return 0.8 * x - 1.5 * torch.tanh(x) * (1 - t) + 0.3 * t
+
+    drawn = iter([roll(f["x1"]), *map(roll, f["op_noise"])])
+    monkeypatch.setattr(sampling, "tiled_velocity", velocity)
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: next(drawn))
+    y = roll((f["y_noisy"] - f["z_mean"].float()) / f["z_std"].float())
+    sigma = (roll(f["noise_power"]) / 512).sqrt() / f["z_std"].float()
+    last = sampling.algorithm_1(stub(None, 8), y, torch.ones(8, 8, 8, dtype=bool), rng(), steps=20, sigma=sigma,
+                                operator_noise=operator_noise)
+    wanted = f["denoise_with_op_noise_x" if operator_noise else "denoise_no_op_noise_x"]
+    assert close(torch.stack(states[1:] + [last]), torch.stack(list(map(roll, wanted))), 1e-4)      # 20 normalised gradients
+
+
+def test_the_weight_of_the_observation_does_not_depend_on_the_steps_where_asked(monkeypatch):
+    monkeypatch.setattr(sampling, "tiled_velocity", lambda prior, x, t, g: 0 * x)
+    y, everywhere = random((8, 8, 8), 3), torch.ones(8, 8, 8, dtype=bool)
+    sample = lambda **kw: sampling.algorithm_1(stub(None, 8), y, everywhere, rng(), sigma=torch.tensor(9.0), lambda_max=0.01, **kw)
+    moved = lambda steps, per_time: float((sample(steps=steps, per_time=per_time) - random((8, 8, 8))).norm())
+    assert moved(50, True) == pytest.approx(moved(200, True), rel=0.05)         # 0.01 is always the lesser: 2 in all
+    assert moved(200, False) == pytest.approx(4 * moved(50, False), rel=0.05)   # the paper's
+
+
+def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
+    shape = (8, 8, 8)
+    signal, noise = torch.tensor([9.0, 4.0, 2.0, 0.0]), torch.tensor([1.0, 4.0, 0.5, 2.0])     # per shell
+    y, shell = random(shape), degrade.noise_shells(shape).clamp(max=3)
+    assert close(sampling.wiener(y, noise, signal), filtered(y, torch.tensor([0.9, 0.5, 0.8, 0.0])[shell]))
+    assert close(sampling.wiener(y, noise[shell], signal), sampling.wiener(y, noise, signal))
+
+
+def test_trust_in_a_coefficient_follows_its_noise(monkeypatch):
+    mean, power = gaussian_prior(monkeypatch)
+    truth, everywhere = mean + filtered(random((8, 8, 8), 5), power.sqrt()), torch.ones(8, 8, 8, dtype=bool)
+    sigma = torch.where(wedge((8, 8, 8)), 0.3, 3.0)
+    y = truth + filtered(random((8, 8, 8), 6), sigma)
+    error = lambda x: float(fft(x - truth).abs().square().sum())
+    exact = mean + filtered(y - mean, power / (power + sigma ** 2))
+    anisotropic = gaussian_samples(y, everywhere, 24, sigma=sigma).mean(0)
+    isotropic = gaussian_samples(y, everywhere, 24, sigma=sigma.square().mean().sqrt()).mean(0)
+    assert error(anisotropic) < 1.6 * error(exact) and error(anisotropic) < 0.7 * error(isotropic)
 
 
 # ---- The noise -------------------------------------------------------------------------------------------------------------
@@ -291,10 +340,10 @@ def test_a_restored_map_is_the_input_with_its_wedge_filled(tmp_path, run, capsys
     assert report["settings"]["tilt_range"] == [-50, 60] and report["settings"]["seed"] == 0 and report["steps"] == 2
     assert report["torch"] == torch.__version__ and report["python"] and report["seconds"] > 0
     assert report["checkpoint_sha256"] == checkpoint.load(report["settings"]["ckpt"]).sha256
-    rows = [line.split() for line in capsys.readouterr().out.split("FSC_AUC")[1].splitlines()]
+    rows = [line.split() for line in capsys.readouterr().out.split("missing wedge\n")[1].splitlines()]
     assert {"input", "POCS", "restored"} <= set(report["fsc"])
     for label, scores in report["fsc"].items():
-        assert [*label.split(), f"{scores['auc']:.3f}", f"{scores['auc_missing']:.3f}"] in rows
+        assert [*label.split(), f"{scores['auc']:.3f}", f"{scores['fsc_05']:.2f}", "Å", f"{scores['auc_missing']:.3f}"] in rows
     if len(set(voxel_size)) == 1:
         for key, region in (("auc", None), ("auc_missing", ~measured)):
             wanted = float(fsc.auc(fsc.fsc(values(out), truth, region)))
@@ -472,6 +521,128 @@ def test_bad_input_gets_one_clear_line_and_leaves_no_file(tmp_path, small, run, 
 def test_the_flag_that_supplies_a_voxel_size_mends_a_header_without_one(tmp_path, small, run):
     run(edited(tmp_path, cella=(0, 0, 0)), "--voxel-size", 1.5, "--method", "pocs")
     assert data.read_map(tmp_path / "bad_wedge.mrc").voxel_size == pytest.approx((1.5, 1.5, 1.5))
+
+
+# ---- Half maps, masks, generation, likelihood ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def halves(tmp_path):
+    """Two half maps of 16^3 voxels of 1.5 Å, and their truth."""
+    truth = molecule((16, 16, 16))
+    for i in (1, 2):
+        write_mrc(tmp_path / f"half{i}.mrc", truth + 0.1 * random(truth.shape, i))
+    write_mrc(tmp_path / "half1_truth.mrc", truth)
+    return tmp_path / "half1.mrc", tmp_path / "half2.mrc"
+
+
+def test_half_maps_are_restored_apart_and_their_mean_is_the_result(tmp_path, run, halves):
+    run("--task", "denoise", *halves)
+    out = {end: values(tmp_path / f"half1_denoise{end}.mrc") for end in ("", "_half1", "_half2")}
+    assert close((out["_half1"] + out["_half2"]) / 2, out[""])
+    a, b = (values(half) for half in halves)
+    prior = checkpoint.load(json.loads((tmp_path / "half1_denoise.json").read_text())["settings"]["ckpt"])
+    power, curve = degrade.noise_power(b, a), fsc.fsc(a, b, convention="cryofm")[1:]
+    signal = (degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power).clamp(min=0) / 2
+    first = sampling.wiener(b, power, signal * (curve >= 0.143).long().cumprod(0)).clamp(min=0)
+    sigma = (degrade.on_grid(power, b.shape) / b.numel()).sqrt()
+    second = sampling.draw_samples(prior, b, torch.ones(b.shape, dtype=bool), first, sigma,
+                                   sampling.DENOISE["prior"] | {"steps": 2}, samples=2, seed=1 << 32)
+    assert close(torch.stack(list(second)).mean(0), out["_half2"], 1e-4)        # nothing of half 1 but its share of the FSC
+
+
+def test_one_map_is_denoised_by_a_curve_from_fsc_py_or_by_a_ratio(tmp_path, run, halves):
+    half = halves[0]
+    rows = "".join(f"{k},{k / 24},{24 / max(k, 1)},0.5,0.1\n" for k in range(9))
+    (tmp_path / "curve.csv").write_text("shell,per_angstrom,angstrom,fsc,other\n" + rows)
+    run("--task", "denoise", half, "--noise-from-fsc", tmp_path / "curve.csv", "-o", tmp_path / "a.mrc")
+    run("--task", "denoise", half, "--snr", 1, "-o", tmp_path / "b.mrc")        # FSC 0.5
+    assert torch.equal(values(tmp_path / "a.mrc"), values(tmp_path / "b.mrc"))
+    run("--task", "denoise", half, "--snr", 9, "-o", tmp_path / "c.mrc")
+    difference = lambda name: float((values(tmp_path / name) - values(half)).square().sum())
+    assert difference("c.mrc") < difference("b.mrc")                            # less noise, nearer to the input
+
+
+def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(tmp_path, run, halves):
+    angles = [(30.0 * i, 90.0, 5.0 * i) for i in range(12)]                     # side views only: kz is seen by all
+    (tmp_path / "angles.txt").write_text("# rot tilt psi\n" + "".join("{} {} {}\n".format(*a) for a in angles))
+    (tmp_path / "particles.star").write_text(
+        "data_optics\n\nloop_\n_rlnVoltage #1\n300\n\ndata_particles\n\nloop_\n_rlnAnglePsi #1\n_rlnAngleTilt #2\n_rlnImageName #3\n"
+        "_rlnAngleRot #4\n" + "".join(f"{psi} {tilt} 1@a.mrcs {rot}\n" for rot, tilt, psi in angles) + "\ndata_other\n\n_rlnX 5\n")
+    R = sampling.read_orientations(tmp_path / "angles.txt")
+    assert torch.equal(R, sampling.read_orientations(tmp_path / "particles.star"))
+    for (rot, tilt, psi), r in zip(np.deg2rad(angles), R.numpy()):              # the beam, and handedness
+        np.testing.assert_allclose(r[:, 2], (np.cos(rot) * np.sin(tilt), np.sin(rot) * np.sin(tilt), np.cos(tilt)), atol=1e-12)
+        assert np.linalg.det(r) == pytest.approx(1) and (r.T @ r)[2, :2] == pytest.approx(0)
+    for i, flags in enumerate((("--tilt-range", -45, 45), ("--orientations", tmp_path / "angles.txt"), ("--alpha", 1))):
+        run("--task", "anisotropic", *halves, "-o", tmp_path / f"{i}.mrc", *flags)
+    run("--task", "denoise", *halves, "-o", tmp_path / "same.mrc")
+    assert close(values(tmp_path / "2.mrc"), values(tmp_path / "same.mrc"), 1e-4)          # alpha 1 is isotropic
+    assert not close(values(tmp_path / "0.mrc"), values(tmp_path / "2.mrc"), 1e-2)
+    assert not close(values(tmp_path / "1.mrc"), values(tmp_path / "0.mrc"), 1e-2)
+
+
+def test_outside_of_a_mask_the_input_is_kept(tmp_path, small, run, halves):
+    mask = torch.zeros(16, 16, 16)
+    mask[4:12], mask[3] = 1, 0.5
+    write_mrc(tmp_path / "mask.mrc", mask)
+    for task, files, before in (("wedge", [small], values(small)), ("denoise", halves, sum(map(values, halves)) / 2)):
+        run("--task", task, *files, "-o", tmp_path / "all.mrc", "--overwrite")
+        run("--task", task, *files, "-o", tmp_path / "masked.mrc", "--mask", tmp_path / "mask.mrc", "--overwrite")
+        full, masked = values(tmp_path / "all.mrc"), values(tmp_path / "masked.mrc")
+        assert torch.equal(masked[12:], before[12:]) and torch.equal(masked[4:12], full[4:12])
+        assert close(masked[3], (before[3] + full[3]) / 2)
+
+
+@pytest.mark.parametrize("box", [16, 24])
+def test_generated_maps_depend_on_seed_and_number_alone(tmp_path, run, monkeypatch, box):
+    monkeypatch.chdir(tmp_path)
+    run("--task", "generate", "--samples", 2, "--box", box, "--seed", 5)
+    run("--task", "generate", "--samples", 1, "--box", box, "--seed", 5, "-o", "again.mrc")
+    run("--task", "generate", "--samples", 1, "--box", box, "--seed", 6, "-o", "other.mrc")
+    first = values("generate.mrc")
+    assert first.shape == (box,) * 3 and mrcfile.validate("generate.mrc") and torch.equal(first, values("again.mrc"))
+    assert not close(first, values("generate_2.mrc"), 0.1) and not close(first, values("other.mrc"), 0.1)
+    report = json.loads(Path("generate.json").read_text())
+    assert report["output"] == ["generate.mrc", "generate_2.mrc"] and report["steps"] == 2
+
+
+def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise(tmp_path, run):
+    net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4))        # v = 0: p_0 is p_1
+    checkpoint.save(tmp_path / "zero.pt", net, voxel_size=1.5, box=16, mean=0.04, std=0.09)
+    truth = molecule((16, 20, 16))
+    source = write_mrc(tmp_path / "in.mrc", 7 * truth)                          # its scale does not matter
+    run("--task", "likelihood", source, "--ckpt", tmp_path / "zero.pt")
+    report, out = json.loads((tmp_path / "in_likelihood.json").read_text()), values(tmp_path / "in_likelihood.mrc")
+    x = data.normalise(truth, 0.04, 0.09)[0].double()
+    log_p = lambda x: float(-0.5 * x.square().sum()) - x.numel() * (0.5 * math.log(2 * math.pi) + math.log(0.09))
+    padded = torch.full((16, 32, 16), -0.04 / 0.09).double()
+    padded[:, :20] = x
+    assert report["nats"] == pytest.approx(log_p(padded), rel=1e-5) and report["standard_error"] == 0
+    assert out.shape == truth.shape and out[:, :16].unique().tolist() == pytest.approx([log_p(padded[:, :16]) / 16 ** 3], rel=1e-5)
+    assert float(out[0, 17, 0]) == pytest.approx(log_p(padded[:, 16:]) / 16 ** 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("--task", "denoise", "half1.mrc", "half1.mrc"), "half1.mrc: .*same map"),
+    (("--task", "denoise", "half1.mrc", "other.mrc"), "half1.mrc: .*other.mrc has .*one grid"),
+    (("--task", "denoise", "half1.mrc"), "wants two half maps, or one map with --noise-from-fsc or --snr; 1 given"),
+    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "short.csv"), "short.csv: 3 shells; a box of 16 needs shells 1 to 8"),
+    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "half1.mrc.txt"), "half1.mrc.txt: neither"),
+    (("--task", "denoise", "half1.mrc", "half2.mrc", "--method", "pocs"), "pocs is no answer to --task denoise"),
+    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--orientations", "half1.mrc.txt"), "half1.mrc.txt: neither a RELION star"),
+    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--alpha", "0"), "--alpha 0: want a positive number"),
+    (("half1.mrc", "--mask", "other.mrc"), "other.mrc: .*20.* voxels, but half1.mrc has .*16"),
+    (("half1.mrc", "--mask", "half2.mrc"), "half2.mrc: a mask is 0 to 1"),
+    (("--task", "generate", "half1.mrc"), "wants no input; 1 given"), ((), "wants a map or more; 0 given")])
+def test_what_a_task_cannot_use_is_said_in_one_line_and_leaves_no_file(tmp_path, run, halves, monkeypatch, argv, message):
+    write_mrc(tmp_path / "other.mrc", molecule((20, 20, 20)))
+    (tmp_path / "short.csv").write_text("0.9\n0.5\n0.1\n")
+    (tmp_path / "half1.mrc.txt").write_text("not a number\n")
+    monkeypatch.chdir(tmp_path)
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        run(*argv)
+    assert "\n" not in str(caught.value) and names(tmp_path) == before
 
 
 def test_an_error_ends_the_program_with_one_line_and_a_non_zero_status(tmp_path, ckpt):
