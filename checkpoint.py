@@ -13,7 +13,6 @@ A checkpoint is one dict that `torch.load(weights_only=True)` reads, so that ope
 The authors' public CryoFM weights (`model.safetensors`) load by path too; all but the kernel size follows from the shapes.
 """
 import hashlib
-import os
 import pickle
 import zipfile
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data import written_whole
 from model_hdit import HDiT, HDiTConfig
 
 NETWORKS = {"hdit": (HDiT, HDiTConfig)}
@@ -43,7 +43,7 @@ class Prior:
 
 def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std: float, training: dict | None = None,
          half: bool = False) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a crash at any byte leaves the previous file whole.
+    """Write a checkpoint; a crash or kill -9 at any byte leaves the previous file whole.
 
     half: store floating-point weights as float16 (half the size; loaded back as float32), for files that ship.
     Raises OSError if it cannot be written: no such folder, a full disk.
@@ -54,18 +54,8 @@ def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     content = dict(kind=kind, config=asdict(net.config), weights=weights, voxel_size=float(voxel_size), box=int(box),
                    mean=float(mean), std=float(std), training=training)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")      # one name: what a killed run left is written over
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:                        # what torch.save makes of a failed write
-        raise OSError(f"{path}: not written, is the disk full? A previous file is unharmed ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(Path(path)) as file:
+        torch.save(content, file)
 
 
 def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "float32") -> Prior:

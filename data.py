@@ -1,4 +1,4 @@
-"""Density maps: files, grids, grey scale, crops, rotations, tiles, batches.
+"""Density maps: files, grids, grey scale, crops, rotations, tiles, batches; `python data.py prepare` for EMDB's.
 
     r_i = origin + (nstart + i) v                      position of voxel i, v the voxel size      (1)
     n' = round(n v / v_wanted),  v' = n v / n'         a new grid over the same box               (2)
@@ -13,18 +13,35 @@ band-limited interpolation, voxel 0 stays in place and values keep their scale. 
 (arXiv:2410.08631) §4.2, clipping as in its release; crops and rotations: its appendix F.1.
 (6): CryoLVM, appendix D.2, Algorithm 1.
 Departure 1: how F.1 dilates the mask of random crops is not stated; we use a 3^3 cube, three times.
-Departure 2: the release rotates CryoFM-S's maps by cubic splines; we, as for CryoFM-L, trilinearly.
+Departure 2: the release turns a whole map, applies (4) again and crops it. We apply (4) once, choose the
+middle of the crop first and turn no more than the crop shows: a crop of 64^3 from a map of 384^3 costs
+4 MB of reading instead of 113 MB, and 216 times fewer interpolated voxels.
 Departure 3: D.2 gives no sigma for the blending window; we use a quarter of the tile.
+Departure 4: 4.1 removes helices and "problematic cases" by eye; `RULES` goes by method and title.
 """
+import argparse
 import bz2
+import contextlib
+import csv
+import functools
 import gzip
 import itertools
+import json
 import math
+import multiprocessing
 import os
+import re
+import signal
+import sys
+import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,17 +207,33 @@ def write_map(path: str | Path, map: Map, overwrite: bool = False) -> None:
     header = _header_for(map, density)
     data = density.numpy().transpose([3 - a for a in _file_axes(header)])
     data = np.ascontiguousarray(data, dtype=header["rms"].dtype)      # float32 in its byte order
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with written_whole(path) as file:
+        stream = contextlib.nullcontext(file)
+        if packing == ".gz":                            # no name, no time: equal maps, equal files
+            stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
+        elif packing:
+            stream = bz2.BZ2File(file, "wb")
+        with stream as packed:
+            packed.write(header.tobytes() + map.extended_header)
+            packed.write(data)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """A binary file to write to under a temporary name; on disk, it takes the place of `path`.
+
+    A crash or kill -9 at any byte leaves what `path` was. The temporary name is always the same, so
+    that the next write clears up what a killed one left. Raises OSError if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            if packing == ".gz":                        # no name, no time: equal maps, equal files
-                stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
-            else:
-                stream = bz2.BZ2File(file, "wb") if packing else file
-            stream.write(header.tobytes() + map.extended_header)
-            stream.write(data)
-            stream.close()
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # RuntimeError: what torch.save makes of a failed write
+        raise OSError(f"{path}: not written, is the disk full? What was there is unharmed ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -399,16 +432,44 @@ def random_rotation(generator: Generator) -> Tensor:
                          [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """(5) for x (..., D, H, W) and R (3, 3) on (x, y, z) columns; trilinear, 0 from outside.
+def rotate(x: Tensor, rotation: Tensor, box: int | None = None, cubic: bool = False) -> Tensor:
+    """(5) for x (..., D, H, W) and R (3, 3) on (x, y, z) columns, or x (B, ..., D, H, W) and R (B, 3, 3).
 
-    Turns the specimen by R^T about the middle of the box, (n - 1) / 2. Departure 2.
+    Turns the specimen by R^T about the middle of the box, (n - 1) / 2; 0 from outside. Trilinear, or
+    cubic B-splines. box: only the middle box^3 voxels of the result, (..., box, box, box).
     """
+    R = rotation.to(x).reshape(-1, 3, 3)
     D, H, W = x.shape[-3:]
-    side = torch.tensor([W, H, D], dtype=x.dtype, device=x.device)
-    theta = rotation.to(x) * side / side[:, None]       # affine_grid measures each axis by its side
-    grid = F.affine_grid(F.pad(theta, (0, 1))[None], (1, 1, D, H, W), align_corners=False)
-    return F.grid_sample(x.reshape(1, -1, D, H, W), grid, align_corners=False).view(x.shape)
+    shape = (D, H, W) if box is None else (box,) * 3
+    side, wanted = (x.new_tensor(sides[::-1]) for sides in ((D, H, W), shape))
+    theta = F.pad(R * wanted / side[:, None], (0, 1))   # affine_grid measures each axis by its side
+    grid = F.affine_grid(theta, (len(R), 1, *shape), align_corners=False)
+    sample = _cubic_sample if cubic else functools.partial(F.grid_sample, align_corners=False)
+    return sample(x.reshape(len(R), -1, D, H, W), grid).view(*x.shape[:-3], *shape)
+
+
+def _cubic_sample(x: Tensor, grid: Tensor) -> Tensor:
+    """grid_sample by cubic B-splines through the voxels of x (B, C, D, H, W): sum_j c_j B(i - j) = x_i.
+
+    The four taps of an axis are two linear look-ups at weighted places, so 8 trilinear samples of c
+    make one cubic sample: Sigg & Hadwiger 2005, GPU Gems 2 §20; Ruijters & Thévenaz 2012.
+    """
+    for n in x.shape[-3:]:                              # solved along D, then H, then W
+        i = torch.arange(n, device=x.device)
+        spline = x.new_tensor([4 / 6, 1 / 6, 0])[(i - i[:, None]).abs().clamp(max=2)]          # B(i - j)
+        x = torch.tensordot(x, torch.linalg.inv(spline), ([-3], [0]))          # its axis is now the last
+    sides = x.new_tensor(x.shape[:-4:-1])               # W, H, D
+    p = ((grid + 1) * sides - 1) / 2                    # in voxels
+    a = p - p.floor()
+    w_1, w_2, w_3 = (4 - 6 * a ** 2 + 3 * a ** 3) / 6, (1 + 3 * a + 3 * a ** 2 - 3 * a ** 3) / 6, a ** 3 / 6
+    high = w_2 + w_3
+    pairs = ((p.floor() - 1 + w_1 / (1 - high), 1 - high), (p.floor() + 1 + w_3 / high, high))
+    total = 0
+    for corner in itertools.product((0, 1), repeat=3):
+        place = torch.stack([pairs[k][0][..., axis] for axis, k in enumerate(corner)], -1)
+        weight = math.prod(pairs[k][1][..., axis] for axis, k in enumerate(corner))
+        total = total + weight[:, None] * F.grid_sample(x, (2 * place + 1) / sides - 1, align_corners=False)
+    return total
 
 
 def tile_starts(shape: Iterable[int], tile: int, stride: int) -> list[tuple[int, int, int]]:
@@ -472,33 +533,66 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 class Volume(NamedTuple):
-    """A map to train on: density (n, n, n), in any scale, on the grid of the training crops."""
+    """A map to train on, (4) on 0..1, on the grid of the crops: a tensor (n, n, n), or its .npy file."""
     label: str
-    density: Tensor
+    density: Tensor | Path
+
+    def voxels(self) -> np.ndarray:
+        """(n, n, n); of a file only the pages that are looked at are read."""
+        if isinstance(self.density, Path):              # opened for each crop: thousands would not stay open
+            return np.load(self.density, mmap_mode="r")
+        return self.density.numpy()
+
+
+def cube(map: Map) -> tuple[Tensor, dict]:
+    """A map as it is trained on, float16 (n, n, n) on 0..1, and its statistics, before padding.
+
+    A cube, padded with 0, so that no rotation turns density out of it.
+    Raises ValueError if hardly any voxel is above a tenth of the 99.999 percentile.
+    """
+    x, scale = normalise(map.density, 0, 1)
+    filled = float((x > 0.1).float().mean())
+    if filled < 1e-4:
+        raise ValueError(f"hardly any density: {filled:.1e} of its voxels are above a tenth of the top")
+    statistics = dict(maximum=scale.maximum, mean=float(x.mean()), std=float(x.std()), filled=filled)
+    return pad(x, max(x.shape)).half(), statistics
+
+
+def held_out(label: str) -> bool:
+    """Whether a map is never trained on: one in twenty, by the hash of its name."""
+    return zlib.crc32(label.encode()) % 20 == 0
 
 
 def read_volumes(path: str | Path, voxel_size: float,
                  box: int | None = None) -> tuple[list[Volume], list[str]]:
-    """The maps of a folder (or one file), resampled to voxel_size (Å); and a line for each refused.
+    """The maps of a folder (or one file) on the grid of voxel_size (Å); and a line for each refused.
 
-    Refused is what `read_map` refuses, and a map without density above a tenth of its maximum in the
-    ball (`box` voxels across, if given) that stays inside at every orientation. Boxes are padded to cubes with 0, so that no
-    rotation turns density out of them. All maps are kept in memory: 4 bytes per voxel.
+    A folder that `prepare` made is mapped into memory, any other read and resampled: 2 bytes per voxel.
+    Refused is what cannot be read, has hardly any density or, with `box`, none in its middle (not
+    looked at where prepared). Raises ValueError if the folder was prepared for another voxel size.
     """
-    volumes, refused = [], []
-    for file in list_files(path, MAP_SUFFIXES):
+    path, volumes, refused = Path(path), [], []
+    prepared = (path / SETTINGS).exists()
+    if prepared:
+        made_for = json.loads((path / SETTINGS).read_text())["voxel_size"]
+        if made_for != voxel_size:
+            raise ValueError(f"{path}: prepared at {made_for:g} Å per voxel, wanted are {voxel_size:g}; "
+                             "give another --data or --voxel-size")
+        files = [path / f"{row['entry']}.npy" for row in read_index(path) if not row["skipped"]]
+    else:
+        files = list_files(path, MAP_SUFFIXES)
+    for file in files:
         try:
-            x = resample(read_map(file), voxel_size).density
-            x = pad(x, max(x.shape))
-            middle = center_crop(x, min(box or len(x), len(x)))
-            square = torch.linspace(-1, 1, len(middle)) ** 2
-            ball = square[:, None, None] + square[:, None] + square <= 1
-            if not normalise(middle * ball, 0, 1)[1].maximum > 0.1 * normalise(x, 0, 1)[1].maximum:
-                raise ValueError(f"hardly any density in the middle {len(middle)} voxels; centre it first")
-        except (ValueError, OSError) as error:
+            if prepared:
+                np.load(density := file, mmap_mode="r")  # is it there, and whole
+            else:
+                density = cube(resample(read_map(file), voxel_size))[0]
+                if box and not center_crop(density, min(box, len(density))).max() > 0.1:
+                    raise ValueError(f"hardly any density in the middle {box} voxels; centre it first")
+        except (ValueError, OSError, EOFError) as error:                       # EOFError: an empty .npy
             refused.append(str(error) if str(file) in str(error) else f"{file}: {error}")
         else:
-            volumes.append(Volume(file.name.split(".")[0], x))
+            volumes.append(Volume(file.name.split(".")[0], density))
     return volumes, refused
 
 
@@ -513,36 +607,213 @@ def item_generator(seed: int, i: int) -> Generator:
 class MapCrops(torch.utils.data.Dataset):
     """Training crops from maps: item i is (crops, 1, crop, crop, crop) in network scale.
 
-    A function of (seed, i): a random volume, turned at random, (5); clipped and normalised, (4).
-    center=False, CryoFM-S: turned as a whole and padded to twice the crop; `crops` crops, each
-    around a voxel of `density_mask`. center=True, CryoFM-L: each crop is the centre of the map,
-    turned. Order of steps as in the release, appendix F.1. Departure 2.
+    A function of (seed, i): a random volume, turned at random, (5). center=False, CryoFM-S: each crop
+    around another voxel that `density_mask` would hold. center=True, CryoFM-L: each is the centre of
+    the map, cut out and then turned (F.1). cubic: by B-splines (CryoFM-S), or trilinear (CryoFM-L).
+    finished=False leaves the turning to `finish`, for a GPU, which does it for a whole batch at once;
+    items are then its arguments. Departure 2.
     """
-    def __init__(self, volumes: list[Volume], *, crop: int, crops: int, center: bool = False,
-                 mean: float, std: float, seed: int = 0):
-        self.volumes, self.crop, self.crops, self.center = volumes, crop, crops, center
-        self.mean, self.std, self.seed = mean, std, seed
+    def __init__(self, volumes: list[Volume], *, crop: int, crops: int, center: bool = False, cubic: bool = False,
+                 mean: float, std: float, seed: int = 0, finished: bool = True):
+        self.volumes, self.crop, self.crops, self.center, self.cubic = volumes, crop, crops, center, cubic
+        self.mean, self.std, self.seed, self.finished = mean, std, seed, finished
+        # Voxels per side that a turned crop can show, and some for the spline's coefficients to settle.
+        self.window = crop if center else 2 * math.ceil((math.sqrt(3) * crop + 10) / 2)
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i: int) -> Tensor | tuple[Tensor, Tensor]:
         g = item_generator(self.seed, i)
-        x = self.volumes[_randint(len(self.volumes), g)].density
-        if self.center:
-            x = normalise(center_crop(x, min(self.crop, len(x))), 0, 1)[0]      # now in 0..1
-            return torch.stack([self.turned(x, self.crop, g) for _ in range(self.crops)])[:, None]
-        x = self.turned(x, 2 * self.crop, g)
-        mask = density_mask(x * self.std + self.mean)
-        return torch.stack([random_crop(x, self.crop, g, mask) for _ in range(self.crops)])[:, None]
+        x = self.volumes[_randint(len(self.volumes), g)].voxels()
+        windows = []
+        for _ in range(self.crops):
+            centre = [n // 2 for n in x.shape] if self.center else random_centre(x, g)
+            windows.append(window(x, centre, self.window))
+        rotations = torch.stack([random_rotation(g) for _ in range(self.crops)])
+        parts = torch.stack(windows)[:, None], rotations
+        return self.finish(*parts) if self.finished else parts
 
-    def turned(self, x: Tensor, box: int, g: Generator) -> Tensor:
-        """x at random orientation, in network scale, padded to the box with solvent."""
-        x = normalise(rotate(x, random_rotation(g)), self.mean, self.std)[0]
-        return pad(x, box, -self.mean / self.std)
+    def finish(self, windows: Tensor, rotations: Tensor) -> Tensor:
+        """Windows (..., 1, n, n, n) and R (..., 3, 3) -> crops (..., 1, crop, crop, crop)."""
+        x = rotate(windows.flatten(0, -5).float(), rotations.flatten(0, -3), self.crop, self.cubic)
+        x = (x.clamp(0, 1) - self.mean) / self.std      # a spline overshoots
+        return x.view(*windows.shape[:-3], *x.shape[-3:])
 
     def __len__(self) -> int:
         return ENDLESS
 
 
-# ---- 5. Training crops simulated from atomic models ----------------------------------------------
+def window(x: np.ndarray, centre: Iterable[int], side: int) -> Tensor:
+    """side^3 voxels of x, voxel `centre` becoming voxel side // 2; 0 outside of x. In the type of x."""
+    out = torch.zeros((side,) * 3, dtype=torch.float16 if x.dtype == np.float16 else torch.float32)
+    first = [c - side // 2 for c in centre]
+    there = [(max(f, 0), min(f + side, n)) for f, n in zip(first, x.shape)]
+    here = tuple(slice(a - f, b - f) for (a, b), f in zip(there, first))
+    out.numpy()[here] = x[tuple(slice(a, b) for a, b in there)]
+    return out
+
+
+def random_centre(x: np.ndarray, generator: Generator, tries: int = 1_000_000) -> list[int]:
+    """A voxel (z, y, x) of `density_mask`, all equally likely, without looking at all of the map x.
+
+    By rejection: a voxel is in the mask where one of the 7^3 around it is above the threshold.
+    Raises ValueError if none of so many was.
+    """
+    for _ in range(tries):
+        c = [_randint(n, generator) for n in x.shape]
+        if x[tuple(slice(max(i - 3, 0), i + 4) for i in c)].max() > 0.1:
+            return c
+    raise ValueError("hardly any voxel to centre the random crop on; leave this map out")
+
+
+# ---- 5. Maps of the EMDB, prepared once: `python data.py prepare` ---------------------------------
+
+INDEX, SETTINGS = "index.csv", "settings.json"          # in the folder, beside emd_1234.npy, ...
+COLUMNS = ("entry", "skipped", "split", "box", "voxel_size", "maximum", "mean", "std", "filled", "file")
+
+# What of CryoFM section 4.1 a program can apply to an entry: column of the metadata, the entry stays
+# if; or why not. Columns are those of EMDB's search (README); 4.1's last rule needs the map itself.
+RULES = (
+    ("resolution", lambda text, limit: re.fullmatch(r"[\d.]+", text) and 0 < float(text) < limit,
+     "resolution not stated, or not better than asked"),
+    ("structure_determination_method",
+     lambda text, _: re.sub("[^a-z]", "", text.lower()) == "singleparticle", "not single particle"),
+    ("half_map_filename", lambda text, _: text, "no half maps"),
+    ("title", lambda text, _: not re.search("helical|filament|fibril|microtubule", text, re.I),
+     "helical, by its title"),
+)
+
+
+def read_metadata(path: str | Path) -> dict[str, dict]:
+    """emd_1234 -> its row of a CSV that EMDB's search has exported: `emdb_id` and the columns of RULES.
+
+    Raises OSError without the file, ValueError if a column is missing or an id is none.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        wanted = ["emdb_id", *(column for column, _, _ in RULES)]
+        if missing := set(wanted) - set(table.fieldnames or ()):
+            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; export {','.join(wanted)}")
+        rows = {row["emdb_id"].strip().lower().replace("-", "_"): row for row in table}
+    for label in rows:
+        if not re.fullmatch(r"emd_\d+", label):
+            raise ValueError(f"{path}: emdb_id {label!r} is none; they look like EMD-1234")
+    return rows
+
+
+def rejected(row: dict, max_resolution: float) -> str:
+    """Why an entry of the metadata is left out; "" if it is not."""
+    return next((why for column, keep, why in RULES
+                 if not keep((row[column] or "").strip(), max_resolution)), "")
+
+
+def read_index(folder: Path) -> list[dict]:
+    """The rows of a prepared folder: one for each entry, with its statistics or why it was skipped."""
+    if not (folder / INDEX).exists():
+        return []
+    with open(folder / INDEX, newline="") as file:      # a run that was killed may have left half a row
+        return [row for row in csv.DictReader(file) if row["file"] is not None]
+
+
+def prepare_one(file: Path, out: Path, voxel_size: float, max_side: float) -> dict:
+    """One map -> out/emd_1234.npy, float16 (n, n, n) on 0..1; returns its row of the index."""
+    label = file.name.split(".")[0].lower()
+    row = dict(entry=label, file=file, split="test" if held_out(label) else "train")
+    try:
+        map = read_map(file)
+        side = max(n * v for n, v in zip(map.density.shape, map.voxel_size))
+        if side > max_side:
+            return dict(row, skipped=f"side longer than {max_side:g} Å")
+        map = resample(map, voxel_size)                 # a low-pass too: see (3)
+        x, statistics = cube(map)
+    except (ValueError, OSError) as error:
+        return dict(row, skipped=f"unreadable: {error}")
+    with written_whole(out / f"{label}.npy") as target:
+        np.save(target, x.numpy())
+    statistics = {name: f"{value:.5g}" for name, value in statistics.items()}
+    return dict(row, skipped="", box=len(x), voxel_size=" ".join(f"{v:.5f}" for v in map.voxel_size), **statistics)
+
+
+def prepare(folder: str | Path, out: str | Path, voxel_size: float, metadata: str | Path | None = None,
+            max_resolution: float = 3.0, max_side: float = 576.0, workers: int = 1, say=print) -> list[dict]:
+    """The entries' maps below `folder` (emd_1234.map.gz, ...) -> the folder `out`, which train.py reads.
+
+    Each is curated (4.1: RULES where there is metadata, max_side in Å), brought to voxel_size (Å) by
+    (2) and (3), clipped and normalised, (4) on 0..1, padded to a cube and stored as float16. The index
+    has a row for each, with its statistics, or why it was skipped. A run that was stopped goes on
+    where it was; maps that were skipped are looked at again. Returns the rows.
+    Raises ValueError and OSError for folders, metadata and disks that will not do; one map never stops it.
+    """
+    folder, out = Path(folder), Path(out)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    name = re.compile(r"emd_\d+\.(map|mrc|ccp4)(\.gz|\.bz2)?", re.I)          # no half maps, no masks
+    files = {file.name.split(".")[0].lower(): file for file in sorted(folder.rglob("*")) if name.fullmatch(file.name)}
+    if not files:
+        raise ValueError(f"{folder}: no map of an EMDB entry, emd_1234.map.gz or the like, here or below")
+    entries = None if metadata is None else read_metadata(metadata)
+    settings = dict(voxel_size=voxel_size, max_resolution=max_resolution, max_side=max_side)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / SETTINGS).exists() and (before := json.loads((out / SETTINGS).read_text())) != settings:
+        raise ValueError(f"{out}: begun with {before}; give these, or another folder")
+    (out / SETTINGS).write_text(json.dumps(settings))
+
+    rows, todo = [], []
+    done = {row["entry"]: row for row in read_index(out) if not row["skipped"] and (out / f"{row['entry']}.npy").exists()}
+    for label, file in files.items():
+        why = ""
+        if entries is not None:
+            why = rejected(entries[label], max_resolution) if label in entries else "not in the metadata"
+        if why:
+            rows.append(dict(entry=label, file=file, skipped=why))
+        elif label in done:
+            rows.append(done[label])
+        else:
+            todo.append(file)
+    say(f"{len(files)} maps: {len(rows)} done or ruled out, {len(todo)} to prepare"
+        + ("" if metadata else "; no --metadata, so resolution, method and half maps go unchecked"))
+
+    with open(out / (INDEX + ".new"), "w", newline="") as file:
+        index = csv.DictWriter(file, COLUMNS)
+        index.writeheader()
+        index.writerows(rows)
+        file.flush()
+        os.replace(file.name, out / INDEX)              # and the rows to come are appended to it
+        began = said = time.monotonic()
+        for n, row in enumerate(_prepared(todo, workers, out, voxel_size, max_side), 1):
+            rows.append(row)
+            index.writerow(row)
+            file.flush()
+            now = time.monotonic()
+            if now - said > 10 or n == len(todo):
+                eta, said = timedelta(seconds=round((now - began) / n * (len(todo) - n))), now
+                skipped = sum(bool(row["skipped"]) for row in rows)
+                say(f"{n}/{len(todo)}  {n / (now - began):.2f} maps/s  ETA {eta}  {skipped} skipped")
+    taken = [row for row in rows if not row["skipped"]]
+    for why, count in Counter(row["skipped"].split(":")[0] for row in rows if row["skipped"]).most_common():
+        say(f"{count:6d} skipped: {why}")
+    say(f"{len(taken):6d} in {out}, {sum(row['split'] == 'test' for row in taken)} of them held out; reasons and "
+        f"statistics: {out / INDEX}")
+    return rows
+
+
+def _prepared(files: list[Path], workers: int, *settings) -> Iterable[dict]:
+    """The rows of prepare_one for each file, as they come from that many processes."""
+    if workers == 1:
+        yield from (prepare_one(file, *settings) for file in files)
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        for future in as_completed([pool.submit(prepare_one, file, *settings) for file in files]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C: each finishes its map
+
+
+# ---- 6. Training crops simulated from atomic models ----------------------------------------------
 
 @dataclass(frozen=True)
 class Structure:
@@ -636,7 +907,7 @@ class SimulatedCrops(torch.utils.data.Dataset):
         return ENDLESS
 
 
-# ---- 6. Structures built by rule: something to train on with nothing downloaded ------------------
+# ---- 7. Structures built by rule: something to train on with nothing downloaded ------------------
 # One chain through layers of helices or strands, side chains grown where there is room. Textbook
 # geometry: Pauling, Corey & Branson 1951 (helix), Chothia et al. 1977, 1981 (packing, twist),
 # Engh & Huber 1991 (bonds and angles); frequencies (%) of residues: UniProtKB/Swiss-Prot.
@@ -824,3 +1095,41 @@ class ProceduralChains:
         square = (xyz ** 2).sum(1)
         b_factor = 60 * square / square.max()           # of a body that rocks about its centre
         return Structure(f"chain{index}", xyz, number.astype(np.float32), b_factor)
+
+
+# ---- The program ---------------------------------------------------------------------------------
+
+def main(argv=None) -> None:
+    """`prepare` and `urls`; see the README for EMDB's side of it."""
+    cli = argparse.ArgumentParser(description="Training maps from EMDB's.")
+    commands = cli.add_subparsers(required=True, dest="command")
+    one = commands.add_parser("prepare", help="deposited maps -> a folder for train.py --data",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    one.add_argument("folder", help="holds emd_1234.map.gz and so on, at any depth")
+    one.add_argument("out", help="folder for emd_1234.npy and index.csv")
+    one.add_argument("--voxel-size", type=float, default=1.5, help="Å; CryoFM-S 1.5, CryoFM-L 3, CryoLVM 1")
+    one.add_argument("--metadata", help="CSV of EMDB's search; without it only the maps themselves are judged")
+    one.add_argument("--max-side", type=float, default=576.0, help="Å")
+    one.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; each holds three copies of a map")
+    two = commands.add_parser("urls", help="where to download the maps that the metadata do not rule out")
+    two.add_argument("metadata", help="CSV of EMDB's search")
+    for command in (one, two):
+        command.add_argument("--max-resolution", type=float, default=3.0, help="Å; CryoFM 3, CryoLVM 4")
+    args = vars(cli.parse_args(argv))
+    if args.pop("command") == "prepare":
+        prepare(**args)
+        return
+    for label, row in read_metadata(args["metadata"]).items():
+        if not rejected(row, args["max_resolution"]):
+            print(f"https://ftp.ebi.ac.uk/pub/databases/emdb/structures/{label.upper().replace('_', '-')}/map/{label}.map.gz")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenProcessPool:
+        sys.exit("data.py: a process was killed, out of memory perhaps; fewer --workers, and the same command goes on")
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; the same command goes on")

@@ -168,7 +168,7 @@ def algorithm_1(prior: Prior, y: Tensor, measured: Tensor, generator: Generator,
 # The best we know for each task (README, "What helped"), and Algorithms 2 and 1 as printed.
 METHODS = {"prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
            "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0)}
-DENOISE = {"prior": dict(steps=20, t_start=0.6, fresh_noise=True, inner=2),
+DENOISE = {"prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2),
            "paper": dict(steps=200)}
 
 
@@ -282,8 +282,8 @@ def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
     else:
         curve = read_fsc(args.noise_from_fsc, here) if args.noise_from_fsc else torch.full((here[-1] // 2,), args.snr / (1 + args.snr))
         powers = [degrade.noise_power_from_fsc(sources[0].density, curve)]
-    # No signal from the first shell on that the halves do not share: what is left of S = P_y - P is noise (RELION's rule, at 0.143).
-    shared = (curve >= 0.143).long().cumprod(0)
+    # No signal from the first shell on that the halves do not share: P_y - P would be noise. RELION: 0.0001; at 15 Å 0.05 is better.
+    shared = (curve >= 0.05).long().cumprod(0)
     signal = torch.stack([degrade.radial_power(m.density) - P for m, P in zip(sources, powers)]).mean(0).clamp(min=0) * shared
     grid = lambda power, m: power_on_grid(args, power, m)
     average = torch.stack([m.density for m in sources]).mean(0)

@@ -13,7 +13,8 @@ sees what the unbroken run would have seen and ends with the same weights, bit b
 take the step that one rank takes.
 
 Written to --out: log.csv; prior.pt, the averaged weights in half precision, for sampling.py; checkpoint.pt,
-for --resume. SIGTERM and SIGINT (Ctrl-C) end a run after the current step, with a checkpoint.
+for --resume; samples/. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) end a run after the current step, with a
+checkpoint and exit code 0. --dry-run says what a run would cost, and takes one step.
 
 Departure 1: the paper keeps the learning rate constant; "tiny" lets it fall to 0, which a run of an hour needs.
 Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024; torch.optim.Muon with AdamW's
@@ -29,7 +30,6 @@ import resource
 import signal
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +47,9 @@ from model_hdit import HDiT, HDiTConfig
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)              # as in the authors' release
 HELD_OUT_CROPS = 64
+TIME_BUCKETS = 5                                         # of the training loss in log.csv: t in 0..0.2, 0.2..0.4, ...
+SAMPLES, SAMPLE_STEPS = 2, 32
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def opt(default, help):
@@ -60,6 +63,8 @@ class TrainConfig:
     data: str = opt("procedural", "folder of maps, PDB file or folder, .npz of structures, or 'procedural'")
     out: str = opt("runs/default", "folder for checkpoint.pt, prior.pt and log.csv")
     resume: bool = opt(False, "go on from OUT/checkpoint.pt")
+    init: str = opt("", "start from the averaged weights of this checkpoint, with a fresh optimiser")
+    dry_run: bool = opt(False, "print size, memory, speed and days; take one step; write nothing")
     seed: int = opt(0, "of weights, data, noise and times")
     steps: int = opt(150_000, "optimiser steps")                                    # Table 4
     batch: int = opt(128, "crops per optimiser step, over all ranks and accumulation")        # Table 4
@@ -67,6 +72,7 @@ class TrainConfig:
     crop: int = opt(64, "voxels per side of a training crop")                       # section 4.1
     crops_per_map: int = opt(2, "crops cut from one map")                           # the release
     center_crops: bool = opt(False, "crop the centre of a map (CryoFM-L), not anywhere in the molecule")
+    cubic: bool = opt(True, "turn maps by cubic splines, or else trilinearly")      # the release
     voxel_size: float = opt(1.5, "Å")                                               # section 4.1
     resolution_min: float = opt(2.5, "Å, best resolution of simulated maps")
     resolution_max: float = opt(4.0, "Å, worst resolution of simulated maps")
@@ -88,6 +94,8 @@ class TrainConfig:
     log_every: int = opt(50, "steps between log lines")
     eval_every: int = opt(500, "steps between held-out losses")
     save_every: int = opt(500, "steps between checkpoints")
+    sample_every: int = opt(5000, "steps between samples drawn from the averaged weights, as .mrc and a picture; 0: none")
+    tensorboard: bool = opt(False, "write what log.csv holds for TensorBoard too")
 
     def __post_init__(self):
         for name in ("steps", "batch", "micro_batch", "crops_per_map", "voxel_size", "std",
@@ -99,8 +107,8 @@ class TrainConfig:
         if not 0 < self.resolution_min <= self.resolution_max:
             raise ValueError(f"--resolution-min {self.resolution_min:g} must be positive and at most "
                              f"--resolution-max {self.resolution_max:g}")
-        if not 0 <= self.decay <= 1 or min(self.seed, self.warmup, self.workers) < 0:
-            raise ValueError("--decay must be in 0..1, and --seed, --warmup and --workers at least 0")
+        if not 0 <= self.decay <= 1 or min(self.seed, self.warmup, self.workers, self.sample_every) < 0:
+            raise ValueError("--decay must be in 0..1, and --seed, --warmup, --workers and --sample-every at least 0")
         if self.time_law not in ("uniform", "logit-normal"):
             raise ValueError(f"--time-law {self.time_law}: choose uniform or logit-normal")
         if self.optimizer not in ("adam", "muon"):
@@ -110,12 +118,12 @@ class TrainConfig:
 S = TrainConfig()                                                                   # CryoFM-S
 PRESETS = {
     # The shipped prior; trains on a CPU. Mean and std are those of simulated maps.
-    "tiny": TrainConfig(net=model_hdit.PRESETS["tiny"], steps=6000, batch=16, crop=32, crops_per_map=4,
+    "tiny": TrainConfig(net=model_hdit.PRESETS["tiny"], steps=6000, batch=16, crop=32, crops_per_map=4, cubic=False,
                         mean=0.05, std=0.13, optimizer="muon", lr=2e-3, warmup=50, decay=0.5, ema_decay=0.999),
     "s": S,
     # CryoFM-L: Table 4, section 4.1; the resolution of simulated maps is that of its grid.
     "l": replace(S, net=model_hdit.PRESETS["l"], steps=300_000, micro_batch=4, crop=128, crops_per_map=1,
-                 center_crops=True, voxel_size=3.0, resolution_min=6.0, resolution_max=6.0,
+                 center_crops=True, cubic=False, voxel_size=3.0, resolution_min=6.0, resolution_max=6.0,
                  time_law="logit-normal"),
     **{name: replace(S, net=model_hdit.PRESETS[name])                               # Table 7
        for name in ("p2-d1", "p8-d1", "p4-d0", "p4-d2")},
@@ -202,13 +210,15 @@ def datasets(cfg: TrainConfig, say=print):
     if cfg.data == "procedural":
         return tuple(data.SimulatedCrops(data.ProceduralChains(seed), seed=seed, **simulated)
                      for seed in (cfg.seed, cfg.seed + 1))
-    if data.list_files(cfg.data, data.MAP_SUFFIXES):     # in a folder with both, maps come before models
+    if data.list_files(cfg.data, data.MAP_SUFFIXES) or (Path(cfg.data) / data.SETTINGS).exists():    # before models
         entries, refused = data.read_volumes(cfg.data, cfg.voxel_size, cfg.crop if cfg.center_crops else None)
         for line in refused:
             say(f"skipped {line}")
-        say(f"{cfg.data}: {len(refused)} maps skipped, {len(entries)} read, "
-            f"{sum(v.density.nbytes for v in entries) / 2 ** 30:.2f} GiB at {cfg.voxel_size:g} Å per voxel")
-        make = lambda part, seed: data.MapCrops(part, center=cfg.center_crops, seed=seed, **common)
+        say(f"{cfg.data}: {len(refused)} maps skipped, {len(entries)} read at {cfg.voxel_size:g} Å per voxel")
+        if entries and len(refused) > 0.01 * (len(refused) + len(entries)):
+            raise ValueError(f"{cfg.data}: {len(refused)} of {len(refused) + len(entries)} maps cannot be used, more than "
+                             f"1 %; repair or remove them, the first: {refused[0]}")
+        make = lambda part, seed: data.MapCrops(part, center=cfg.center_crops, cubic=cfg.cubic, seed=seed, **common)
     else:
         entries = data.read_structures(cfg.data)
         make = lambda part, seed: data.SimulatedCrops(part, seed=seed, **simulated)
@@ -226,10 +236,10 @@ def split(entries: list) -> tuple[list, list]:
 
     Among few labels that may be none, or all: then it is one of them. A single label is in both parts.
     """
-    remainder = {entry.label: zlib.crc32(entry.label.encode()) % 20 for entry in entries}
-    held_out = {label for label, r in remainder.items() if r == 0}
-    if len(held_out) in (0, len(remainder)):
-        held_out = {min(remainder, key=remainder.get)}
+    labels = {entry.label for entry in entries}
+    held_out = {label for label in labels if data.held_out(label)}
+    if len(held_out) in (0, len(labels)):
+        held_out = {min(labels)}
     train = [entry for entry in entries if entry.label not in held_out]
     return train or entries, [entry for entry in entries if entry.label in held_out]
 
@@ -247,7 +257,7 @@ def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
 
 def ignore_signals(worker: int) -> None:
     """Ctrl-C reaches all processes; those that make the data go on until the loop has ended."""
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
 
 
@@ -267,6 +277,111 @@ def held_out_loss(net, x_0: Tensor, cfg: TrainConfig) -> list[float]:
     return losses
 
 
+@torch.no_grad()
+def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.device) -> None:
+    """SAMPLES maps from the same noise each time, as .mrc (density on 0..1), and a picture of their middle slices."""
+    x_1 = torch.randn(SAMPLES, 1, *[cfg.crop] * 3, generator=torch.Generator().manual_seed(0)).to(device)
+    with flow.autocast(device, cfg.bf16):
+        x_0 = torch.cat([flow.sample(net, x, SAMPLE_STEPS) for x in x_1.split(cfg.micro_batch)])
+    density = (x_0[:, 0] * cfg.std + cfg.mean).float().cpu()
+    folder.mkdir(exist_ok=True)
+    for i, x in enumerate(density):
+        data.write_map(folder / f"step_{step:06d}_{i}.mrc", data.Map(x, cfg.voxel_size), overwrite=True)
+    try:
+        from matplotlib.image import imsave
+    except ImportError:                                  # the maps are there all the same
+        return
+    slices = torch.cat([torch.cat((x[len(x) // 2], x[:, len(x) // 2], x[:, :, len(x) // 2])) for x in density], 1)
+    imsave(folder / f"step_{step:06d}.png", slices.numpy(), vmin=0, vmax=1, cmap="gray")
+
+
+# ---- What a run costs -----------------------------------------------------------------------------------------
+
+GPUS = {"A100": (312e12, 300e9), "H200": (989e12, 450e9)}         # dense bf16 FLOP/s; NVLink bytes/s, one direction
+UTILISATION, INFINIBAND = 0.4, 50e9                               # assumed; bytes/s per GPU, one 400 Gbit/s port each
+
+
+def multiply_adds(net: HDiTConfig, box: int) -> int:
+    """Of one forward pass on box^3 voxels; norms, activations and the time features (under 0.1 %) left out."""
+    side = box // net.patch_size
+    total = 2 * side ** 3 * net.patch_size ** 3 * net.widths[0]                # patches in and out
+    for level, (depth, width) in enumerate(zip(net.depths, net.widths)):
+        inner = level == len(net.depths) - 1
+        keys = side ** 3 if inner else min(net.kernel_size, side) ** 3
+        block = width ** 2 * (4 + 3 * net.ff_mult) + 2 * keys * width          # of one token; (3), (5) of model_hdit
+        total += (1 if inner else 2) * depth * side ** 3 * block               # outer levels run down and up
+        if not inner:
+            side //= 2
+            total += 2 * side ** 3 * 8 * width * net.widths[level + 1]         # merge and split
+    return total
+
+
+def step_seconds(gpus: int, peak: float, nvlink: float, cfg: TrainConfig, flop: float, parameters: int) -> float:
+    """One optimiser step by arithmetic: the larger of what overlaps, backward pass and float32 all-reduce, and the rest.
+
+    A ring all-reduce over n takes each GPU 2 (n - 1) / n of the bytes; between nodes of 8, each GPU sends its eighth.
+    """
+    compute = cfg.batch * flop / (gpus * UTILISATION * peak)
+    inside, nodes = min(gpus, 8), -(-gpus // 8)
+    ring = lambda n, size, rate: 2 * (n - 1) / n * size / rate
+    reduce = ring(inside, 4 * parameters, nvlink) + ring(nodes, 4 * parameters / inside, INFINIBAND)
+    last = compute / max(1, cfg.batch / gpus / cfg.micro_batch)                # reduced once, in the last micro-batch
+    return compute - last * 2 / 3 + max(last * 2 / 3, reduce)
+
+
+def dry_run(cfg: TrainConfig, say=print) -> None:
+    """Parameters, FLOP, memory, speed and days of a run; one step is taken, of one crop if on a CPU."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.manual_seed(cfg.seed)
+    net = HDiT(cfg.net, cfg.activation_checkpointing).to(device)
+    ema, opts = copy.deepcopy(net).requires_grad_(False), optimizers(net, cfg)
+    parameters, forward = sum(p.numel() for p in net.parameters()), 2 * multiply_adds(cfg.net, cfg.crop)
+    flop = forward * (4 if cfg.activation_checkpointing else 3)                # a backward pass counts as two
+    say(f"{parameters:,} parameters; a map of {cfg.crop}^3: {forward / 1e9:,.0f} GFLOP forward, {flop / 1e12:.2f} TFLOP "
+        f"forward and backward")
+
+    train_set, _ = datasets(cfg, say)
+    count = split_batch(cfg, 1)[1] if cuda else 1
+    x_0 = torch.cat([train_set[i] for i in range(-(-count // cfg.crops_per_map))])[:count].to(device)
+    saved = {}
+
+    def weigh(tensor):                                   # what autograd keeps for the backward pass, each storage once
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    for attempt in range(2 if cuda else 1):              # a GPU's first step is no measure
+        since = time.perf_counter()
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor), flow.autocast(device, cfg.bf16):
+            loss = flow.loss(net, x_0, law=cfg.time_law, generator=torch.Generator(device).manual_seed(cfg.seed))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, net, 1, cfg.ema_decay)
+        value = float(loss.detach())                     # waits for the GPU
+        seconds = time.perf_counter() - since
+    state = 20 * parameters / 2 ** 30                    # weights, gradient, average, two moments: 4 bytes each
+    kept = sum(size for address, size in saved.items() if address not in own) / count / 2 ** 30
+    micro = split_batch(cfg, 1)[1]
+    say(f"memory: {state:.1f} GiB for weights, gradient, average and moments, {kept:.2f} GiB for the backward pass of each "
+        f"map as run here: {state + micro * kept:.0f} GiB with --micro-batch {micro}, before what is temporary")
+    say(f"one step of {count} crop(s) on {device}{'' if cuda else ', where a micro-batch of 1 stands for all'}: "
+        f"loss {value:.4f}, {seconds:.2f} s, peak {peak_memory(cuda):.1f} GiB")
+    alone = seconds / count * cfg.batch
+    say(f"so a step of {cfg.batch} takes {alone:,.1f} s here, {cfg.steps:,} steps {alone * cfg.steps / 86400:,.1f} days "
+        f"({flop * count / seconds / 1e12:.2f} TFLOP/s)")
+    say(f"arithmetic, not measured: {UTILISATION:.0%} of the bf16 peak, float32 all-reduce over NVLink and 400 Gbit/s ports")
+    for name, (peak, nvlink) in GPUS.items():
+        for gpus in (1, 8, 64, 512):
+            if gpus <= cfg.batch // cfg.crops_per_map:
+                seconds = step_seconds(gpus, peak, nvlink, cfg, flop, parameters)
+                say(f"{gpus:5d} x {name}  {1 / seconds:6.2f} steps/s  {cfg.steps * seconds / 86400:7.2f} days")
+
+
 # ---- Resume, log ----------------------------------------------------------------------------------------------
 
 def read_training(path: Path, cfg: TrainConfig, say=print) -> dict:
@@ -281,14 +396,31 @@ def read_training(path: Path, cfg: TrainConfig, say=print) -> dict:
         raise ValueError(f"{path}: another network or optimiser; give the --model and --optimizer it began with")
     say(f"resuming {path} after step {saved['training']['step']}")
     for name, now in asdict(cfg).items():
-        if flags.get(name, now) != now and name not in ("out", "resume"):
+        if flags.get(name, now) != now and name not in ("out", "resume", "init"):
             say(f"  changed: --{name.replace('_', '-')} {flags[name]} -> {now}")
     return saved
 
 
+LOG_COLUMNS = ["step", "loss", "grad_norm", "lr", "maps_per_s", *(f"held_out_t{t}" for t in HELD_OUT_TIMES),
+               *(f"loss_t{i / TIME_BUCKETS:g}-{(i + 1) / TIME_BUCKETS:g}" for i in range(TIME_BUCKETS))]
+
+
+def initial_weights(cfg: TrainConfig, say=print) -> dict:
+    """The averaged weights of --init. Raises OSError without the file, ValueError if its network is another."""
+    prior = checkpoint.load(cfg.init, kind="hdit")
+    if prior.net.config != cfg.net:
+        raise ValueError(f"{cfg.init}: another network, {prior.net.config}; give the --model it was trained as")
+    say(f"starting from {cfg.init}")
+    for name, was, now in (("voxel_size", prior.voxel_size, cfg.voxel_size), ("crop", prior.box, cfg.crop),
+                           ("mean", prior.mean, cfg.mean), ("std", prior.std, cfg.std)):
+        if was != now:
+            say(f"  changed: --{name.replace('_', '-')} {was:g} -> {now:g}")
+    return prior.net.state_dict()
+
+
 def open_log(path: Path, start: int):
     """log.csv, to append to; a run resumed after step `start` writes the later rows again, so they are cut."""
-    rows = ["step,loss,grad_norm,lr,maps_per_s," + ",".join(f"held_out_t{t}" for t in HELD_OUT_TIMES)]
+    rows = [",".join(LOG_COLUMNS)]
     if start and path.exists():
         old = path.read_text().splitlines()[1:]
         rows += [row for row in old if row[:1].isdigit() and int(row.split(",")[0]) <= start]
@@ -304,6 +436,9 @@ def main(argv=None) -> None:
     rank, local_rank, world = env("RANK", 0), env("LOCAL_RANK", 0), env("WORLD_SIZE", 1)
     say = (lambda *words: print(*words, flush=True)) if rank == 0 else (lambda *words: None)
     accumulate, micro = split_batch(cfg, world)
+    if cfg.dry_run:
+        dry_run(cfg, say)
+        return
     out = Path(cfg.out)
     if not cfg.resume and (out / "checkpoint.pt").exists():
         raise FileExistsError(f"{out / 'checkpoint.pt'}: a run is there; --resume it, or give another --out")
@@ -321,6 +456,8 @@ def main(argv=None) -> None:
 
     torch.manual_seed(cfg.seed)
     net = HDiT(cfg.net, cfg.activation_checkpointing).to(device)
+    if cfg.init and not saved:
+        net.load_state_dict(initial_weights(cfg, say))
     opts = optimizers(net, cfg)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     if saved:
@@ -330,10 +467,14 @@ def main(argv=None) -> None:
             optimizer.load_state_dict(state)
         del saved
     # `net` is saved, `velocity` is called, `ema` is evaluated: no prefixed keys on disk. Buffers never change.
-    ddp = DDP(net, device_ids=[local_rank] if cuda else None, broadcast_buffers=False) if world > 1 else net
+    ddp = DDP(net, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
+              gradient_as_bucket_view=True) if world > 1 else net
     velocity = torch.compile(ddp) if cfg.compile else ddp
 
     train_set, held_out_set = datasets(cfg, say)
+    late = cuda and isinstance(train_set, data.MapCrops)                       # the GPU turns the maps
+    if late:
+        train_set.finished = False
     m = lambda step, i: (step * accumulate + i) * world + rank                 # the number of a micro-batch
     maps = micro // cfg.crops_per_map                                          # items per micro-batch
     items = (m(step, i) * maps + j
@@ -357,64 +498,99 @@ def main(argv=None) -> None:
         held_out_crops = torch.cat([held_out_set[i] for i in range(count)]).to(device)
         out.mkdir(parents=True, exist_ok=True)
         log = open_log(out / "log.csv", start)
+        board = tensorboard(out, start) if cfg.tensorboard else None
     stop = []
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in STOP_SIGNALS:
         signal.signal(name, lambda signum, _: stop.append(signum))             # finish the step, save, leave
 
-    since, seen, total, norms = time.perf_counter(), 0, torch.zeros((), device=device), []
+    def agree(x, how=dist.ReduceOp.SUM):                 # of all ranks
+        if world > 1:
+            dist.all_reduce(x, how)
+        return x
+
+    new_tally = lambda: torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=device)     # sum and count of losses
+    since, seen, tally, norms = time.perf_counter(), 0, new_tally(), []
     for step in range(start, cfg.steps):
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, cfg)                                 # (2)
+        finite = []
         for i in range(accumulate):
-            x_0 = next(loader).flatten(0, 1).to(device, non_blocking=True)     # (micro, 1, D, D, D)
+            x_0 = next(loader)
+            if late:
+                x_0 = train_set.finish(*(part.to(device, non_blocking=True) for part in x_0))
+            x_0 = x_0.flatten(0, 1).to(device, non_blocking=True)              # (micro, 1, D, D, D)
             seed = (cfg.seed * 1_000_003 + m(step, i)) * 268_636_163 % 2 ** 63      # none that crops use
             g = torch.Generator(device).manual_seed(seed)
+            t = flow.sample_t(len(x_0), cfg.time_law, g, device)
             quiet = ddp.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext()
             with quiet:                                  # gradients cross ranks once per step
                 with flow.autocast(device, cfg.bf16):
-                    loss = flow.loss(velocity, x_0, law=cfg.time_law, generator=g) / accumulate
-                loss.backward()
-            total += loss.detach()                       # no .item() here: it would wait for the GPU
+                    losses = flow.loss(velocity, x_0, t=t, generator=g, per_sample=True)       # (micro,)
+                (losses.mean() / accumulate).backward()
+            losses = losses.detach().double()            # no .item() here: it would wait for the GPU
+            bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
+            tally.index_add_(1, bucket, torch.stack((losses, torch.ones_like(losses))))
+            finite.append(losses.isfinite().all())
         norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
+        finite.append(norms[-1].isfinite())
+        # A signal to one rank, or a loss of one rank that is not finite, stops all of them at this step.
+        stopping, failing = agree(torch.tensor([len(stop), not torch.stack(finite).all()])).tolist()
+        if failing:
+            bad = min((m(step, i) for i in range(accumulate) if not finite[i]), default=data.ENDLESS)
+            bad = int(agree(torch.tensor(bad), dist.ReduceOp.MIN))
+            if rank == 0:
+                save(step)                               # the weights before this step
+            agree(torch.zeros(1))                        # wait for it: the first rank to fail ends the others
+            where = ("each loss is finite, the gradient is not" if bad == data.ENDLESS else
+                     f"the loss is not finite in micro-batch {bad}, items {bad * maps} to {bad * maps + maps - 1} of the "
+                     f"data, on rank {bad % world}")
+            raise ValueError(f"step {step + 1}: {where}; saved as it was after step {step}, --resume it with a lower --lr")
         for optimizer in opts:
             optimizer.step()                                                   # (1)
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, net, step + 1, cfg.ema_decay)                          # (3)
         seen += 1
 
-        stopping = torch.tensor(len(stop))
-        if world > 1:
-            dist.all_reduce(stopping)                    # a signal to one rank stops all, at the same step
         last = step + 1 == cfg.steps or bool(stopping)
         saving = last or (step + 1) % cfg.save_every == 0
         evaluating = last or (step + 1) % cfg.eval_every == 0
         if saving or evaluating or (step + 1) % cfg.log_every == 0:
-            mean_loss, norm = total / seen, torch.stack(norms).mean()
-            if world > 1:
-                dist.all_reduce(mean_loss)               # sums; every rank knows, so every rank raises
-                mean_loss /= world
-            if not (mean_loss.isfinite() and norm.isfinite()):
-                raise ValueError(f"loss {float(mean_loss):g}, gradient norm {float(norm):g} in the steps up to "
-                                 f"{step + 1}; --resume from the last checkpoint with a lower --lr")
+            agree(tally)
             if rank == 0:
-                held = held_out_loss(ema, held_out_crops, cfg) if evaluating else []
+                (total, per_t), count = (tally[0].sum(), tally[0]), tally[1]
+                loss, norm = float(total / count.sum()), float(torch.stack(norms).mean())
+                per_t = (per_t / count).tolist()                               # nan where no time fell
+                held = held_out_loss(ema, held_out_crops, cfg) if evaluating else [math.nan] * len(HELD_OUT_TIMES)
                 rate = seen / (time.perf_counter() - since)
                 eta = timedelta(seconds=round((cfg.steps - step - 1) / rate))
                 lr, maps_per_s = lr_at(step, cfg), rate * cfg.batch
-                say(f"step {step + 1:6d}  loss {float(mean_loss):.4f}  |g| {float(norm):.2f}  lr {lr:.1e}  "
+                say(f"step {step + 1:6d}  loss {loss:.4f}  |g| {norm:.2f}  lr {lr:.1e}  "
                     f"{rate:.2f} steps/s  {maps_per_s:.1f} maps/s  {peak_memory(cuda):.1f} GiB  ETA {eta}"
-                    + "".join(f"  t{t} {v:.4f}" for t, v in zip(HELD_OUT_TIMES, held)))
-                row = [f"{float(mean_loss):.5f}", f"{float(norm):.3f}", f"{lr:.3e}", f"{maps_per_s:.2f}"]
-                print(step + 1, *row, *(f"{v:.5f}" for v in held), sep=",", file=log, flush=True)
+                    + "".join(f"  t{t} {v:.4f}" for t, v in zip(HELD_OUT_TIMES, held) if evaluating))
+                row = dict(zip(LOG_COLUMNS[1:], (loss, norm, lr, maps_per_s, *held, *per_t), strict=True))
+                print(step + 1, *("" if v != v else f"{v:.6g}" for v in row.values()), sep=",", file=log, flush=True)
+                for name, v in row.items():
+                    if board and v == v:
+                        board.add_scalar(name, v, step + 1)
                 if saving:
                     save(step + 1)
-            since, seen, total, norms = time.perf_counter(), 0, torch.zeros((), device=device), []
+            since, seen, tally, norms = time.perf_counter(), 0, new_tally(), []
+        if rank == 0 and cfg.sample_every and (step + 1) % cfg.sample_every == 0:
+            write_samples(ema, cfg, out / "samples", step + 1, device)
         if stopping:
             say(f"stopped by a signal after step {step + 1}; go on with --resume")
             break
     if world > 1:
         dist.destroy_process_group()
+
+
+def tensorboard(out: Path, start: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard: pip install tensorboard, or leave it out; log.csv holds the same") from None
+    return SummaryWriter(str(out), purge_step=start + 1)
 
 
 def peak_memory(cuda: bool) -> float:

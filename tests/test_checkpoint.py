@@ -1,11 +1,14 @@
 """What checkpoint.py promises: what was saved comes back, and nothing else is taken for a checkpoint."""
 
 import io
+import multiprocessing
 import os
 import pickle
 import random
 import resource
+import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import checkpoint
 from model_hdit import HDiT, HDiTConfig
 
 NET = HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, kernel_size=3, mapping_width=16, time_phase="bfloat16")
+TESTS = Path(__file__).parent
 META = dict(voxel_size=1.5, box=16, mean=0.05, std=0.13)
 
 
@@ -87,6 +91,43 @@ def test_what_a_killed_run_left_is_written_over(tmp_path):
     assert len(set(tmp_path.iterdir()) - before) == 1
     checkpoint.save(tmp_path / "a.pt", make_net(), **META)
     assert set(tmp_path.iterdir()) == before
+
+
+def write_for_ever(path, step):
+    torch.set_num_threads(1)
+    net = make_net()
+    moments = {i: torch.full((100_000,), float(i)) for i in range(10)}       # 4 MB, as much as some of its writes hold
+    while True:
+        step += 1
+        checkpoint.save(path, net, **META, training=dict(step=step, moments=moments))
+
+
+def test_kill_9_at_random_moments_of_writing_always_leaves_a_checkpoint_to_resume(tmp_path, monkeypatch):
+    # A process that does nothing but write is killed for real, KILLS times; each one goes on where the last was killed.
+    kills = int(os.environ.get("KILLS", 30))
+    path, step, torn, written, rng = tmp_path / "checkpoint.pt", 0, 0, 0, random.Random(0)
+    processes = multiprocessing.get_context("forkserver")                    # they share one import of torch
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS}:{TESTS.parent}")
+    processes.set_forkserver_preload(["test_checkpoint"])
+    checkpoint.save(path, make_net(), **META, training=dict(step=0))
+    for _ in range(kills):
+        writer = processes.Process(target=write_for_ever, args=(path, step))
+        writer.start()
+        before = path.stat().st_mtime_ns
+        while path.stat().st_mtime_ns == before:         # it has begun
+            assert writer.is_alive()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        writer.kill()
+        writer.join()
+        torn += (tmp_path / ".checkpoint.pt.tmp").exists()                   # in the middle of a write
+        training = checkpoint.read(path)["training"]
+        assert training["step"] > step
+        assert all((moment == i).all() for i, moment in training["moments"].items())
+        written, step = written + training["step"] - step, training["step"]
+    print(f"{kills} kills, {torn} of them inside a write, {written} checkpoints written, {kills} loaded")
+    assert torn > kills / 3
+    assert len(list(tmp_path.iterdir())) <= 2
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_the_old_file(tmp_path):

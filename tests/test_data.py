@@ -466,6 +466,35 @@ def test_rotate_samples_the_map_at_R_r():
     torch.testing.assert_close(out[..., inside], want[..., inside], rtol=0, atol=1e-5)
 
 
+def test_rotate_turns_a_batch_as_its_maps_and_shows_the_middle_of_the_whole_turn():
+    x, rng = random(3, 2, 13, 13, 13), torch.Generator().manual_seed(0)
+    R = torch.stack([data.random_rotation(rng) for _ in range(3)])
+    for cubic in (False, True):
+        whole = torch.stack([data.rotate(a, b, cubic=cubic) for a, b in zip(x, R)])
+        torch.testing.assert_close(data.rotate(x, R, cubic=cubic), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(data.rotate(x, R, box=7, cubic=cubic), whole[..., 3:10, 3:10, 3:10], rtol=0, atol=1e-5)
+
+
+def b_spline(x):
+    """Cubic: its definition by pieces, Unser 1999 eq. 4."""
+    x = x.abs()
+    return torch.where(x < 1, 2 / 3 - x ** 2 + x ** 3 / 2, torch.where(x < 2, (2 - x) ** 3 / 6, torch.zeros_like(x)))
+
+
+def test_cubic_rotation_equals_the_direct_sum_over_all_splines():
+    shape, R = (6, 8, 7), data.random_rotation(torch.Generator().manual_seed(1)).double()
+    x = random(*shape, dtype=torch.float64)
+    i = [torch.arange(n, dtype=torch.float64) for n in shape]
+    inverse = [torch.linalg.inv(b_spline(k - k[:, None])) for k in i]
+    c = torch.einsum("ai,bj,ck,ijk->abc", *inverse, x)
+    grid = torch.stack(torch.meshgrid(*(k - (n - 1) / 2 for k, n in zip(i, shape)), indexing="ij")[::-1], -1)      # x, y, z
+    place = ((grid @ R.T).flip(-1) + torch.tensor([(n - 1) / 2 for n in shape])).view(-1, 3)                 # z, y, x
+    taps = [b_spline(place[:, axis, None] - i[axis]) for axis in range(3)]
+    want = torch.einsum("pa,pb,pc,abc->p", *taps, c).view(shape)
+    torch.testing.assert_close(data.rotate(x, R, cubic=True), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(data.rotate(x, torch.eye(3), cubic=True), x, rtol=0, atol=1e-12)              # voxels stay
+
+
 def test_random_rotations_are_uniform_over_SO3():
     rng = torch.Generator().manual_seed(0)
     R = torch.stack([data.random_rotation(rng) for _ in range(4000)]).double()

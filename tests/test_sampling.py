@@ -543,7 +543,7 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(tmp_path, run
     prior = checkpoint.load(json.loads((tmp_path / "half1_denoise.json").read_text())["settings"]["ckpt"])
     power, curve = degrade.noise_power(b, a), fsc.fsc(a, b, convention="cryofm")[1:]
     signal = (degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power).clamp(min=0) / 2
-    first = sampling.wiener(b, power, signal * (curve >= 0.143).long().cumprod(0)).clamp(min=0)
+    first = sampling.wiener(b, power, signal * (curve >= 0.05).long().cumprod(0)).clamp(min=0)
     sigma = (degrade.on_grid(power, b.shape) / b.numel()).sqrt()
     second = sampling.draw_samples(prior, b, torch.ones(b.shape, dtype=bool), first, sigma,
                                    sampling.DENOISE["prior"] | {"steps": 2}, samples=2, seed=1 << 32)

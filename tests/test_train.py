@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def shared(name):
 
 # ---- Optimiser -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype, atol", [(f64, 1e-15), (torch.float32, 1.2e-6)])      # ten steps, each rounds p by up to 6e-8 twice
+@pytest.mark.parametrize("dtype, atol", [(f64, 1e-15), (torch.float32, 1.2e-6)])   # ten steps, each rounds twice by up to 6e-8
 def test_fairseq_adam_is_that_of_the_release(dtype, atol):
     fixture = shared("parity/fairseq_adam.npz")
     p0, target, curvature = (fixture[key].to(dtype) for key in ("p0", "target", "curvature"))
@@ -135,11 +136,10 @@ def blob(*centre, box=18, sigma=2.5):
 
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory):
-    """A folder of three small maps, each of two blobs, and one file that is none."""
+    """A folder of three small maps, each of two blobs."""
     folder = tmp_path_factory.mktemp("maps")
     for i in range(3):
         data.write_map(folder / f"emd_{i}.mrc", data.Map(blob(0, 0, 0) + blob(i, 3, -3, sigma=1.5), 1.5))
-    (folder / "emd_9.mrc").write_bytes(b"junk")
     return folder
 
 
@@ -157,8 +157,8 @@ def test_data_are_told_apart_by_what_the_path_holds(tmp_path, maps, capsys):
     assert isinstance(first.structures, data.ProceduralChains) and first.structures.seed != second.structures.seed
     assert not torch.equal(*first[0])                    # two crops of one map
     first, second = datasets(maps)
-    assert isinstance(first, data.MapCrops) and sorted(v.label for v in first.volumes + second.volumes) == ["emd_0", "emd_1", "emd_2"]
-    assert "skipped" in (out := capsys.readouterr().out) and "emd_9.mrc" in out and "1 maps skipped, 3 read" in out
+    assert isinstance(first, data.MapCrops) and "0 maps skipped, 3 read" in capsys.readouterr().out
+    assert sorted(v.label for v in first.volumes + second.volumes) == ["emd_0", "emd_1", "emd_2"]
     assert not first.center and datasets(maps, center_crops=True)[0].center
     assert datasets("procedural", center_crops=True)[0].box == 16
 
@@ -171,6 +171,22 @@ def test_data_are_told_apart_by_what_the_path_holds(tmp_path, maps, capsys):
     first, second = datasets(tmp_path / "models/a.pdb")          # one structure: other orientations of it are held out
     assert first.structures == second.structures and not torch.equal(first[0], second[0])
     assert "1 to train on, 1 held out, the same one in other orientations" in capsys.readouterr().out
+
+
+def test_an_unreadable_map_is_skipped_and_counted_and_more_than_one_in_a_hundred_stop_the_run(tmp_path, maps, capsys):
+    content = (maps / "emd_0.mrc").read_bytes()
+    for i in range(199):
+        (tmp_path / f"emd_{i}.mrc").write_bytes(content)
+    for name in ("bad_1.mrc", "bad_2.mrc"):
+        (tmp_path / name).write_bytes(content[:5000])
+        cfg = replace(train.PRESETS["tiny"], data=str(tmp_path))
+        if name == "bad_1.mrc":                          # 1 of 200
+            train.datasets(cfg)
+            out = capsys.readouterr().out
+            assert "1 maps skipped, 199 read" in out and out.count("skipped ") == 1 and "bad_1.mrc: truncated" in out
+    (tmp_path / "emd_0.mrc").write_bytes(b"")            # 3 of 201
+    with pytest.raises(ValueError, match="3 of 201 maps cannot be used, more than 1 %; .*bad_1.mrc: truncated"):
+        train.datasets(cfg)
 
 
 def test_nothing_to_train_on_is_one_clear_line(tmp_path):
@@ -197,7 +213,7 @@ def small(monkeypatch):
     """`--model small` in every test; signal handlers that a run sets are put back."""
     monkeypatch.setitem(train.PRESETS, "small", SMALL)
     monkeypatch.setattr(train, "HELD_OUT_CROPS", 4)
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    before = {name: signal.getsignal(name) for name in train.STOP_SIGNALS}
     yield
     for name, handler in before.items():
         signal.signal(name, handler)
@@ -230,12 +246,12 @@ def log_rows(out):
         return list(csv.reader(file))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_resuming_equals_never_stopping(tmp_path, maps, monkeypatch, capsys, optimizer):
+@pytest.mark.parametrize("optimizer, signum", [("adam", signal.SIGTERM), ("muon", signal.SIGUSR1), ("adam", signal.SIGINT)])
+def test_resuming_equals_never_stopping(tmp_path, maps, monkeypatch, capsys, optimizer, signum):
     def kill_at(step):
         def lr_at(now, cfg, lr_at=train.lr_at):
             if now == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signum)
             return lr_at(now, cfg)
         return lr_at
 
@@ -255,7 +271,8 @@ def test_resuming_equals_never_stopping(tmp_path, maps, monkeypatch, capsys, opt
     assert [row[0] for row in rows] == ["step", "1", "2", "3", "4"]
     for row, other in zip(rows, want, strict=True):      # all but the rate; held out was measured when it stopped, too
         assert row[:4] == other[:4] and row[5:] == other[5:]
-    assert len(rows[2]) == len(rows[4]) == 10
+    assert all(len(row) == 15 and all(row[:5]) for row in rows)
+    assert [all(row[5:10]) for row in rows[1:]] == [False, True, False, True]           # held out: every second step
 
     run(tmp_path / "parts", "--resume", data=maps, optimizer=optimizer)
     assert "nothing to do: step 4 of 4" in capsys.readouterr().out
@@ -278,7 +295,17 @@ def test_the_first_step_is_the_one_the_equations_say(tmp_path, maps):
     x_t = (1 - t[:, None, None, None, None]) * x_0 + t[:, None, None, None, None] * x_1
     (net(x_t, t) - (x_1 - x_0)).square().mean().backward()
     norm = sum(float(p.grad.square().sum()) for p in net.parameters()) ** 0.5
-    assert float(log_rows(tmp_path / "run")[1][2]) == pytest.approx(norm, abs=1e-3)
+    log = dict(zip(*log_rows(tmp_path / "run")))
+    assert float(log["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    with torch.no_grad():                                # the loss of each fifth of the times
+        net_0 = HDiT(TINY)
+        net_0.load_state_dict({**net.state_dict(), **before})
+        losses = (net_0(x_t, t) - (x_1 - x_0)).square().flatten(1).mean(1)
+    for i in range(5):
+        these = losses[(t >= i / 5) & (t < (i + 1) / 5)]
+        got = log[f"loss_t{i / 5:g}-{(i + 1) / 5:g}"]
+        assert (not len(these) and got == "") or float(got) == pytest.approx(float(these.mean()), rel=1e-4)
+    assert float(log["loss"]) == pytest.approx(float(losses.mean()), rel=1e-4)
     for name, p in net.named_parameters():
         g = (p.grad / max(norm, 1)).double()             # clipped
         step = g / (g.abs() + 1e-8 / 0.02 ** 0.5)        # of Adam, the first: m = 0.1 g, v = 0.02 g^2
@@ -292,38 +319,76 @@ def test_the_first_step_is_the_one_the_equations_say(tmp_path, maps):
 
 
 TWO_RANKS = """
-import os, signal, sys
+import os, signal, sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_train, train
 train.PRESETS["small"], train.HELD_OUT_CROPS = test_train.SMALL, 4
-lr_at = train.lr_at
-def stop_rank_1(step, cfg):                              # a signal to one rank stops both
-    if step == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
+lr_at, loss, calls = train.lr_at, train.flow.loss, []
+def at_step(step, cfg):                                  # what befalls rank 1 in step 3
+    if step == 2 and os.environ["RANK"] == "1" and {signum}:
+        os.kill(os.getpid(), {signum})
     return lr_at(step, cfg)
-train.lr_at = stop_rank_1
-train.main(["--model", "small", "--data", {maps!r}, "--out", {out!r}, "--steps", "500", "--decay", "0",
-            "--batch", "8", "--micro-batch", "2"])
+def loss_of_rank(*args, **settings):
+    calls.append(0)
+    return loss(*args, **settings) * (torch.nan if {nan} and len(calls) == 6 and os.environ["RANK"] == "1" else 1)
+train.lr_at, train.flow.loss = at_step, loss_of_rank
+try:
+    train.main(["--model", "small", "--data", {maps!r}, "--out", {out!r}, "--steps", "500", "--decay", "0",
+                "--batch", "8", "--micro-batch", "2", "--save-every", "2"])
+except ValueError as error:
+    sys.exit(f"train.py: {{error}}")
 """
 
 
-def test_two_ranks_take_the_steps_one_rank_takes_and_stop_together(tmp_path, maps):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), maps=str(maps), out=str(tmp_path / "two")))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+def two_ranks(out, maps, signum=0, nan=False):
+    script = out.with_suffix(".py")
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), maps=str(maps), out=str(out),
+                                       signum=int(signum), nan=nan))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+
+
+def test_two_ranks_take_the_steps_one_rank_takes_stop_together_and_are_resumed_by_one(tmp_path, maps):
+    done = two_ranks(tmp_path / "two", maps, signal.SIGTERM)                 # to one of them
     # gloo sometimes aborts at the exit of the interpreter, after the work: what counts is what was saved.
     assert (tmp_path / "two/checkpoint.pt").exists(), done.stdout + done.stderr
     two = checkpoint.read(tmp_path / "two/checkpoint.pt")
     assert "stopped by a signal after step 3" in done.stdout
     assert done.stdout.count("M parameters, cpu, 2 rank(s) x 2 x 2 crops") == 1
-    one = run(tmp_path / "one", data=maps, steps=3, decay=0, batch=8, micro_batch=2)
+    settings = dict(data=maps, decay=0, batch=8, micro_batch=2)
+    one = run(tmp_path / "one", steps=3, **settings)
     assert two["training"]["step"] == one["training"]["step"] == 3
-    for key, value in one["training"]["net"].items():    # three steps of 0.01; the order of a sum differs
-        torch.testing.assert_close(two["training"]["net"][key], value, rtol=0, atol=1e-3)
-    rows, want = log_rows(tmp_path / "two"), log_rows(tmp_path / "one")
-    for row, other in zip(rows[1:], want[1:], strict=True):
-        np.testing.assert_allclose(np.float64(row[1:3]), np.float64(other[1:3]), rtol=1e-3)
+
+    def compare(two, one):                               # steps of 0.01; the order of a sum differs
+        for key, value in one["training"]["net"].items():
+            torch.testing.assert_close(two["training"]["net"][key], value, rtol=0, atol=1e-3)
+        rows, want = log_rows(tmp_path / "two"), log_rows(tmp_path / "one")
+        for row, other in zip(rows[1:], want[1:], strict=True):
+            np.testing.assert_allclose(np.float64(row[1:3]), np.float64(other[1:3]), rtol=1e-3)
+
+    compare(two, one)
+    compare(*(run(tmp_path / name, "--resume", steps=5, **settings) for name in ("two", "one")))
+
+
+def test_a_rank_that_dies_ends_the_others_and_leaves_the_last_checkpoint(tmp_path, maps):
+    done = two_ranks(tmp_path / "dead", maps, signal.SIGKILL)                # kill -9: no farewell
+    assert done.returncode and "SIGKILL" in done.stderr.upper()             # and it did not wait for its time to be up
+    assert checkpoint.read(tmp_path / "dead/checkpoint.pt")["training"]["step"] == 2
+    assert [row[0] for row in log_rows(tmp_path / "dead")] == ["step", "1", "2"]
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_rank_and_batch_after_saving(tmp_path, maps):
+    done = two_ranks(tmp_path / "nan", maps, nan=True)
+    assert done.returncode
+    # Step 3, the second of two micro-batches of rank 1 of 2: number (2 * 2 + 1) * 2 + 1, one map in each.
+    line = ("train.py: step 3: the loss is not finite in micro-batch 11, items 11 to 11 of the data, on rank 1; "
+            "saved as it was after step 2, --resume it with a lower --lr")
+    assert line in done.stderr and "Traceback" not in done.stderr.split(line)[0]
+    saved = checkpoint.read(tmp_path / "nan/checkpoint.pt")
+    assert saved["training"]["step"] == 2 and all(v.isfinite().all() for v in saved["training"]["net"].values())
+    one = run(tmp_path / "one", data=maps, decay=0, batch=8, micro_batch=2, steps=2)
+    for key, value in one["training"]["net"].items():
+        torch.testing.assert_close(saved["training"]["net"][key], value, rtol=0, atol=1e-3)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(tmp_path, maps):
@@ -344,19 +409,97 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(tmp_path, maps):
         run(tmp_path / "a", "--resume", data=maps)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, maps):
-    run(tmp_path / "a", data=maps, steps=2)
-    before = (tmp_path / "a/checkpoint.pt").read_bytes()
-    with pytest.raises(ValueError, match="in the steps up to 3; --resume from the last checkpoint"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.flow, "loss", lambda net, x, **_: net(x, torch.ones(len(x))).sum() * torch.inf)
-            run(tmp_path / "a", "--resume", data=maps, save_every=1, log_every=50)
-    assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
+def test_a_gradient_that_is_not_finite_saves_the_weights_of_the_step_before(tmp_path, maps, monkeypatch):
+    whole = run(tmp_path / "whole", data=maps)
+    with monkeypatch.context() as patch:
+        def lr_at(step, cfg, lr_at=train.lr_at):         # overflows in the backward pass alone, in the last step
+            patch.setattr(train.flow, "loss", overflow if step == 3 else loss)
+            return lr_at(step, cfg)
+
+        def overflow(net, x, **settings):
+            value = loss(net, x, **settings)
+            return value + (0 * value).sqrt()            # the slope of a root at 0, times 0
+
+        loss = flow.loss
+        patch.setattr(train, "lr_at", lr_at)
+        with pytest.raises(ValueError, match="step 4: each loss is finite, the gradient is not; saved as it was after step 3"):
+            run(tmp_path / "parts", data=maps)
+    assert_same(run(tmp_path / "parts", "--resume", data=maps), whole)
+
+
+def test_init_starts_from_averaged_weights_with_a_fresh_optimiser(tmp_path, maps, capsys):
+    first = run(tmp_path / "a", data=maps)
+    source = tmp_path / "a/checkpoint.pt"
+    second = run(tmp_path / "b", data=maps, init=source, steps=1, warmup=0, lr=1e-9, std=0.2)
+    for key, value in first["weights"].items():
+        torch.testing.assert_close(second["training"]["net"][key], value, rtol=0, atol=1e-8)
+    assert second["training"]["optimizers"][0]["param_groups"][0]["step"] == 1 == second["training"]["step"]
+    out = capsys.readouterr().out
+    assert f"starting from {source}" in out and "changed: --std 0.13 -> 0.2" in out and "--mean" not in out
+    resumed = run(tmp_path / "b", "--resume", data=maps, init=source, steps=2)              # --resume comes first
+    assert resumed["training"]["optimizers"][0]["param_groups"][0]["step"] == 2
+    with pytest.raises(ValueError, match="another network, HDiTConfig.*give the --model it was trained as"):
+        run(tmp_path / "c", "--crop=32", data=maps, init=source, model="tiny")
+    with pytest.raises(OSError, match="none.pt"):
+        run(tmp_path / "c", data=maps, init=tmp_path / "none.pt")
+
+
+def test_samples_are_what_flow_draws_from_the_averaged_weights(tmp_path, maps, monkeypatch):
+    monkeypatch.setattr(train, "SAMPLE_STEPS", 3)
+    run(tmp_path, data=maps, sample_every=2)
+    folder = tmp_path / "samples"
+    assert {file.name for file in folder.glob("*.mrc")} == {f"step_00000{n}_{i}.mrc" for n in (2, 4) for i in (0, 1)}
+    prior = checkpoint.load(tmp_path / "checkpoint.pt")
+    x_1 = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    for i, x in enumerate(flow.sample(prior.net, x_1, 3)):
+        map = data.read_map(folder / f"step_000004_{i}.mrc")
+        torch.testing.assert_close(map.density, x[0] * 0.13 + 0.05, rtol=0, atol=1e-4)
+        assert map.voxel_size == (1.5, 1.5, 1.5)
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    assert (folder / "step_000004.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_tensorboard_gets_what_log_csv_holds_or_says_what_to_install(tmp_path, maps):
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install tensorboard"):
+            run(tmp_path, "--tensorboard", data=maps, steps=1)
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run(tmp_path, "--tensorboard", data=maps)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    columns = dict(zip(log_rows(tmp_path)[0], zip(*log_rows(tmp_path)[1:])))
+    got = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert got == [(int(n), pytest.approx(float(v), rel=1e-4)) for n, v in zip(columns["step"], columns["loss"])]
+
+
+@pytest.mark.parametrize("name, box, want", [("s", 64, 410.67), ("l", 128, 458.09)])        # the release's, in 1e9
+def test_multiply_adds_are_those_counted_on_the_release(name, box, want):
+    assert train.multiply_adds(train.PRESETS[name].net, box) / 1e9 == pytest.approx(want, rel=1e-4)
+
+
+def test_a_dry_run_says_what_a_run_costs_takes_one_step_and_writes_nothing(tmp_path, maps, capsys):
+    train.main(["--model", "small", "--data", str(maps), "--out", str(tmp_path / "a"), "--dry-run"])
+    out = capsys.readouterr().out
+    count = sum(p.numel() for p in HDiT(TINY).parameters())
+    assert f"{count:,} parameters" in out and "micro-batch of 1 stands for all" in out and not (tmp_path / "a").exists()
+    assert f"{20 * count / 2 ** 30:.1f} GiB for weights" in out
+    assert re.search(r"loss \d\.\d{4}, \d+\.\d\d s, peak", out) and re.search(r" 1 x H200 +\d", out)
+
+
+def test_days_on_gpus_are_the_arithmetic_of_compute_and_all_reduce():
+    s, flop, parameters = train.PRESETS["s"], 2.5e12, 335e6
+    seconds = lambda n: train.step_seconds(n, 1e15, 400e9, s, flop, parameters)
+    assert seconds(1) == pytest.approx(128 * 2.5e12 / (0.4 * 1e15))                         # 0.8 s
+    assert seconds(8) == pytest.approx(0.1)                                 # one micro-batch; 6 ms hide in its backward pass
+    # 64 GPUs: 12.5 ms, of which 8.3 hide 2 * 7/8 * 1.34 GB / 400 GB/s + 2 * 7/8 * 0.1675 GB / 50 GB/s = 11.7 ms.
+    assert seconds(64) == pytest.approx(0.0125 / 3 + 0.01173, rel=1e-3)
 
 
 def test_errors_of_the_program_are_one_line_without_a_traceback(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "a")],
-                          capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(tmp_path / "none"), "--out", str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and not (tmp_path / "a").exists()
     assert done.stderr.strip() == f"train.py: {tmp_path / 'none'}: no such file or folder"
 
@@ -366,8 +509,9 @@ def test_every_preset_family_takes_one_step_and_samples(tmp_path, monkeypatch, n
     # Each preset as it is, but narrow and on the smallest crops its levels allow, from procedural structures.
     cfg = train.PRESETS[name]
     net = replace(cfg.net, depths=(1,) * len(cfg.net.depths), widths=(24, 48, 96)[:len(cfg.net.widths)], d_head=12)
+    count = 2 * cfg.crops_per_map
     monkeypatch.setitem(train.PRESETS, name, replace(
-        cfg, net=net, crop=net.multiple, batch=2 * cfg.crops_per_map, micro_batch=2 * cfg.crops_per_map, steps=1, workers=0))
+        cfg, net=net, crop=net.multiple, batch=count, micro_batch=count, steps=1, workers=0))
     run(tmp_path, model=name)
     prior = checkpoint.load(tmp_path / "prior.pt", kind="hdit")
     assert (prior.net.config, prior.box, prior.voxel_size) == (net, net.multiple, cfg.voxel_size)
