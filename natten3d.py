@@ -82,7 +82,8 @@ def na3d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int | Sequence[int], *, s
     T = math.prod(grid)
     almost = backend == "tiled" and dtype == torch.float32 and T <= 1.5 * math.prod(kernel) and T * T <= CHUNK
     if everything or almost:
-        mask = None if everything else functools.reduce(torch.kron, map(sees, grid, kernel)).to(q.device)
+        make = whole_bias.__wrapped__ if torch.compiler.is_compiling() else whole_bias    # torch.compile sees no caches
+        mask = None if everything else make(tuple(grid), tuple(kernel), dtype, q.device)
         q, k, v = (t.flatten(1, 3).transpose(1, 2) for t in (q, k, v))                # (B, n, T, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.transpose(1, 2).unflatten(1, grid)
@@ -147,6 +148,14 @@ def sees(length: int, k: int) -> Tensor:
     """(queries, keys) of one axis, True where (1) holds."""
     start, j = torch.tensor(window_starts(length, k))[:, None], torch.arange(length)
     return (start <= j) & (j < start + k)
+
+
+@functools.lru_cache(8)
+@torch.inference_mode(False)                          # else one made in inference could not be used in training
+def whole_bias(grid: tuple, kernel: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(T, T), for attention over all pairs: 0 in the window, -inf outside."""
+    outside = ~functools.reduce(torch.kron, map(sees, grid, kernel))
+    return torch.zeros(outside.shape, dtype=dtype).masked_fill_(outside, -math.inf).to(device)
 
 
 @functools.lru_cache(64)

@@ -79,6 +79,15 @@ def test_float32_attention_over_all_pairs_keeps_the_mask():
     assert close(with_gradients(lambda *qkv: na3d(*qkv, 7, backend="tiled"), q, k, v, g), expected, 1e-5)
 
 
+def test_the_mask_over_all_pairs_is_made_once_and_serves_training_after_inference():
+    q, k, v, g = make((8, 8, 8), dtype=torch.float32)
+    natten3d.whole_bias.cache_clear()
+    with torch.inference_mode():
+        na3d(q, k, v, 7)
+    with_gradients(lambda *qkv: na3d(*qkv, 7), q, k, v, g)              # what inference mode makes cannot be saved for this
+    assert natten3d.whole_bias.cache_info()[:2] == (1, 1)               # hits, misses
+
+
 @pytest.mark.parametrize("chunk", [1, 5000])
 def test_cutting_the_work_into_chunks_changes_nothing(chunk, monkeypatch):
     q, k, v, g = make((9, 2, 18), B=1, n=3)                             # x: ends, three full tiles
@@ -169,8 +178,9 @@ def test_autocast_chooses_the_dtype_and_otherwise_the_widest_wins():
     assert torch.equal(na3d(q, k, half[2], 3), na3d(q, k, half[2].float(), 3))
 
 
-def test_compiling_without_graph_breaks_and_checkpointing_change_nothing():
-    q, k, v, g = make((5, 6, 9), dtype=torch.float32)
+@pytest.mark.parametrize("grid", [(5, 6, 9), (5, 5, 6)])                # by tiles; over all pairs
+def test_compiling_without_graph_breaks_and_checkpointing_change_nothing(grid):
+    q, k, v, g = make(grid, dtype=torch.float32)
     layer = lambda q, k, v: 2 * na3d(q + 1, k, v, 5)
     expected = with_gradients(layer, q, k, v, g)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

@@ -46,6 +46,20 @@ def test_fairseq_adam_is_that_of_the_release(dtype, atol):
     assert (want[10] - fixture["torch_adamw_float64"][10]).abs().max() > 1e-4           # where AdamW differs
 
 
+@pytest.mark.parametrize("bf16, rtol", [(True, 1e-6), (False, 3e-2)])           # in float32: but for bfloat16's three digits
+def test_muon_is_pytorchs(monkeypatch, bf16, rtol):
+    monkeypatch.setattr(train.flow, "has_bf16", lambda device: bf16)
+    torch.manual_seed(0)
+    for shape in ((24, 16), (16, 40)):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        optimizers = train.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            ours.grad = theirs.grad = torch.randn(shape)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert (ours - theirs).norm() <= rtol * (theirs - 1).norm()
+
+
 def test_warm_up_is_that_of_the_release():
     fixture = shared("parity/fairseq_adam.npz")
     for step, lr in zip(fixture["warmup_step"].tolist(), fixture["warmup_lr"].tolist()):
