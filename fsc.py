@@ -23,6 +23,8 @@ Departures 2 and 3, from exactness and from cctbx: `structure_factors`, `_crossi
 """
 import argparse
 import gzip
+import io
+import itertools
 import json
 import math
 import os
@@ -37,13 +39,12 @@ from torch import Tensor
 
 CONVENTIONS = ("ours", "relion", "cryofm")
 
-# ---- 1. Shells -----------------------------------------------------------------------------------------------------
+# ---- 1. Shells ---------------------------------------------------------------------------------------------------------
 
 
 def triple(value) -> tuple[float, float, float]:
     """One number for all three axes, or three (z, y, x)."""
-    z, y, x = torch.as_tensor(value, dtype=torch.float64).expand(3).tolist()
-    return z, y, x
+    return tuple(torch.as_tensor(value, dtype=torch.float64).expand(3).tolist())
 
 
 def shell_side(shape, voxel_size=1.0, convention: str = "ours") -> tuple[int, float]:
@@ -91,29 +92,28 @@ def shells(shape, voxel_size=1.0, *, half: bool = False, convention: str = "ours
 
 
 def half_weight(shape, region: Tensor | None = None, *, convention: str = "ours", device=None) -> Tensor:
-    """How often a sum over the full transform meets each coefficient of the half one: float64, to be broadcast.
+    """How often a sum over the full transform meets each coefficient of the half one: float32, to be broadcast.
 
     Twice for 0 < x < W/2, which stand for their mirror images too; once for x = 0 and an even box's Nyquist plane.
     region: (D, H, W) in `fftfreq` layout, what to count. "relion" counts every stored coefficient once.
     """
     half = shape[-1] // 2 + 1
-    weight = torch.ones(1, 1, half, dtype=torch.float64, device=device)
+    weight = torch.ones(1, 1, half, device=device)
     if convention != "relion":
         weight[..., 1 : (shape[-1] + 1) // 2] = 2
     if region is None:
         return weight
     if region.shape != shape:
         raise ValueError(f"region has shape {tuple(region.shape)}; want {tuple(shape)}, the map's, in fftfreq layout")
-    region = region.to(device, torch.float64)
-    if convention == "relion":
-        return region[..., :half]
-    mirror = region.flip(0, 1, 2).roll((1, 1, 1), (0, 1, 2))      # at k, the region's value at -k
-    return weight * (region + mirror)[..., :half] / 2
+    region = region.to(device, torch.float32)
+    if convention != "relion":                          # the mean of the region at k and at -k
+        region = (region + region.flip(0, 1, 2).roll((1, 1, 1), (0, 1, 2))) / 2
+    return weight * region[..., :half]
 
 
 def shell_sum(x: Tensor, shell: Tensor, n: int) -> Tensor:
-    """Sum of x (..., D, H, W) over shells 0 .. n-1 in float64: (..., n). `shell` holds 0 .. n; n is dropped."""
-    x = x.flatten(-3).to(torch.float64)
+    """Sums of x (..., *shell.shape) over shells 0 .. n-1 in float64: (..., n). `shell` holds 0 .. n; n is dropped."""
+    x = x.flatten(-shell.ndim).to(torch.float64)
     return x.new_zeros(*x.shape[:-1], n + 1).index_add_(-1, shell.flatten(), x)[..., :n]
 
 
@@ -127,8 +127,7 @@ def fsc(a: Tensor, b: Tensor, region: Tensor | None = None, *, convention: str =
     a, b: (..., D, H, W) real-space maps (or arrays) on one grid, any units. region: (D, H, W) boolean in `fftfreq`
     layout, the coefficients to count: ~wedge_mask(...) scores the missing wedge alone. voxel_size only matters where
     it differs between the axes. Returns float64 (..., n) in [-1, 1], n = box//2 + 1, box the shortest side ("cryofm":
-    W, and shell 0 is nan); nan where a shell has no coefficient or no power.
-    Raises ValueError if the shapes differ.
+    W, and shell 0 is nan); nan where a shell has no coefficient or no power. Raises ValueError if the shapes differ.
     """
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.shape != b.shape or a.ndim < 3:
@@ -143,13 +142,13 @@ def fsc(a: Tensor, b: Tensor, region: Tensor | None = None, *, convention: str =
     return curve
 
 
-def _correlate(A: Tensor, B: Tensor, shell: Tensor, weight: Tensor, n: int) -> Tensor:
-    cross, power_a, power_b = (shell_sum(_dot(X, Y) * weight, shell, n) for X, Y in ((A, B), (A, A), (B, B)))
+def _correlate(A: Tensor, B: Tensor, shell: Tensor, weight, n: int) -> Tensor:
+    cross, power_a, power_b = (shell_sum(_dot(X, Y).mul_(weight), shell, n) for X, Y in ((A, B), (A, A), (B, B)))
     return cross / (power_a * power_b).sqrt()           # (1)
 
 
 def _dot(A: Tensor, B: Tensor) -> Tensor:
-    return A.real * B.real + A.imag * B.imag            # Re A conj(B)
+    return (A.real * B.real).addcmul_(A.imag, B.imag)   # Re A conj(B)
 
 
 def auc(curve: Tensor) -> Tensor:
@@ -162,29 +161,25 @@ def resolution(curve: Tensor, voxel_size: float, threshold: float = 0.143, *, bo
     """Resolution in Å: where the FSC first falls below the threshold. (..., n) -> (...); float() it for one curve.
 
     Linear interpolation in frequency between that shell and the one before; "relion": the last shell before it,
-    not interpolated. The last shell (Nyquist) if the curve never falls; nan for a curve of nan.
-    voxel_size, box: of the side that makes the shells (`shell_side`); box defaults to 2 (n - 1), an odd one must be
-    given, for the curve cannot tell.
+    not interpolated. The last shell (Nyquist) if the curve never falls; nan for a curve of nan. voxel_size, box:
+    of the side that makes the shells (`shell_side`); box defaults to 2 (n - 1), an odd one must be given.
     """
     curve = torch.as_tensor(curve)
     if curve.ndim > 1:
         return torch.stack([resolution(c, voxel_size, threshold, box=box, convention=convention) for c in curve])
-    side = (2 * (len(curve) - 1) if box is None else box) * voxel_size
-    above, value = 0, 1.0                               # the zero frequency itself only compares the maps' means
-    for k, next_value in enumerate(curve.tolist()):
-        if k == 0 or math.isnan(next_value):
-            continue
+    # The zero frequency itself only compares the maps' means: it counts as 1.
+    known = [(0, 1.0)] + [(k, v) for k, v in enumerate(curve.tolist()) if k > 0 and not math.isnan(v)]
+    at = known[-1][0] if len(known) > 1 else math.nan
+    for (above, value), (k, next_value) in itertools.pairwise(known):
         if next_value < threshold:
             part = 0.0 if convention == "relion" else (value - threshold) / (value - next_value)
-            above += part * (k - above)
+            at = above + part * (k - above)
             break
-        above, value = k, next_value
-    if not (curve[1:] == curve[1:]).any():
-        return curve.new_tensor(math.nan)
-    return curve.new_tensor(side / above if above else math.inf)
+    side = (2 * (len(curve) - 1) if box is None else box) * voxel_size
+    return curve.new_tensor(side / at if at else math.inf)
 
 
-# ---- 2. Half maps --------------------------------------------------------------------------------------------------
+# ---- 2. Half maps ------------------------------------------------------------------------------------------------------
 
 
 class MaskedFSC(NamedTuple):
@@ -209,8 +204,7 @@ def randomise_phases(x: Tensor, shell: int, seed: int = 0, voxel_size=1.0) -> Te
 
 def correct_for_mask(masked: Tensor, randomised: Tensor, randomised_from: int) -> Tensor:
     """(2), from two shells after the first randomised one; before it the masked FSC."""
-    corrected = masked.clone()
-    i = slice(randomised_from + 2, None)
+    corrected, i = masked.clone(), slice(randomised_from + 2, None)
     corrected[i] = (masked[i] - randomised[i]) / (1 - randomised[i])
     return corrected
 
@@ -220,18 +214,15 @@ def masked_fsc(half_map_1: Tensor, half_map_2: Tensor, mask: Tensor, *, conventi
     """FSC of half maps under a mask, corrected for what the mask alone correlates (Chen et al. 2013; RELION).
 
     half maps, mask: (D, H, W), the mask between 0 and 1, best soft-edged. Phases are randomised from the first shell
-    whose unmasked FSC is below 0.8. Returns the corrected curve first. Raises ValueError if the mask does not fit.
+    whose unmasked FSC is below 0.8. Raises ValueError if the mask does not fit.
     """
     if mask.shape != half_map_1.shape or not (0 <= mask.min() and 0 < mask.max() <= 1):
         raise ValueError(f"mask: shape {tuple(mask.shape)}, values {mask.min():g} to {mask.max():g}; "
                          f"want {tuple(half_map_1.shape)}, values from 0 to 1")
-    score = lambda a, b: fsc(a, b, convention=convention, voxel_size=voxel_size)
-    unmasked = score(half_map_1, half_map_2)
-    low = (unmasked[1:] < 0.8).nonzero()
-    start = int(low[0]) + 1 if len(low) else len(unmasked)
-    masked = score(half_map_1 * mask, half_map_2 * mask)
-    randomised = score(*(randomise_phases(x, start, seed + i, voxel_size) * mask
-                         for i, x in enumerate((half_map_1, half_map_2))))
+    halves, score = (half_map_1, half_map_2), lambda a, b: fsc(a, b, convention=convention, voxel_size=voxel_size)
+    unmasked, masked = score(*halves), score(*(x * mask for x in halves))
+    start = next((k for k, v in enumerate(unmasked.tolist()) if k > 0 and v < 0.8), len(unmasked))
+    randomised = score(*(randomise_phases(x, start, seed + i, voxel_size) * mask for i, x in enumerate(halves)))
     return MaskedFSC(correct_for_mask(masked, randomised, start), unmasked, masked, randomised, start)
 
 
@@ -243,19 +234,16 @@ def fsc_weight(curve: Tensor) -> Tensor:
     return torch.where(good > 0, 2 * curve / (1 + curve), 0).sqrt()
 
 
-def guinier_b_factor(density: Tensor, curve: Tensor, voxel_size: float, resolution: float,
-                     lowest: float = 10.0) -> float:
+def guinier_b_factor(density: Tensor, curve: Tensor, voxel_size: float, resolution: float, lowest: float = 10.0) -> float:
     """-B of (4) in Å², RELION's sign: what `sharpen` needs to undo the decay (negative: the map will be sharpened).
 
     Straight line through ln<|F|> of the weighted (3) map against s^2, from `lowest` Å to `resolution` Å.
     density (D, H, W): the mean of the half maps. Raises ValueError with fewer than 3 shells in that range.
     """
-    box, _ = shell_side(density.shape)
-    n = len(curve)
-    shell = shells(density.shape, half=True, device=density.device).clamp_(max=n)
-    amplitude = shell_sum(rfft3(density).abs(), shell, n) / shell_sum(torch.ones_like(shell), shell, n)
-    s2 = (torch.arange(n, dtype=torch.float64, device=density.device) / (box * voxel_size)) ** 2
-    log = (amplitude * fsc_weight(curve)).log()
+    n, shell = len(curve), shells(density.shape, half=True, device=density.device)
+    amplitude, count = (shell_sum(x, shell.clamp(max=n), n) for x in (rfft3(density).abs(), torch.ones_like(shell)))
+    s2 = (torch.arange(n, dtype=torch.float64, device=density.device) / (min(density.shape) * voxel_size)) ** 2
+    log = (amplitude / count * fsc_weight(curve)).log()
     fit = (s2 >= lowest**-2) & (s2 <= resolution**-2) & log.isfinite()
     if fit.sum() < 3:
         raise ValueError(f"only {int(fit.sum())} shells between {lowest:g} and {resolution:g} Å: too few for a "
@@ -270,12 +258,11 @@ def sharpen(density: Tensor, curve: Tensor, voxel_size: float, b_factor: float, 
     density (D, H, W); curve (n,) their FSC; b_factor in Å², negative sharpens (`guinier_b_factor`); resolution in Å:
     a raised cosine two shells wide about it ends the map. Raises ValueError if the curve is not the map's.
     """
-    box, _ = shell_side(density.shape)
+    box = min(density.shape)
     if len(curve) != box // 2 + 1:
         raise ValueError(f"the curve has {len(curve)} shells; a map with shortest side {box} has {box // 2 + 1}")
     r = radius(density.shape, half=True, device=density.device)
-    shell = r.add(0.5).long()
-    weight = F.pad(fsc_weight(curve), (0, 1)).to(r)[shell.clamp(max=len(curve))]
+    weight = F.pad(fsc_weight(curve), (0, 1)).to(r)[r.add(0.5).long().clamp(max=len(curve))]
     last = math.floor(box * voxel_size / resolution + 0.5)
     low_pass = 0.5 + 0.5 * torch.cos(torch.pi * ((r - (last - 1)) / 2).clamp(0, 1))
     gain = weight * torch.exp(-b_factor / 4 * (r / (box * voxel_size)) ** 2) * low_pass * (r <= box / 2)
@@ -296,19 +283,19 @@ def directional_fsc(a: Tensor, b: Tensor, directions: Tensor | None = None, half
     a, b: (D, H, W); directions: (..., 3) as (x, y, z), default `direction_grid()`. Returns (..., n).
     """
     directions = direction_grid() if directions is None else torch.as_tensor(directions, dtype=torch.float64)
-    directions = directions.to(a.device) / directions.norm(dim=-1, keepdim=True).to(a.device)
+    directions = (directions / directions.norm(dim=-1, keepdim=True)).to(a.device)
     n = shell_side(a.shape, voxel_size)[0] // 2 + 1
     shell = shells(a.shape, voxel_size, half=True, device=a.device)
     inside = shell < n                                  # the corners of the box leave for good
+    flat = lambda x: x.expand(shell.shape)[inside]
     k = freq_grid(a.shape, half=True, device=a.device)
-    k = torch.stack([(x / v).expand(shell.shape)[inside] for x, v in zip(k, triple(voxel_size))][::-1], -1)  # x, y, z
+    k = torch.stack([flat(x / v) for x, v in zip(k, triple(voxel_size))][::-1], -1)       # (M, 3): x, y, z
     reach = math.cos(math.radians(half_angle)) * k.norm(dim=-1)
-    A, B, shell = rfft3(a)[inside], rfft3(b)[inside], shell[inside]
-    weight = half_weight(a.shape, device=a.device).expand(inside.shape)[inside]
+    terms = [flat(x) for x in (rfft3(a), rfft3(b), shell, half_weight(a.shape, device=a.device))]
     curves = []
     for u in directions.reshape(-1, 3):
         cone = ((k @ u).abs() >= reach).nonzero()[:, 0]
-        curves.append(_correlate(*(x[cone, None, None] for x in (A, B, shell, weight)), n))
+        curves.append(_correlate(*(x[cone] for x in terms), n))
     return torch.stack(curves).view(*directions.shape[:-1], n)
 
 
@@ -336,7 +323,7 @@ def local_resolution(half_map_1: Tensor, half_map_2: Tensor, voxel_size: float, 
     times the global resolution. step: voxels between windows (default window//6); between their centres the result is
     interpolated. Windows without density get the coarsest resolution, window * voxel_size.
     """
-    shape = half_map_1.shape
+    shape, device = half_map_1.shape, half_map_1.device
     if window is None:
         whole = float(resolution(fsc(half_map_1, half_map_2), voxel_size, box=min(shape)))
         window = max(10, min(round(7 * whole / voxel_size), min(shape)))
@@ -344,21 +331,20 @@ def local_resolution(half_map_1: Tensor, half_map_2: Tensor, voxel_size: float, 
         raise ValueError(f"window is {window} voxels; want 4 to {min(shape)}, the map's shortest side")
     step = step or max(1, window // 6)
     centres = [torch.linspace(0, n - 1, math.ceil((n - 1) / step) + 1).round().long() for n in shape]
-    at = torch.cartesian_prod(*centres).to(half_map_1.device)     # window i of the padded map is centred on voxel i
-    axis = torch.arange(window, device=half_map_1.device) - window // 2
+    at = torch.cartesian_prod(*centres).to(device)      # window i of the padded map is centred on voxel i
+    axis = torch.arange(window, device=device) - window // 2
     distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt() / (window / 2)
     soft = 0.5 + 0.5 * torch.cos(torch.pi * distance.clamp(max=1))
     pad = (window // 2, window - 1 - window // 2) * 3
-    views = [F.pad(x, pad).unfold(0, window, 1).unfold(1, window, 1).unfold(2, window, 1)
-             for x in (half_map_1, half_map_2)]
+    views = [F.pad(x, pad).unfold(0, window, 1).unfold(1, window, 1).unfold(2, window, 1) for x in (half_map_1, half_map_2)]
     values = torch.cat([resolution(fsc(*(v[tuple(i.T)] * soft for v in views)), voxel_size, threshold, box=window)
                         for i in at.split(batch)])
-    values = values.nan_to_num(window * voxel_size, posinf=window * voxel_size).clamp(max=window * voxel_size)
-    coarse = values.view(1, 1, *map(len, centres)).float()
+    coarsest = window * voxel_size
+    coarse = values.nan_to_num(coarsest, posinf=coarsest).clamp(max=coarsest).view(1, 1, *map(len, centres)).float()
     return F.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0, 0]
 
 
-# ---- 3. Maps and atomic models -------------------------------------------------------------------------------------
+# ---- 3. Maps and atomic models -----------------------------------------------------------------------------------------
 
 SYMBOLS = """
     H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr
@@ -401,10 +387,7 @@ ELEMENTS = """
     Au 1.66 .9674 1.8916 3.3993 3.0524 1.2607 .2358 1.4712 5.6758 18.7119 61.5286
     Hg 1.55 1.0033 1.9469 3.4396 3.1548 1.418 .2413 1.5298 5.8009 19.452 60.5753
 """
-VDW_RADIUS, SCATTERING = {}, {}
-for symbol, r, *ab in map(str.split, ELEMENTS.strip().splitlines()):
-    z = ATOMIC_NUMBER[symbol.upper()]
-    VDW_RADIUS[z], SCATTERING[z] = float(r), [float(x) for x in ab]
+TABLE = {ATOMIC_NUMBER[s.upper()]: list(map(float, row)) for s, *row in map(str.split, ELEMENTS.strip().splitlines())}
 
 
 class Model(NamedTuple):
@@ -438,8 +421,8 @@ def read_model(path) -> Model:
     if unknown:
         raise ValueError(f"{path}: no such element as {', '.join(sorted(unknown))}; mend columns 77-78")
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return Model(torch.tensor(xyz, dtype=torch.float64), torch.tensor([ATOMIC_NUMBER[e.upper()] for e in elements]),
-                 torch.tensor(b_iso, dtype=torch.float64), torch.tensor(occupancy, dtype=torch.float64),
+    real = lambda x: torch.tensor(x, dtype=torch.float64)
+    return Model(real(xyz), torch.tensor([ATOMIC_NUMBER[e.upper()] for e in elements]), real(b_iso), real(occupancy),
                  torch.tensor([number[key] for key in keys]), ["/".join(key) for key in number])
 
 
@@ -463,24 +446,23 @@ def _cif_atoms(path: Path):
         import gemmi
     except ImportError:
         raise ValueError("reading mmCIF needs gemmi; pip install gemmi, or give a PDB file") from None
-    for chain in gemmi.read_structure(str(path))[0]:
-        for residue in chain:
-            for atom in residue:
-                yield ((chain.name, str(residue.seqid), residue.name), atom.element.name, atom.pos.tolist(), atom.occ,
-                       atom.b_iso)
+    for site in gemmi.read_structure(str(path))[0].all():
+        yield ((site.chain.name, str(site.residue.seqid), site.residue.name), site.atom.element.name,
+               site.atom.pos.tolist(), site.atom.occ, site.atom.b_iso)
 
 
-def _gaussians(atomic_number: int) -> list[float]:
-    if atomic_number not in SCATTERING:
+def _element(atomic_number: int) -> tuple[float, list[float], list[float]]:
+    """Radius, a and b of ELEMENTS."""
+    if atomic_number not in TABLE:
         raise ValueError(f"no scattering factors for {SYMBOLS.split()[atomic_number - 1]}; remove these atoms from the "
                          "model, or add a line to ELEMENTS in fsc.py")
-    return SCATTERING[atomic_number]
+    r, *ab = TABLE[atomic_number]
+    return r, ab[:5], ab[5:]
 
 
 def scattering_factor(atomic_number: int, s2: Tensor) -> Tensor:
     """(7) at squared frequencies s2 (1/Å²): the electron scattering factor in Å."""
-    ab = _gaussians(atomic_number)
-    return sum(a * torch.exp(-b / 4 * s2) for a, b in zip(ab[:5], ab[5:]))
+    return sum(a * torch.exp(-b / 4 * s2) for a, b in zip(*_element(atomic_number)[1:]))
 
 
 def structure_factors(shape, xyz: Tensor, atomic_number: Tensor, b_iso: Tensor, voxel_size, origin=0.0, *,
@@ -504,16 +486,14 @@ def structure_factors(shape, xyz: Tensor, atomic_number: Tensor, b_iso: Tensor, 
     step, accuracy = (d / 3, 2) if d < 5 else (2.0 if d < 10 else 3.0, 3)           # digits
     wing_cutoff *= 1 if d < 5 else 0.1
     side = [n * v for n, v in zip(shape, triple(voxel_size))]
-    grid = [_five_smooth(2 * int(length / (2 * step)) + 1) for length in side]
-    sigma = d / (2 * step)
+    grid = [next(m for m in itertools.count(2 * int(length / (2 * step)) + 1) if 30**30 % m == 0) for length in side]
+    sigma = d / (2 * step)                              # factors 2, 3, 5 only
     extra = accuracy * d**2 / (sigma * (sigma - 1)) - float(b_iso.min())
 
     # One term a exp(-b s^2 / 4) of (7) is height exp(-pi r^2 / width) in real space.
-    table = torch.tensor([_gaussians(z) for z in atomic_number.tolist()], dtype=torch.float64, device=xyz.device)
-    width = (table[:, 5:] + b_iso.double()[:, None] + extra) / (4 * torch.pi)
-    height = table[:, :5] * width**-1.5
-    if occupancy is not None:
-        height = height * occupancy.double()[:, None]
+    a, b = torch.tensor([_element(z)[1:] for z in atomic_number.tolist()], dtype=torch.float64, device=xyz.device).unbind(1)
+    width = (b + b_iso.double()[:, None] + extra) / (4 * torch.pi)
+    height = a * width**-1.5 * (1 if occupancy is None else occupancy.double()[:, None])
     sampled = _sample_atoms(grid, xyz, height, width, wing_cutoff, [l / n for l, n in zip(side, grid)], origin)
     X = torch.fft.rfftn(sampled) * (math.prod(side) / math.prod(grid))
     z, y, x = ((q * n).round().long() for q, n in zip(k, shape))          # the same frequencies on that grid
@@ -543,32 +523,21 @@ def _sample_atoms(grid, xyz: Tensor, height: Tensor, width: Tensor, cutoff: floa
     return density.view(grid)
 
 
-def _five_smooth(n: int) -> int:
-    """The smallest number >= n without a prime factor above 5."""
-    rest = n
-    for p in (2, 3, 5):
-        while rest % p == 0:
-            rest //= p
-    return n if rest == 1 else _five_smooth(n + 1)
-
-
 def model_map(shape, xyz: Tensor, atomic_number: Tensor, b_iso: Tensor, resolution: float, voxel_size, origin=0.0, *,
               occupancy: Tensor | None = None) -> Tensor:
     """Electrostatic potential of a model, (6) up to 1 / resolution as in Phenix: float32 (D, H, W)."""
-    F = structure_factors(shape, xyz, atomic_number, b_iso, voxel_size, origin, occupancy=occupancy, d_min=resolution)
-    return torch.fft.irfftn(F, s=tuple(shape)) / math.prod(triple(voxel_size))
+    X = structure_factors(shape, xyz, atomic_number, b_iso, voxel_size, origin, occupancy=occupancy, d_min=resolution)
+    return torch.fft.irfftn(X, s=tuple(shape)) / math.prod(triple(voxel_size))
 
 
 def voxels_near(shape, xyz: Tensor, reach: float, voxel_size, origin=0.0) -> tuple[Tensor, Tensor]:
     """Voxels about each atom, all within `reach` Å and more: flat index into a periodic box and distance, (N, K)."""
-    v = torch.tensor(triple(voxel_size), dtype=torch.float64, device=xyz.device)
-    at = (xyz.double().flip(-1) - torch.tensor(triple(origin), dtype=torch.float64, device=xyz.device)) / v
+    v, o = (torch.tensor(triple(t), dtype=torch.float64, device=xyz.device) for t in (voxel_size, origin))
+    at = (xyz.double().flip(-1) - o) / v
     sides = [torch.arange(-r, r + 1, device=xyz.device) for r in (reach / v + 0.5).long().tolist()]
     voxel = at.round().long()[:, None] + torch.cartesian_prod(*sides)
-    distance = ((voxel - at[:, None]) * v).norm(dim=-1)
-    D, H, W = shape
     z, y, x = (voxel % torch.tensor(shape, device=xyz.device)).unbind(-1)
-    return (z * H + y) * W + x, distance
+    return (z * shape[1] + y) * shape[2] + x, ((voxel - at[:, None]) * v).norm(dim=-1)
 
 
 def molecular_mask(shape, xyz: Tensor, atomic_number: Tensor, voxel_size, origin=0.0, *, probe: float = 1.1,
@@ -579,7 +548,7 @@ def molecular_mask(shape, xyz: Tensor, atomic_number: Tensor, voxel_size, origin
     """
     inside = torch.zeros(math.prod(shape), dtype=torch.bool, device=xyz.device)
     for element in atomic_number[atomic_number > 1].unique().tolist():
-        reach = VDW_RADIUS[element] + probe
+        reach = _element(element)[0] + probe
         for part in xyz[atomic_number == element].split(2048):
             index, distance = voxels_near(shape, part, reach, voxel_size, origin)
             inside[index[distance < reach]] = True
@@ -622,8 +591,7 @@ def atom_radius(resolution: float, b_iso: float) -> float:
     r = torch.arange(0, max(15.0, resolution), 0.1, dtype=torch.float64)
     f = scattering_factor(6, s**2) * torch.exp(-b_iso / 4 * s**2)
     image = torch.trapezoid(s**2 * f * torch.sinc(2 * r[:, None] * s), s)
-    curvature = image[:-2] - 2 * image[1:-1] + image[2:]          # at r[1:-1]
-    first = int((curvature > 0).nonzero()[0]) + 1
+    first = int((image.diff(n=2) > 0).nonzero()[0]) + 1           # where the curvature changes sign
     return max(3.0, min(10.0, max(resolution, float(r[first - 1] + r[first]))))
 
 
@@ -646,27 +614,23 @@ def cc_per_residue(density: Tensor, calc: Tensor, xyz: Tensor, residue: Tensor, 
 # through the crossing. Its numbers differ from `resolution(fsc(map, model_map))`, which is the plain reading.
 
 
-def _mtriage_bins(d: Tensor) -> list[slice]:
-    """Bins over d-spacings sorted upwards: 500 reflections, 250 from where d > 5 Å, 100 from where d > 10 Å."""
-    bins, start, size = [], 0, len(d)
-    while start < size:
+def _mtriage_bins(d: Tensor) -> Tensor:
+    """The bin of each reflection, 0 the coarsest; d in Å rises. 500 a bin, 250 from where d > 5 Å, 100 from d > 10 Å."""
+    sizes, start = [], 0
+    while start < len(d):
         least = 100 if d[start] > 10 else 250 if d[start] > 5 else 500
         end = start + least
-        if end < size and d[end - 1] - d[start] <= 0.005:
-            end += 1
-        if size - end < least:
-            end = size
-        bins.append(slice(start, end))
-        start = end
-    return bins
+        end += end < len(d) and bool(d[end - 1] - d[start] <= 0.005)
+        sizes.append((end if len(d) - end >= least else len(d)) - start)
+        start += sizes[-1]
+    return torch.arange(len(sizes)).flip(0).repeat_interleave(torch.tensor(sizes)).to(d.device)
 
 
 def _smooth(y: Tensor, half_window: int = 10) -> Tensor:
     """Savitzky-Golay filter of degree 2 with the ends mirrored. (n,), n > half_window -> (n,)."""
     k = torch.arange(-half_window, half_window + 1, dtype=y.dtype, device=y.device)
     kernel = torch.linalg.pinv(torch.stack([k**0, k, k**2], 1))[0]
-    padded = torch.cat([y[1 : half_window + 1].flip(0), y, y[-half_window - 1 : -1].flip(0)])
-    return F.conv1d(padded[None, None], kernel[None, None])[0, 0]
+    return F.conv1d(F.pad(y[None, None], (half_window, half_window), "reflect"), kernel[None, None])[0, 0]
 
 
 def _crossing(d: Tensor, curve: Tensor, threshold: float) -> float:
@@ -678,32 +642,30 @@ def _crossing(d: Tensor, curve: Tensor, threshold: float) -> float:
     if len(below) == 0:
         return math.nan
     i = int(below[0])
-    near = slice(max(0, i - 5), min(i + 6, len(curve) - 1))
+    at, near = float(d[i]), slice(max(0, i - 5), min(i + 6, len(curve) - 1))
     x = 1 / d[near]
     fit = torch.linalg.lstsq(torch.stack([x**0, x, x**2], 1), curve[near, None] - threshold)
     c, b, a = fit.solution[:, 0].tolist()
-    root = b * b - 4 * a * c
-    if root < 0 or a == 0:
-        return float(d[i])
-    roots = [r for r in ((-b + math.sqrt(root)) / (2 * a), (-b - math.sqrt(root)) / (2 * a)) if r > 0]
-    best = min((1 / r for r in roots), key=lambda r: abs(r - float(d[i])), default=math.nan)
-    return best if len(roots) == 1 or abs(best - float(d[i])) <= 0.25 else float(d[i])
+    square = b * b - 4 * a * c
+    roots = [(-b + sign * square**0.5) / (2 * a) for sign in (1, -1)] if square >= 0 and a != 0 else []
+    roots = [1 / root for root in roots if root > 0]
+    best = min(roots, key=lambda root: abs(root - at), default=at)
+    return best if len(roots) == 1 or abs(best - at) <= 0.25 else at
 
 
 def _best_cut(obs: Tensor, model: Tensor, d: Tensor) -> float:
     """The trial resolution at which the model's map, cut there, correlates best with all of obs. d falls."""
     start = float(d[-1])
     end = next(e for limit, e in ((5, 10), (10, 20), (20, 40), (math.inf, 100)) if start < limit)
-    trials = [i / 10 for i in range(int(start * 10), 30)] + [i / 100 for i in range(300, 610, 10)]
-    trials += [i / 10 for i in range(65, 105)] + list(range(11, 100))
+    trials = [i / 10 for i in [*range(int(start * 10), 30), *range(30, 61), *range(65, 105)]] + list(range(11, 100))
     trials = torch.tensor([t for t in trials if start <= t <= end], dtype=torch.float64, device=d.device)
     count = torch.searchsorted(-d, -trials)             # reflections with d > trial
     cross, power = (F.pad(_dot(x, model).cumsum(0), (1, 0))[count] for x in (obs, model))
     return float(trials[(cross / power.sqrt()).argmax()])
 
 
-def map_model_resolution(density: Tensor, xyz: Tensor, atomic_number: Tensor, b_iso: Tensor, voxel_size, origin=0.0,
-                         *, occupancy: Tensor | None = None) -> dict:
+def map_model_resolution(density: Tensor, xyz: Tensor, atomic_number: Tensor, b_iso: Tensor, voxel_size, origin=0.0, *,
+                         occupancy: Tensor | None = None) -> dict:
     """Resolution of a map from its model, as phenix.mtriage without masking (Afonine et al. 2018).
 
     d_fsc_model_05, _0143, _0: where the map-model FSC falls below 0.5, 0.143, 0 (nan: never). d_model: the cut-off at
@@ -717,33 +679,32 @@ def map_model_resolution(density: Tensor, xyz: Tensor, atomic_number: Tensor, b_
     voxel_size, origin = triple(voxel_size)[::-1], triple(origin)[::-1]
     last = [(n - 1) // 2 for n in density.shape]
     sides = [torch.arange(first, m + 1, device=density.device) for first, m in zip((-last[0], -last[1], 0), last)]
-    h, k, l = torch.meshgrid(*sides, indexing="ij")
+    h, k, l = torch.cartesian_prod(*sides).T
     hkl = torch.stack([h, k, l])[:, (l > 0) | ((l == 0) & ((h > 0) | ((h == 0) & (k > 0))))]
     h, k, l = hkl.double()
     x, y, z = (1 / (n * v) for n, v in zip(density.shape, voxel_size))
     c = math.cos(math.radians(90.00000000000001))
     d = 1 / (h * h * (x * x) + k * k * (y * y) + l * l * (z * z)
              + 2 * h * k * (x * y * c) + 2 * h * l * (x * z * c) + 2 * k * l * (y * z * c)).sqrt()
-    d, order = (t.flip(0) for t in d.sort(stable=True))           # from low resolution to high
+    d, order = d.sort(stable=True)
+    d, order, bins = (t.flip(0) for t in (d, order, _mtriage_bins(d)))    # from low resolution to high
     part = lambda X: X[tuple(hkl)][order].to(torch.complex128)
-    calc = lambda b: part(structure_factors(density.shape, xyz, atomic_number, b, voxel_size, origin,
-                                            occupancy=occupancy))
+    calc = lambda b: part(structure_factors(density.shape, xyz, atomic_number, b, voxel_size, origin, occupancy=occupancy))
     obs, model, model_b0 = part(rfft3(density)), calc(b_iso), calc(torch.zeros_like(b_iso))
 
-    bins = [slice(len(d) - i.stop, len(d) - i.start) for i in reversed(_mtriage_bins(d.flip(0)))]
-    mean_d = torch.stack([d[i].mean() for i in bins])
+    n = int(bins[-1]) + 1
+    mean_d = shell_sum(d, bins, n) / bins.bincount()
+    low = int((mean_d > 15).sum())                      # not smoothed
     def curve(model):
-        cc = torch.stack([_dot(a, b).sum() / (_dot(a, a).sum() * _dot(b, b).sum()).sqrt()
-                          for a, b in ((obs[i], model[i]) for i in bins)])
-        low = int((mean_d > 15).sum())                  # not smoothed
-        return torch.cat([cc[:low], _smooth(cc[low:])]) if len(cc) - low > 10 else cc
+        cc = _correlate(obs, model, bins, 1, n)
+        return torch.cat([cc[:low], _smooth(cc[low:])]) if n - low > 10 else cc
 
     value = curve(model)
-    thresholds = (("d_fsc_model_05", 0.5), ("d_fsc_model_0143", 0.143), ("d_fsc_model_0", 0.0))
-    out = {name: _crossing(mean_d, value, t) for name, t in thresholds}
+    thresholds = {"d_fsc_model_05": 0.5, "d_fsc_model_0143": 0.143, "d_fsc_model_0": 0.0}
+    out = {name: _crossing(mean_d, value, t) for name, t in thresholds.items()}
     limit = out["d_fsc_model_0"] if out["d_fsc_model_0"] > 0 else _crossing(mean_d, curve(model_b0), 0.0)
     out["d_model_b0"] = _best_cut(obs, model_b0, d)
-    use = d >= limit if limit > 0 else d > 0
+    use = ~(d < limit)                                  # all where the limit is nan
     obs, model_b0, d = obs[use], model_b0[use], d[use]
     cross, power = _dot(obs, model_b0), _dot(model_b0, model_b0)
     decay = lambda b: torch.exp(-b / 4 * d**-2)
@@ -756,17 +717,15 @@ def map_model_resolution(density: Tensor, xyz: Tensor, atomic_number: Tensor, b_
 def _spiral(n: int) -> Tensor:
     """n points on the unit sphere along a spiral (Saff & Kuijlaars 1997): (n, 3)."""
     h = torch.linspace(-1, 1, n, dtype=torch.float64)
-    turn = 3.6 / (n * (1 - h[1:-1] ** 2)).sqrt()
-    theta = F.pad(turn.cumsum(0), (1, 1))
     flat = (1 - h**2).sqrt()
+    theta = F.pad((3.6 / (n**0.5 * flat[1:-1])).cumsum(0), (1, 1))
     return torch.stack([flat * theta.cos(), flat * theta.sin(), h], -1)
 
 
 def trilinear(density: Tensor, xyz: Tensor, voxel_size, origin=0.0) -> Tensor:
     """Values of density (D, H, W) at positions xyz (..., 3) in Å; zero outside. float64 (...)."""
     v, o = (torch.tensor(triple(t)[::-1], dtype=torch.float64, device=density.device) for t in (voxel_size, origin))
-    last = torch.tensor(density.shape[::-1], device=density.device) - 1
-    grid = 2 * (xyz - o) / v / last - 1
+    grid = 2 * (xyz - o) / v / (torch.tensor(density.shape[::-1], device=density.device) - 1) - 1
     values = F.grid_sample(density.double()[None, None], grid.view(1, 1, 1, -1, 3), align_corners=True)
     return values.view(xyz.shape[:-1])
 
@@ -785,8 +744,8 @@ def q_score(density: Tensor, xyz: Tensor, voxel_size, origin=0.0, *, sigma: floa
         near = xyz[distance.topk(k, largest=False).indices] - atoms[:, None]          # (A, k, 3)
         near2 = near.square().sum(-1)
         value = trilinear(density, atoms, voxel_size, origin)
-        sums = torch.stack([torch.full_like(value, 8), 8 * value, 8 * value**2,       # n, v, v^2, g, g^2, v g
-                            torch.full_like(value, 8), torch.full_like(value, 8), 8 * value], -1)
+        one = torch.ones_like(value)
+        sums = 8 * torch.stack([one, value, value**2, one, one, value], -1)           # n, v, v^2, g, g^2, v g
         for R in torch.arange(1, 21).mul(0.1).tolist():
             g = math.exp(-(R**2) / (2 * sigma**2))
             # |R u - d|^2 < (0.9 R)^2 is u . d > (0.19 R^2 + d^2) / (2 R).
@@ -808,12 +767,18 @@ def q_score(density: Tensor, xyz: Tensor, voxel_size, origin=0.0, *, sigma: floa
     return torch.cat(scores)
 
 
-# ---- 4. The program ------------------------------------------------------------------------------------------------
+# ---- 4. The program ----------------------------------------------------------------------------------------------------
 
 USAGE = """
   fsc.py half_1.mrc half_2.mrc [--mask mask.mrc]     two half maps
   fsc.py map.mrc --truth truth.mrc                   a map and what it should be
   fsc.py map.mrc --model model.pdb [--resolution 3]  a map and an atomic model (.pdb, .cif)"""
+
+# As RELION names and draws them.
+STAR = {"corrected": "_rlnFourierShellCorrelationCorrected", "unmasked": "_rlnFourierShellCorrelationUnmaskedMaps",
+        "masked": "_rlnFourierShellCorrelationMaskedMaps",
+        "randomised": "_rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps"}
+COLOUR = {"corrected": "black", "unmasked": "green", "masked": "blue", "randomised": "red", "map_model": "black"}
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -835,12 +800,15 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--overwrite", action="store_true", help="replace files that exist")
     cli.add_argument("--quiet", action="store_true", help="print nothing but errors")
     args = cli.parse_args(argv)
-    if (len(args.maps) == 2) + bool(args.truth) + bool(args.model) != 1 or len(args.maps) > 2:
-        cli.error("give two half maps, or one map and --truth, or one map and --model")
-    if len(args.maps) == 1 and (args.sharpen or args.local_resolution or args.star):
-        cli.error("--sharpen, --local-resolution and --star want two half maps")
+    halves, d = len(args.maps) == 2, args.resolution
+    if halves + bool(args.truth) + bool(args.model) != 1 or len(args.maps) > 2:
+        raise ValueError("give two half maps, or one map and --truth, or one map and --model")
+    if not halves and (args.sharpen or args.local_resolution or args.star):
+        raise ValueError("--sharpen, --local-resolution and --star want two half maps")
     if args.model and (args.mask or args.directional):
-        cli.error("--mask and --directional want two maps")
+        raise ValueError("--mask and --directional want two maps")
+    if d is not None and not (args.model and 0 < d < math.inf) or args.b_factor is not None and not args.sharpen:
+        raise ValueError("--resolution (Å, positive) goes with --model, --b-factor with --sharpen")
     return args
 
 
@@ -857,44 +825,40 @@ def read_maps(args: argparse.Namespace) -> tuple[list, float | tuple[float, floa
     return maps, voxel_size[0] if max(voxel_size) < 1.001 * min(voxel_size) else voxel_size
 
 
-def summary(curve: Tensor, box: int, voxel: float, convention: str) -> dict[str, float]:
-    at = lambda t: float(resolution(curve, voxel, t, box=box, convention=convention))
-    return {"resolution_0143": at(0.143), "resolution_05": at(0.5), "auc": float(auc(curve))}
-
-
-def compare(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], list[str]]:
-    """Half maps, or a map and the truth: numbers, curves (the best first) and notes."""
+def compare(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], list[str], list[tuple]]:
+    """Half maps, or a map and the truth: numbers, curves (the best first), notes; no residues."""
     from data import write_map
     maps, voxel_size = read_maps(args)
     a, b, *mask = (m.density for m in maps)
-    how = {"convention": args.convention, "voxel_size": voxel_size}
-    box, voxel = shell_side(a.shape, voxel_size, args.convention)
-    numbers, notes, start = {"box": box, "voxel_size": voxel}, [], None
-    if mask and not args.truth:
-        *curves, start = masked_fsc(a, b, mask[0], seed=args.seed, **how)
-        curves = dict(zip(MaskedFSC._fields, curves))
-    else:
-        curves = {"masked": fsc(a * mask[0], b * mask[0], **how)} if mask else {}
-        curves["unmasked"] = fsc(a, b, **how)
-    numbers |= {name: summary(curve, box, voxel, args.convention)
-                for name, curve in curves.items() if name != "randomised"}
-    best = next(iter(curves))
-    if start is not None:
-        numbers["phases_randomised_from"] = box * voxel / start
-        at_limit = float(curves["randomised"][min(box // 2, round(box * voxel / numbers[best]["resolution_0143"]))])
-        if at_limit > 0.1:
-            notes.append(f"the mask alone correlates {at_limit:.2f} at the resolution: use a softer or wider mask")
-    if args.truth:
-        numbers["correlation"] = correlation(a, b)
-    if args.directional:
-        side, size = shell_side(a.shape, voxel_size)
-        each = resolution(directional_fsc(a, b, voxel_size=voxel_size), size, box=side)
-        numbers |= {"sphericity": sphericity(each), "best_direction": float(each.min()),
-                    "worst_direction": float(each.max())}
+    if not args.truth and torch.equal(a, b):
+        raise ValueError(f"{args.maps[0]} and {args.maps[1]} hold the same map; give two independent half maps")
     if (args.sharpen or args.local_resolution) and not isinstance(voxel_size, float):
         raise ValueError(f"{args.maps[0]}: voxels of {voxel_size} Å; --sharpen and --local-resolution want cubes")
+    how = {"convention": args.convention, "voxel_size": voxel_size}
+    box, voxel = shell_side(a.shape, voxel_size, args.convention)
+    numbers, notes = {"box": box, "voxel_size": voxel}, []
+    if mask:
+        curves = masked_fsc(a, b, mask[0], seed=args.seed, **how)._asdict()
+        start = curves.pop("randomised_from")
+    else:
+        curves = {"unmasked": fsc(a, b, **how)}
+    if args.truth:                                      # not independent: the correction does not apply
+        curves = {name: curves[name] for name in ("masked", "unmasked") if name in curves}
+        numbers["correlation"] = correlation(a, b)
+    elif mask:
+        numbers["phases_randomised_from"] = box * voxel / start
+        end = box * voxel / resolution(curves["corrected"], voxel, box=box, convention=args.convention)
+        at_end = float(curves["randomised"][(torch.arange(box // 2 + 1) - end).abs().argmin()])
+        if at_end > 0.1:
+            notes.append(f"the mask alone correlates {at_end:.2f} at the resolution: use a softer or wider mask")
+    if args.directional:
+        side, size = shell_side(a.shape, voxel_size)
+        each = directional_fsc(a, b, voxel_size=voxel_size)
+        each[..., 1:5] = math.nan                       # fewer than 20 coefficients in a cone: chance
+        each = resolution(each, size, box=side)
+        numbers |= {"sphericity": sphericity(each), "best_direction": float(each.min()), "worst_direction": float(each.max())}
     if args.sharpen:
-        mean, curve = (a + b) / 2, fsc(a, b) if args.convention == "cryofm" else curves[best]
+        mean, curve = (a + b) / 2, fsc(a, b) if args.convention == "cryofm" else next(iter(curves.values()))
         end = float(resolution(curve, voxel_size, box=min(a.shape), convention="relion"))
         factor = guinier_b_factor(mean, curve, voxel_size, end) if args.b_factor is None else args.b_factor
         numbers["b_factor"], sharp = factor, sharpen(mean, curve, voxel_size, factor, end)
@@ -903,7 +867,7 @@ def compare(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], list[str
         local = local_resolution(a, b, voxel_size)
         numbers["local_resolution_median"] = float(local.median())
         write_map(args.local_resolution, replace(maps[0], density=local), args.overwrite)
-    return numbers, curves, notes
+    return numbers, curves, notes, []
 
 
 def compare_model(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], list[str], list[tuple]]:
@@ -918,17 +882,17 @@ def compare_model(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], li
     if not inside.all():
         notes.append(f"{int((~inside).sum())} of {len(inside)} atoms lie outside the map and are left out")
     xyz, atomic_number, b_iso, occupancy, residue = (x[inside] for x in model[:5])
-    atoms, grid = (xyz, atomic_number, b_iso), {"voxel_size": voxel_size, "origin": first.tolist()}
-    numbers = {"atoms": len(xyz)} | map_model_resolution(density, *atoms, **grid, occupancy=occupancy)
-    numbers.pop("curve")
-    d = args.resolution
-    if d is None:
-        d = numbers["d_model"]
+    grid = {"voxel_size": voxel_size, "origin": first.tolist()}
+    atoms = {"xyz": xyz, "atomic_number": atomic_number, "b_iso": b_iso, "occupancy": occupancy, **grid}
+    box, voxel = shell_side(density.shape, voxel_size, args.convention)
+    numbers = {"box": box, "voxel_size": voxel, "atoms": len(xyz)} | map_model_resolution(density, **atoms)
+    d, _ = args.resolution or numbers["d_model"], numbers.pop("curve")
+    if args.resolution is None:
         notes.append(f"no --resolution given: correlations at {d:g} Å, the map's d_model")
-    numbers |= {"resolution": d} | map_model_cc(density, *atoms, d, **grid, occupancy=occupancy)
+    numbers |= {"resolution": d} | map_model_cc(density, resolution=d, **atoms)
 
     present, residue = residue.unique(return_inverse=True)
-    calc = model_map(density.shape, *atoms, d, **grid, occupancy=occupancy)
+    calc = model_map(density.shape, resolution=d, **atoms)
     cc = cc_per_residue(density, calc, xyz, residue, atom_radius(d, float(b_iso.mean())), **grid)
     q, heavy = torch.full_like(b_iso, math.nan), atomic_number > 1
     q[heavy] = q_score(density, xyz[heavy], **grid)
@@ -937,47 +901,41 @@ def compare_model(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], li
             for j, i in enumerate(present.tolist())]
 
     # The plain reading of the map-model FSC: the model's map to Nyquist, our shells, no smoothing.
-    full = torch.fft.irfftn(structure_factors(density.shape, *atoms, **grid, occupancy=occupancy), s=density.shape)
-    curve = fsc(density, full, convention=args.convention, voxel_size=voxel_size)
-    box, voxel = shell_side(density.shape, voxel_size, args.convention)
-    numbers = {"box": box, "voxel_size": voxel, "map_model": summary(curve, box, voxel, args.convention)} | numbers
-    return numbers, {"map_model": curve}, notes, rows
+    full = torch.fft.irfftn(structure_factors(density.shape, **atoms), s=density.shape)
+    return numbers, {"map_model": fsc(density, full, convention=args.convention, voxel_size=voxel_size)}, notes, rows
 
 
 def table(numbers: dict) -> str:
+    unit = lambda name: ("" if name.startswith(("box", "atoms", "correlation", "sphericity", "cc_", "q_"))
+                         else " Å²" if name.startswith("b_") else " Å")
     lines = [f"{'':14}{'FSC 0.143':>12}{'FSC 0.5':>12}{'FSC_AUC':>10}"]
-    for name, v in numbers.items():
-        if isinstance(v, dict):
-            lines.append(f"{name:14}{v['resolution_0143']:10.2f} Å{v['resolution_05']:10.2f} Å{v['auc']:10.4f}")
-    return "\n".join(lines + [f"{name:24}{v:12.5g}" for name, v in numbers.items() if not isinstance(v, dict)])
+    lines += [f"{name:14}{v['resolution_0143']:10.2f} Å{v['resolution_05']:10.2f} Å{v['auc']:10.4f}"
+              for name, v in numbers.items() if isinstance(v, dict)]
+    return "\n".join(lines + [f"{name:24}{v:12.5g}{unit(name)}" for name, v in numbers.items() if not isinstance(v, dict)])
 
 
 def star(s: list[float], curves: dict[str, Tensor], numbers: dict) -> str:
-    """RELION's postprocess.star: data_general and data_fsc."""
+    """RELION's postprocess.star: data_general and data_fsc. Without a mask the corrected curve is the unmasked one."""
     curves = {"corrected": curves["unmasked"]} | curves
-    label = {"corrected": "_rlnFourierShellCorrelationCorrected",
-             "unmasked": "_rlnFourierShellCorrelationUnmaskedMaps",
-             "masked": "_rlnFourierShellCorrelationMaskedMaps",
-             "randomised": "_rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps"}
-    names = ["_rlnSpectralIndex", "_rlnResolution", "_rlnAngstromResolution", *(label[name] for name in curves)]
     best = numbers.get("corrected", numbers["unmasked"])["resolution_0143"]
+    names = ["_rlnSpectralIndex", "_rlnResolution", "_rlnAngstromResolution", *(STAR[name] for name in curves)]
     lines = ["data_general", "", f"_rlnFinalResolution {best:.6f}", "", "data_fsc", "", "loop_"]
     lines += [f"{name} #{i}" for i, name in enumerate(names, 1)]
-    for k, f in enumerate(s):
-        values = [f, 1 / f if f else 999.0, *(float(curve[k]) for curve in curves.values())]
+    for k, values in enumerate(zip(s, (1 / f if f else 999.0 for f in s), *(c.tolist() for c in curves.values()))):
         lines.append(f"{k:6d} " + " ".join(f"{v:12.6f}" for v in values))
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, s: list[float], curves: dict[str, Tensor], numbers: dict) -> None:
-    """The curves over 1/Å, with Å above and lines at 0.143 and 0.5."""
+def picture(s: list[float], curves: dict[str, Tensor], numbers: dict, threshold: float) -> bytes:
+    """PNG of the curves over 1/Å, with Å above and lines at 0.143 and 0.5; the legend gives Å at the threshold."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     ax = figure.subplots()
-    for i, (name, curve) in enumerate(curves.items()):
-        note = f", {numbers[name]['resolution_0143']:.2f} Å" if name in numbers else ""
-        name = {"randomised": "phase-randomised"}.get(name, name.replace("_", "-"))
-        ax.plot(s, curve, lw=1 if i else 2, label=name + note)
+    for name, curve in curves.items():
+        label = {"randomised": "phase-randomised"}.get(name, name.replace("_", "-"))
+        if name in numbers:
+            label += f", {numbers[name][f'resolution_{threshold:g}'.replace('.', '')]:.2f} Å"
+        ax.plot(s, curve, color=COLOUR[name], lw=2 if COLOUR[name] == "black" else 1, label=label)
     for t in (0.143, 0.5):
         ax.axhline(t, color="0.5", lw=0.8, ls="--")
         ax.annotate(f"{t:g}", (s[-1], t), xytext=(-2, 2), textcoords="offset points", ha="right", color="0.4")
@@ -985,53 +943,60 @@ def draw(path: Path, s: list[float], curves: dict[str, Tensor], numbers: dict) -
     low = min(float(curve[1:].nan_to_num(0).min()) for curve in curves.values())
     ax.set(xlim=(0, s[-1]), ylim=(min(-0.1, low - 0.05), 1.02), xlabel="spatial frequency (1/Å)",
            ylabel="Fourier shell correlation")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, title=f"resolution at FSC = {threshold:g}")
     ticks = [t for t in ax.get_xticks() if 0 < t <= s[-1]]
     top = ax.secondary_xaxis("top")
     top.set_xticks(ticks, [f"{1 / t:.3g}" for t in ticks])
     top.set_xlabel("resolution (Å)")
-    figure.savefig(path, dpi=150, format="png")
+    figure.savefig(file := io.BytesIO(), dpi=150, format="png")
+    return file.getvalue()
 
 
 def run(args: argparse.Namespace) -> None:
-    name = Path(args.maps[0].removesuffix(".gz").removesuffix(".bz2")).with_suffix("")
-    paths = {end: Path(f"{args.out or f'{name}_fsc'}{end}") for end in (".json", ".csv", ".png")
-             + (".star",) * args.star + ("_residues.csv",) * bool(args.model)}
-    for path in [*paths.values(), *(Path(p) for p in (args.sharpen, args.local_resolution) if p)]:
+    from data import SUFFIXES
+    name = args.maps[0]
+    for end in (".gz", ".bz2", *SUFFIXES):
+        name = name.removesuffix(end)
+    ends = (".json", ".csv", ".png") + (".star",) * args.star + ("_residues.csv",) * bool(args.model)
+    paths = {end: Path(f"{args.out or f'{name}_fsc'}{end}") for end in ends}
+    for path in (written := [*paths.values(), *(Path(p) for p in (args.sharpen, args.local_resolution) if p)]):
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} exists; choose another name (-o) or give --overwrite")
-    numbers, curves, notes, *rows = compare_model(args) if args.model else compare(args)
-    s = [k / (numbers["box"] * numbers["voxel_size"]) for k in range(len(next(iter(curves.values()))))]
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        del paths[".png"]
-        notes.append("no picture: pip install matplotlib")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent}: no such folder; make it first")
+
+    numbers, curves, notes, residues = compare_model(args) if args.model else compare(args)
+    box, voxel_size, scores = numbers["box"], numbers["voxel_size"], {}
+    threshold = 0.143 if len(args.maps) == 2 else 0.5
+    for name in (name for name in curves if name != "randomised"):
+        at = {t: float(resolution(curves[name], voxel_size, t, box=box, convention=args.convention)) for t in (0.143, 0.5)}
+        scores[name] = {"resolution_0143": at[0.143], "resolution_05": at[0.5], "auc": float(auc(curves[name]))}
+        if not (curves[name][1:] < threshold).any():
+            notes.append(f"{name}: never below {threshold:g}; {at[threshold]:.2f} Å is the grid's limit, not the map's")
+    numbers, s = scores | numbers, [k / (box * voxel_size) for k in range(box // 2 + 1)]
 
     line = lambda values: ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
-    finite = lambda v: ({k: finite(x) for k, x in v.items()} if isinstance(v, dict) else       # JSON knows no nan
-                        None if isinstance(v, float) and not math.isfinite(v) else v)
-    everything = {"command": sys.argv, "torch": torch.__version__, "settings": vars(args), "notes": notes}
-    shell_rows = ([k, f, 1 / f if f else math.inf, *(float(c[k]) for c in curves.values())] for k, f in enumerate(s))
-    texts = {".json": json.dumps(finite(everything | numbers), indent=1) + "\n",
-             ".csv": line(["shell", "per_angstrom", "angstrom", *curves]) + "".join(map(line, shell_rows))}
+    shell_rows = zip(range(len(s)), s, (1 / f if f else math.inf for f in s), *(c.tolist() for c in curves.values()))
+    files = {".csv": line(["shell", "per_angstrom", "angstrom", *curves]) + "".join(map(line, shell_rows)),
+             "_residues.csv": line(["residue", "atoms", "cc", "q_score"]) + "".join(map(line, residues))}
     if args.star:
-        texts[".star"] = star(s, curves, numbers)
-    if args.model:
-        texts["_residues.csv"] = line(["residue", "atoms", "cc", "q_score"]) + "".join(map(line, rows[0]))
+        files[".star"] = star(s, curves, numbers)
+    try:
+        files[".png"] = picture(s, curves, numbers, threshold)
+    except ImportError:
+        written.remove(paths.pop(".png"))
+        notes.append("no picture: pip install matplotlib")
+    everything = {"command": sys.argv, "torch": torch.__version__, "settings": vars(args), "notes": notes} | numbers
+    everything = json.loads(json.dumps(everything), parse_constant=lambda _: None)          # JSON knows no nan
+    files[".json"] = json.dumps(everything, indent=1) + "\n"
     for end, path in paths.items():                     # each appears whole or not at all
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            if end == ".png":
-                draw(temporary, s, curves, numbers)
-            else:
-                temporary.write_text(texts[end])
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        content, temporary = files[end], path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(content if end == ".png" else content.encode())
+        os.replace(temporary, path)
     if not args.quiet:
-        print(*args.maps, *(p for p in (args.truth, args.model, args.mask) if p), " convention", args.convention)
-        print(table(numbers), *("note: " + n for n in notes), f"wrote {' '.join(map(str, paths.values()))}", sep="\n")
+        given = [f"--{k} {vars(args)[k]}" for k in ("truth", "model", "mask", "convention") if vars(args)[k]]
+        print(*args.maps, *given)
+        print(table(numbers), *("note: " + n for n in notes), f"wrote {' '.join(map(str, written))}", sep="\n")
 
 
 def main(argv=None) -> None:

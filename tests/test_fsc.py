@@ -319,6 +319,44 @@ def test_bad_input_gets_one_line_and_no_file(files):
     assert sorted(folder.iterdir()) == before
 
 
+def test_arguments_that_would_be_ignored_or_make_no_sense_get_one_line_and_no_file(files):
+    folder, _ = files
+    a, b = (str(folder / f"{n}.mrc") for n in "ab")
+    before = sorted(folder.iterdir())
+    for arguments, message in (
+            ([a], "two half maps, or"), ([a, b, a], "two half maps, or"), ([a, a], "hold the same map"),
+            ([a, "--truth", b, "--star"], "want two half maps"), ([a, b, "--b-factor", "-50"], "--sharpen"),
+            ([a, b, "--resolution", "3"], "--model"), ([a, "--model", "m.pdb", "--resolution", "-3"], "positive"),
+            ([a, "--truth", b, "--mask", a], "values from 0 to 1"), ([".", b], "no such file"),
+            ([a, b, "-o", str(folder / "none" / "x")], "none: no such folder")):
+        with pytest.raises(SystemExit, match=message) as error:
+            main(arguments)
+        assert "\n" not in str(error.value)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_one_coefficient_does_not_decide_the_worst_direction(tmp_path):
+    n = 32                                              # signal to shell 10; the two coefficients at +-1 along z disagree
+    r = fsc_module.radius((n, n, n), half=True)
+    signal = torch.fft.rfftn(noise(n, n, n, seed=1)) * (r < 10) * 10
+    for name in "ab":
+        X = signal + torch.fft.rfftn(noise(n, n, n, seed=ord(name)))
+        X[1, 0, 0], X[-1, 0, 0] = (3000, 3000) if name == "a" else (-3000, -3000)
+        with mrcfile.new(tmp_path / f"{name}.mrc") as m:
+            m.set_data(torch.fft.irfftn(X, s=(n, n, n)).numpy())
+            m.voxel_size = 1.0
+    main([str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"), "--directional", "--quiet"])
+    written = json.loads((tmp_path / "a_fsc.json").read_text())
+    assert n / 15 < written["best_direction"] < written["worst_direction"] < n / 8 and written["sphericity"] > 0.95
+
+
+def test_a_curve_that_never_falls_is_reported_as_the_limit_of_the_grid(files, capsys):
+    folder, _ = files
+    main([str(folder / "a.mrc"), "--truth", str(folder / "a.mrc"), "-o", str(folder / "same")])
+    note = "unmasked: never below 0.5; 3.00 Å is the grid's limit"
+    assert note in capsys.readouterr().out and note in json.loads((folder / "same.json").read_text())["notes"][0]
+
+
 def test_without_matplotlib_all_but_the_picture_is_written(files, monkeypatch, capsys):
     folder, _ = files
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
