@@ -347,3 +347,95 @@ def project(volume: Tensor, rotations: Tensor, shifts: Tensor | None = None) -> 
     maps = fine.reshape(1, -1, M, M, M)
     samples = F.grid_sample(maps, point.reshape(1, P * N, N, N, 3), align_corners=True)
     return samples.reshape(*volume.shape[:-3], P, N, N, N).sum(-3)
+
+
+# ---- Orientations and central slices -----------------------------------------------------------------
+# The transform of a projection is a central slice of the transform of the volume, so that images can be
+# compared with very many projections at low resolution: K coefficients each instead of N^3 voxels.
+
+def euler_matrix(angles: Tensor) -> Tensor:
+    """R = Rz(rot) Ry(tilt) Rz(psi) of intrinsic ZYZ Euler angles in degrees, (..., 3) -> (..., 3, 3)."""
+    (a, b, c), (p, q, r) = (f(torch.deg2rad(angles)).unbind(-1) for f in (torch.cos, torch.sin))
+    rows = [a * b * c - p * r, -a * b * r - p * c, a * q,
+            p * b * c + a * r, -p * b * r + a * c, p * q,
+            -q * c, q * r, b]
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def rotation_angle(a: Tensor, b: Tensor) -> Tensor:
+    """Angle in degrees of the rotation that takes a to b; (..., 3, 3) each, broadcast."""
+    d = (a - b).double().flatten(-2).norm(dim=-1)               # |a - b| = 2 sqrt 2 sin(angle / 2)
+    return torch.rad2deg(2 * torch.asin((d / math.sqrt(8)).clamp(max=1)))
+
+
+def healpix(nside: int) -> tuple[Tensor, Tensor]:
+    """Directions of equal area, ring by ring (Gorski et al. 2005, eq. 4-9): theta, phi in radians, (12 nside^2,)."""
+    theta, phi = [], []
+    for i in range(1, 4 * nside):
+        cap = min(i, 4 * nside - i)                             # rings around a pole hold 4, 8, 12, ...
+        n = 4 * min(cap, nside)
+        z = 1 - cap ** 2 / (3 * nside ** 2) if cap < nside else abs(4 / 3 - 2 * i / (3 * nside))
+        half = 0.5 if cap < nside or (i - nside) % 2 == 0 else 0.0
+        theta += [math.acos(z) if i <= 2 * nside else math.pi - math.acos(z)] * n
+        phi += [2 * math.pi / n * (j + half) for j in range(n)]
+    return torch.tensor(theta, dtype=torch.float64), torch.tensor(phi, dtype=torch.float64)
+
+
+def so3_grid(order: int) -> Tensor:
+    """Rotations spread evenly: HEALPix directions times in-plane angles (Yershova et al. 2010), (72 * 8^order, 3, 3).
+
+    Neighbours are 60, 30, 15, 7.5 degrees apart for order 0, 1, 2, 3; RELION's grid of that order.
+    """
+    nside = 2 ** order
+    theta, phi = (torch.rad2deg(angle) for angle in healpix(nside))
+    psi = torch.arange(6 * nside, dtype=torch.float64) * (60 / nside)
+    i, j = torch.meshgrid(torch.arange(len(theta)), torch.arange(len(psi)), indexing="ij")
+    return euler_matrix(torch.stack([phi[i], theta[i], psi[j]], -1).reshape(-1, 3))
+
+
+def frequencies(radius: float, dims: int = 2, device=None) -> Tensor:
+    """Half of the whole frequencies 0 < |k| <= radius, one of k and -k: (K, 3) float32 x, y, z; z = 0 if dims is 2."""
+    r = torch.arange(-int(radius), int(radius) + 1)
+    k = torch.cartesian_prod(r if dims == 3 else r[r == 0], r, r)               # z, y, x
+    first = (k * torch.tensor([10 ** 8, 10 ** 4, 1])).sum(1) > 0                # the later half in reading order
+    return k[first & (k.square().sum(1) <= radius ** 2)].flip(1).float().to(device)
+
+
+def coefficients(x: Tensor, k: Tensor) -> Tensor:
+    """Fourier coefficients at k (K, 3) of images (P, N, N) or volumes (P, N, N, N) about voxel N//2: (P, K) complex.
+
+    Scaled so that Re sum(conj(a) b) is the dot product of two maps without mean, low-passed to these frequencies.
+    """
+    N, dims = x.shape[-1], x.ndim - 1
+    X = torch.fft.fftn(x, dim=tuple(range(-dims, 0)), norm="ortho")
+    index = k[:, :dims].long().flip(1).unbind(1)                                # y, x or z, y, x
+    return X[(slice(None), *(i % N for i in index))] * phase(k, k.new_full((1, 3), -(N // 2)), N) * math.sqrt(2)
+
+
+def phase(k: Tensor, shifts: Tensor, N: int) -> Tensor:
+    """What a displacement by `shifts` (..., 3) x, y, z in voxels multiplies coefficients at k (K, 3) by: (..., K)."""
+    angle = shifts @ k.T * (-2 * math.pi / N)
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def slices(volume: Tensor, rotations: Tensor, k: Tensor) -> Tensor:
+    """coefficients(project(volume, rotations), k), by the central slice theorem: (P, K) complex.
+
+    volume: (N, N, N); rotations: (..., P, 3, 3); k: `frequencies`. With those of dims = 3: the
+    coefficients of the turned volume V(R r). Linear in volume and differentiable in volume and rotations.
+    Trilinear on a grid of frequencies twice as fine, voxels weighted against what this does to them; what is
+    left at d voxels from the middle is of the order of (d / (2N - d))^2: 2 % at N/4, 11 % at the box's edge.
+    """
+    N, dims = volume.shape[-1], 2 + int(k[:, 2].any())
+    last = 2 * (int(k.norm(dim=1).max()) + 1) + 1
+    r = torch.arange(N, device=volume.device) - N // 2
+    fine = torch.arange(-last, last + 1, device=volume.device)
+    angle = fine[:, None] * r * (-math.pi / N)                                  # frequency fine / 2N
+    E = torch.complex(angle.cos(), angle.sin()) / torch.sinc(r / (2 * N)) ** 2
+    X = volume.to(E.dtype)
+    for _ in range(3):
+        X = (X @ E.T).permute(2, 0, 1)                                          # one axis at a time
+    grid = torch.view_as_real(X).permute(3, 0, 1, 2)[None]
+    point = (k @ rotations.to(k).mT) * (2 / last)                               # x, y, z; -1 .. 1
+    found = F.grid_sample(grid, point.reshape(1, 1, -1, len(k), 3), align_corners=True)[0, :, 0]
+    return torch.complex(*found).reshape(*rotations.shape[:-2], len(k)) * math.sqrt(2 / N ** dims)

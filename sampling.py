@@ -37,6 +37,7 @@ Algorithm 2 (wedge) or 1 as printed, but for the erratum.
 Departure 2: the paper's maps are 64^3. Ours are of any size: (3) always acts on the whole volume, only v goes by tiles.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -53,6 +54,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Generator, Tensor
 
+import abinitio
 import checkpoint
 import data
 import degrade
@@ -392,6 +394,52 @@ def generate(args: argparse.Namespace, prior: Prior) -> None:
                                                   "output": list(map(str, paths))})
 
 
+def ab_initio(args: argparse.Namespace, prior: Prior) -> None:
+    """--task abinitio: a density from a stack of projections (abinitio.py), the classical one beside it."""
+    path, begin = Path(args.maps[0]), time.perf_counter()
+    out = Path(args.out) if args.out else path.with_name(f"{stem(path)}_abinitio.mrc")
+    refuse_existing(args, [out, *(out.with_name(stem(out) + end) for end in ("_std.mrc", ".json", ".png"))], [path])
+    stack = abinitio.read_stack(path, args.voxel_size)
+    (P, N, _), voxel_size = stack.density.shape, stack.voxel_size[2]
+    n = max(24, round(N * voxel_size / prior.voxel_size))
+    images = data.fourier_resample(stack.density, (P, n, n))
+    method = {"auto": "prior", "classical": "classical"}.get(args.method, args.method)
+    say(args, f"{path}: {P} projections of {N} x {N} pixels of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
+    settings = dict(max_shift=args.max_shift / (N * voxel_size / n), seed=args.seed)
+    moments, tick = Moments(), Progress(args, 10 + args.samples * (args.steps or abinitio.METHODS.get(method, {"steps": 0})["steps"]))
+    velocity = functools.partial(tiled_velocity, prior)
+    found = abinitio.samples_of(velocity, prior, images, method, samples=args.samples, steps=args.steps, tick=tick, **settings)
+    shown = {}
+    for name, x in found:
+        if name == "classical":
+            shown["classical"] = x
+        if name == method:
+            moments.add(x)
+    shown["restored"] = moments.mean
+    maps = {"": moments.mean} | ({"_std": moments.std()} if moments.count > 1 else {})
+    report, scores = dict(task="abinitio", method=method, projections=P, box=[n] * 3, voxel_size=stack.voxel_size), {}
+    truth_path = Path(args.truth) if args.truth else path.with_name(f"{stem(path)}_truth.mrc")
+    if args.truth or truth_path.exists():
+        truth = data.resample(data.read_map(truth_path), N * voxel_size / n).density
+        if truth.shape != (n,) * 3:
+            raise ValueError(f"{truth_path}: not a cube of the images' side, {N * voxel_size:g} Å")
+        aligned = {name: abinitio.align(x, truth) for name, x in shown.items()}
+        shown = {name: a.density for name, a in aligned.items()}
+        report["mirrored"] = {name: a.mirrored for name, a in aligned.items()}
+        scores = score(shown, truth, None, N * voxel_size / n)
+        say(args, f"aligned to {truth_path.name:18} FSC_AUC  FSC_0.5  hand")
+        for name, v in scores.items():
+            hand = "mirrored" if report["mirrored"][name] else "as it is"
+            say(args, f"  {name:27} {v['auc']:8.3f} {v['fsc_05']:6.2f} Å  {hand}")
+        shown["truth"] = truth
+    else:
+        say(args, "projections do not tell a density from its mirror image: if helices turn left, mirror the result")
+    for end, x in maps.items():
+        there = data.Map(data.fourier_resample(x, (N,) * 3), voxel_size)
+        data.write_map(out.with_name(f"{stem(out)}{end}.mrc") if end else out, there, args.overwrite)
+    write_report(args, out, shown, prior, begin, {**report, "output": str(out), "fsc": scores})
+
+
 def choose(args: argparse.Namespace, source: data.Map, prior: Prior, classical: str) -> str:
     """The method, and a word where "auto" is not the prior: far coarser maps than it has seen hold nothing that it knows."""
     if args.method != "auto":
@@ -451,8 +499,7 @@ def read_orientations(path: str) -> Tensor:
         raise ValueError(f"{path}: neither a RELION star file with {', '.join(wanted)} nor lines of rot, tilt, psi") from None
     if not len(angles):
         raise ValueError(f"{path}: no orientations in it")
-    turn = data.axis_rotation                            # R = Rz(rot) Ry(tilt) Rz(psi) takes image to volume frame
-    return torch.from_numpy(np.stack([turn(2, rot) @ turn(1, tilt) @ turn(2, psi) for rot, tilt, psi in angles.tolist()]))
+    return degrade.euler_matrix(angles)
 
 
 def measured_by(m: data.Map, args: argparse.Namespace) -> Tensor:
@@ -559,10 +606,11 @@ def write_text(path: Path, text: str) -> None:
 
 # ---- The program -------------------------------------------------------------------------------------------------------
 
-TASKS = {"wedge": wedge, "denoise": denoise, "anisotropic": denoise, "likelihood": likelihood, "generate": generate}
+TASKS = {"wedge": wedge, "denoise": denoise, "anisotropic": denoise, "abinitio": ab_initio, "likelihood": likelihood,
+         "generate": generate}
 HELP = """wedge: fill in what a limited tilt range left out; denoise: two half maps, or one map with --noise-from-fsc or --snr;
-anisotropic: the same where the noise differs between directions (--alpha with --tilt-range, or --orientations); generate: densities
-from nothing; likelihood: log p of maps"""
+anisotropic: the same where the noise differs between directions (--alpha with --tilt-range, or --orientations); abinitio: a density from
+a stack of projections of unknown pose; generate: densities from nothing; likelihood: log p of maps"""
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -572,8 +620,8 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("-o", "--out", metavar="OUT", help="the map to write, or a folder (default: IN_TASK.mrc beside IN)")
     cli.add_argument("--tilt-range", nargs=2, type=float, default=(-60, 60), metavar=("MIN", "MAX"), help="degrees (default: -60 60)")
     cli.add_argument("--tilt-axis", choices="xyz", default="y", help="the beam is along z (for axis z: along x)")
-    cli.add_argument("--method", choices=("auto", "prior", "paper", "pocs", "wiener"), default="auto",
-                     help="prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise): no network; "
+    cli.add_argument("--method", choices=("auto", "prior", "paper", "pocs", "wiener", "classical"), default="auto",
+                     help="prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise), classical (abinitio): no network; "
                           "auto: prior, or those where the voxels are too coarse for it")
     cli.add_argument("--steps", type=int, help="of the sampler (default: 20; with --method paper 200; generate: 50)")
     cli.add_argument("--samples", type=int, default=4, help="posterior samples; their mean is the result, their spread IN_TASK_std.mrc")
@@ -586,6 +634,7 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--mask", metavar="MAP", help="0 to 1: where to change the map; elsewhere the input is kept")
     cli.add_argument("--box", type=int, help="generate: voxels per side (default: the prior's)")
     cli.add_argument("--solver", choices=flow.SOLVERS, default="heun", help="generate")
+    cli.add_argument("--max-shift", type=float, default=6, help="abinitio: how far, in Å, the particles may be off the images' centres")
     cli.add_argument("--probes", type=int, default=4, help="likelihood: random vectors of Hutchinson's estimator")
     cli.add_argument("--tolerance", type=float, default=1e-3, help="likelihood: of the ODE, relative and absolute")
     cli.add_argument("--truth", metavar="MAP", help="compare with this map (default: IN's name and _truth, if there is one)")
@@ -606,12 +655,12 @@ def parse(argv=None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: want a positive number" + " of Å" * (name == "voxel_size"))
     if not 0 <= args.seed < 2 ** 32:
         raise ValueError(f"--seed {args.seed}: want 0 to 2^32 - 1")
-    if args.method in ("pocs", "wiener") and args.method != ("pocs" if args.task == "wedge" else "wiener"):
+    if args.method not in ("auto", "prior", "paper", {"wedge": "pocs", "abinitio": "classical"}.get(args.task, "wiener")):
         raise ValueError(f"--method {args.method} is no answer to --task {args.task}")
     count, halves = len(args.maps), args.task in ("denoise", "anisotropic")
     one = halves and (args.snr or args.noise_from_fsc)
-    if count != 0 if args.task == "generate" else count != (1 if one else 2) if halves else count == 0:
-        wants = {"generate": "no input", "denoise": "two half maps", "anisotropic": "two half maps"}.get(args.task, "a map or more")
+    if count != (args.task == "abinitio") if args.task in ("generate", "abinitio") else count != (1 if one else 2) if halves else count == 0:
+        wants = {"generate": "no input", "abinitio": "one stack", "denoise": "two half maps", "anisotropic": "two half maps"}.get(args.task, "a map or more")
         raise ValueError(f"--task {args.task} wants {wants}{', or one map with --noise-from-fsc or --snr' * halves}; {count} given")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -625,7 +674,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def stem(path: Path) -> str:
     name = path.name
-    for end in (".gz", ".bz2", *data.SUFFIXES):
+    for end in (".gz", ".bz2", ".mrcs", *data.SUFFIXES):
         name = name[:-len(end)] if name.lower().endswith(end) else name
     return name
 
@@ -725,8 +774,8 @@ def write_report(args: argparse.Namespace, out: Path, shown: dict[str, Tensor], 
 def main(argv=None) -> int:
     args = parse(argv)
     prior = checkpoint.load(args.ckpt, kind="hdit", device=args.device)
-    if args.task == "generate":
-        generate(args, prior)
+    if args.task in ("generate", "abinitio"):
+        TASKS[args.task](args, prior)
         return 0
     failed = 0
     pairs = inputs(args)

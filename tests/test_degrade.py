@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import degrade
 from degrade import FourierOperator, apply_fourier, hermitian_part, molmap, project, wedge_mask
@@ -320,6 +321,95 @@ def test_projection_gradients_equal_central_differences():
     R = torch.linalg.qr(torch.randn(2, 3, 3, generator=rng(1), dtype=torch.float64))[0].requires_grad_()
     shifts = torch.tensor([[0.3, -0.2], [0.11, 0.4]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(project, (volume, R, shifts))
+
+
+# ---- Orientations and central slices
+
+def test_euler_angles_and_angles_between_rotations_equal_scipy():
+    f = fixture("oracles/so3.npz")
+    R = degrade.euler_matrix(torch.from_numpy(f["euler_zyz_deg"]))
+    np.testing.assert_allclose(R.numpy(), f["matrix_intrinsic_ZYZ"], atol=1e-12)
+    np.testing.assert_allclose(degrade.rotation_angle(R[:, None], R[None]).numpy(), f["geodesic_deg"], atol=1e-5)
+
+
+def test_the_grid_of_rotations_is_healpix_times_in_plane_angles():
+    f = fixture("oracles/so3.npz")
+    for nside in (1, 2):
+        for ours, name in zip(degrade.healpix(nside), ("theta", "phi")):
+            np.testing.assert_allclose(ours.numpy(), f[f"healpix{nside}_ring_{name}"], atol=1e-12)
+    grid = degrade.so3_grid(0)
+    apart = degrade.rotation_angle(grid[:, None], degrade.euler_matrix(torch.from_numpy(f["hopf_euler_zyz_deg"])))
+    assert len(grid) == 72 and float(apart.amin(0).max()) < 1e-5 and float(apart.amin(1).max()) < 1e-5
+    q = torch.from_numpy(f["cover_random_quat_xyzw"])
+    x, y, z, w = (q / q.norm(dim=1, keepdim=True)).unbind(1)
+    R = torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+                     2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+                     2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], 1).view(-1, 3, 3)
+    nearest = degrade.rotation_angle(R[:, None], grid).amin(1)
+    np.testing.assert_allclose(nearest.numpy(), f["cover_distance_deg"], atol=1e-5)
+
+
+@pytest.mark.parametrize("nside", [4, 8])
+def test_healpix_rings_are_mirror_images_and_every_direction_has_the_same_area(nside):
+    theta, phi = degrade.healpix(nside)
+    assert len(theta) == 12 * nside ** 2
+    torch.testing.assert_close(theta.cos(), -theta.cos().flip(0))
+    # Equal areas: the mean over the grid of a polynomial of the direction is its mean over the sphere.
+    d = torch.stack([theta.sin() * phi.cos(), theta.sin() * phi.sin(), theta.cos()], 1)
+    torch.testing.assert_close(d.T @ d / len(d), torch.eye(3, dtype=d.dtype) / 3, atol=0.3 / nside ** 2, rtol=0)
+
+
+@pytest.mark.parametrize("N", [24, 21])
+def test_slices_equal_the_closed_form_of_the_projections(N):
+    f = fixture("oracles/projection.npz")
+    volume, R, want = (torch.from_numpy(f[f"n{N}_{name}"]).float() for name in ("volume", "rotation_xyz", "projections"))
+    k = degrade.frequencies(N // 2 - 1)
+    ours, want = degrade.slices(volume, R, k), degrade.coefficients(want, k)
+    assert float((ours - want).norm() / want.norm()) < 0.02             # interpolation: 1.4 %
+    k = degrade.frequencies(6, 3)                                       # in three dimensions nothing is projected
+    want = degrade.coefficients(volume[None], k)
+    assert float((degrade.slices(volume, torch.eye(3)[None], k) - want).norm() / want.norm()) < 0.03
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (2, 15, 15), (2, 10, 10, 10)])
+def test_dot_products_of_coefficients_are_dot_products_of_low_passed_maps(shape):
+    N, dims = shape[-1], len(shape) - 1
+    x, k = torch.randn(shape, generator=rng()), degrade.frequencies(4, dims)
+    axes = tuple(range(-dims, 0))
+    inside = sum((torch.fft.fftfreq(N) * N).reshape(-1, *[1] * i) ** 2 for i in range(dims)) <= 16.001
+    inside[(0,) * dims] = False
+    low = torch.fft.ifftn(torch.fft.fftn(x, dim=axes) * inside, dim=axes).real
+    a, b = degrade.coefficients(x, k)
+    assert 2 * len(k) == int(inside.sum())
+    torch.testing.assert_close((a.conj() * b).sum().real, (low[0] * low[1]).sum())
+
+
+def test_phase_displaces_an_image_as_project_does():
+    f = fixture("oracles/projection.npz")
+    volume, R = (torch.from_numpy(f[f"n24_{name}"]).float() for name in ("volume", "rotation_xyz"))
+    shift, k = torch.tensor([[1.5, -0.75]] * len(R)), degrade.frequencies(8)
+    want = degrade.coefficients(project(volume, R, shift), k)
+    ours = degrade.coefficients(project(volume, R), k) * degrade.phase(k, F.pad(shift, (0, 1)), 24)
+    assert float((ours - want).norm() / want.norm()) < 0.005
+
+
+def test_the_gradient_by_slices_is_the_direct_sum_and_at_low_resolution_the_gradient_in_real_space():
+    f = fixture("oracles/projection.npz")
+    volume, R = (torch.from_numpy(f[f"n24_{name}"]).float() for name in ("volume", "rotation_xyz"))
+    k, v = degrade.frequencies(4), volume.clone().requires_grad_()
+    y = degrade.coefficients(torch.randn(len(R), 24, 24, generator=rng()), k)
+    by_slices, = torch.autograd.grad((degrade.slices(v, R, k).conj() * y).real.sum(), v)
+    in_space, = torch.autograd.grad((degrade.coefficients(project(v, R), k).conj() * y).real.sum(), v)
+    r = torch.arange(24) - 12
+    z, y_, x = torch.meshgrid(r, r, r, indexing="ij")
+    place = torch.stack([x, y_, z], -1).view(-1, 3).float()
+    direct = sum((torch.polar(torch.ones(()), 2 * math.pi / 24 * (place @ (S @ k.T))) * c).real.sum(1) for S, c in zip(R, y))
+    direct = (direct * math.sqrt(2) / 24).view(24, 24, 24)
+    for d, error in ((3, 0.01), (6, 0.03), (11, 0.12)):         # the docstring of slices
+        inside = place.norm(dim=1).view(24, 24, 24) < d
+        assert float((by_slices - direct)[inside].norm() / direct[inside].norm()) < error
+    low = [degrade.lowpass(g * inside, 6, 1) for g in (by_slices, in_space)]
+    assert float((low[0] - low[1]).norm() / low[1].norm()) < 0.1        # 7 %: trilinear in real space
 
 
 # ---- Errors

@@ -1,0 +1,204 @@
+"""What ab initio promises: losses, poses, volumes from poses, the other hand, Algorithm 3's update, and stacks it refuses."""
+import functools
+import json
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pytest
+import torch
+
+import abinitio
+import checkpoint
+import data
+import degrade
+import fsc
+import sampling
+from checkpoint import Prior
+from model_hdit import HDiT, HDiTConfig
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rotations(n, seed=0):
+    g = rng(seed)
+    return torch.stack([data.random_rotation(g) for _ in range(n)]).float()
+
+
+@pytest.fixture(scope="module")
+def density():
+    """A val structure in 32^3 voxels of 3 Å, at 8 Å."""
+    path = SHARED / "data" / "models" / "val.npz"
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not part of the project")
+    s = data.read_structures(path)[0]                           # 1A74
+    return degrade.molmap(s.xyz, s.atomic_number, 8.0, voxel_size=3.0, shape=(32,) * 3, origin=-48.0)[0]
+
+
+@pytest.fixture(scope="module")
+def stack(density):
+    R, shift = rotations(40), torch.rand(40, 2, generator=rng(1)) * 3 - 1.5
+    return degrade.project(density, R, shift), R, torch.nn.functional.pad(shift, (0, 1))
+
+
+# ---- Losses
+
+def test_losses_equal_their_formulae_and_psi_sg_pushes_the_norm_which_psi_cor_does_not():
+    p, y = torch.randn(2, 3, 5, 5, generator=rng(), dtype=torch.float64)
+    p.requires_grad_()
+    flat = p.detach().flatten(1).numpy(), y.flatten(1).numpy()
+    cor = [-a @ b / np.sqrt(a @ a * (b @ b)) for a, b in zip(*flat)]
+    bg = [(a[b < np.quantile(b, 0.7)] ** 2).sum() for a, b in zip(*flat)]
+    np.testing.assert_allclose(abinitio.psi_cor(p, y).detach(), cor)
+    np.testing.assert_allclose(abinitio.psi_sg(p, y).detach(), cor)
+    np.testing.assert_allclose(abinitio.psi_bg(p, y, 0.7).detach(), bg)
+    assert abinitio.psi_bg(p, y, 0.0).eq(0).all()
+    along = lambda loss: torch.autograd.grad(loss.sum(), p)[0].mul(p).sum((1, 2)).detach()
+    torch.testing.assert_close(along(abinitio.psi_cor(p, y)), torch.zeros(3, dtype=p.dtype), atol=1e-12, rtol=0)
+    np.testing.assert_allclose(along(abinitio.psi_sg(p, y)), cor)
+
+
+# ---- Poses
+
+def test_poses_of_clean_projections_are_found(density, stack):
+    images, R, shift = stack
+    found, moved, _ = abinitio.find_poses(density, images, max_shift=2, radius=12)
+    angle = degrade.rotation_angle(found, R)
+    assert float(angle.median()) < 1.5 and float((moved - shift).norm(dim=1).median()) < 0.1
+    assert float((angle < 3).float().mean()) >= 0.9
+
+
+def test_a_search_is_the_argmin_of_psi_cor_over_all_poses_of_the_grid(density, stack):
+    images, k = stack[0][:3], degrade.frequencies(5)
+    grid, shifts = degrade.so3_grid(0).float(), abinitio.shift_grid(2, 1)
+    found, moved, value = abinitio.search(density, degrade.coefficients(images, k), k, grid, shifts)
+
+    def low(x):                                                 # low-passed without mean, in real space
+        X, r = torch.fft.fft2(x), torch.fft.fftfreq(32) * 32
+        keep = (r[:, None] ** 2 + r ** 2 <= 25) & (r[:, None] ** 2 + r ** 2 > 0)
+        return torch.fft.ifft2(X * keep).real
+    slow = torch.stack([abinitio.psi_cor(low(degrade.project(density, grid, s[:2].expand(len(grid), 2)))[:, None], low(images))
+                        for s in shifts])                       # (S, R, P)
+    for i in range(3):
+        s, r = divmod(int(slow[:, :, i].argmin()), len(grid))
+        assert abs(float(value[i, 0] + slow[s, r, i])) < 0.01
+        at = int((shifts == moved[i, 0]).all(1).nonzero()), int((grid == found[i, 0]).all((1, 2)).nonzero())
+        assert float(slow[at[0], at[1], i] - slow[s, r, i]) < 0.01
+
+
+# ---- Volumes
+
+def test_a_density_comes_back_from_projections_of_known_pose(density, stack):
+    images, R, shift = stack
+    k = degrade.frequencies(12)
+    y = degrade.coefficients(images, k) * degrade.phase(k, -shift, 32)
+    x = abinitio.fit(torch.zeros_like(density), R, y, k, iterations=30)
+    assert float(fsc.fsc(x, density)[1:12].min()) > 0.97 and float(x.min()) >= 0
+    inside = density > 0.1 * density.max()
+    assert float((x[inside].mean() / density[inside].mean() - 1).abs()) < 0.05
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_align_undoes_a_turn_a_shift_and_a_mirror(density, mirrored):
+    moved = data.rotate(data.fourier_resample(density, (64,) * 3), rotations(1, 7)[0])[::2, ::2, ::2].roll((2, -1, 1), (0, 1, 2))
+    found = abinitio.align(moved.flip(1) if mirrored else moved, density)
+    assert found.mirrored == mirrored and found.correlation > 0.99
+    assert float(fsc.fsc(found.density, density)[:11].min()) > 0.95
+
+
+def test_a_density_comes_back_from_projections_of_unknown_pose_up_to_its_hand(density, stack):
+    x = abinitio.reconstruct(stack[0], rng(), max_shift=2, radius=12, starts=1)[0]
+    assert float(fsc.fsc(abinitio.align(x, density).density, density)[1:10].min()) > 0.9
+
+
+# ---- With a prior
+
+def test_algorithm_3_descends_the_loss_of_its_poses(monkeypatch, density, stack):
+    images, losses = stack[0][:6], []
+    real = abinitio.projection_loss
+    monkeypatch.setattr(abinitio, "projection_loss", lambda *a, **k: losses.append(real(*a, **k)) or losses[-1])
+    still = Prior(net=None, kind="hdit", voxel_size=3.0, box=32, mean=0.05, std=0.13, sha256="")
+    abinitio.algorithm_3(lambda x, t, g: 0 * x, still, images, rng(), max_shift=2, radius=6, steps=15, q=0.0)
+    means = [float(x.detach().mean()) for x in losses]
+    assert means[-1] < means[0] - 0.2 and means[-1] < -0.6
+
+
+# ---- Stacks
+
+def write(path, array, voxel=3.0, group=None, mz=None):
+    with mrcfile.new(path, np.asarray(array, np.float32), overwrite=True) as f:
+        f.voxel_size = voxel
+        if group is not None:
+            f.header.ispg, f.header.mz = group, mz
+    return path
+
+
+def test_a_stack_is_read_with_its_background_at_zero(tmp_path):
+    x = torch.rand(3, 24, 24, generator=rng())
+    x[:, 8:16, 8:16] += 5
+    for path in (write(tmp_path / "a.mrcs", x + 7), write(tmp_path / "b.mrc", x + 7, group=0, mz=1)):
+        stack = abinitio.read_stack(path)
+        outside = ~abinitio.ball(24)[12]
+        assert stack.voxel_size == (3.0,) * 3 and float(stack.density[:, outside].mean(1).abs().max()) < 1e-5
+        torch.testing.assert_close(stack.density - stack.density.mean((1, 2), True), x - x.mean((1, 2), True), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, array, options, says", [
+    ("a.mrc", np.random.rand(24, 24, 24), dict(group=1, mz=24), "a volume of 24 x 24 x 24 voxels"),
+    ("a.mrcs", np.random.rand(2001, 24, 24), {}, "at most 2000"),
+    ("a.mrcs", np.random.rand(3, 24, 30), {}, "squares"),
+    ("a.mrcs", np.random.rand(1, 24, 24), {}, "single image"),
+    ("a.mrcs", np.random.rand(3, 12, 12), {}, "24 or more"),
+    ("a.mrcs", np.random.rand(3, 24, 24), dict(voxel=0), "--voxel-size"),
+    ("a.mrcs", np.stack([np.random.rand(24, 24), np.zeros((24, 24))]), {}, "flat"),
+    ("a.mrcs", -np.pad(np.random.rand(3, 8, 8), ((0, 0), (8, 8), (8, 8))), {}, "multiply the images by -1"),
+])
+def test_a_stack_that_cannot_be_used_is_one_clear_line(tmp_path, name, array, options, says):
+    path = write(tmp_path / name, array, **options)
+    with pytest.raises(ValueError, match=says) as error:
+        abinitio.read_stack(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_no_file_and_no_mrc_file_are_one_clear_line(tmp_path):
+    with pytest.raises(OSError, match="no such file"):
+        abinitio.read_stack(tmp_path / "none.mrcs")
+    (tmp_path / "text.mrcs").write_text("not a stack" * 200)
+    with pytest.raises(ValueError) as error:
+        abinitio.read_stack(tmp_path / "text.mrcs")
+    assert "\n" not in str(error.value)
+
+
+# ---- The program
+
+def test_the_program_writes_a_density_on_the_images_grid_and_says_which_hand_it_has(tmp_path, monkeypatch, capsys):
+    blobs = torch.zeros(24, 24, 24)
+    for z, y, x in ((8, 9, 14), (15, 8, 10), (12, 16, 15), (13, 12, 7)):        # four balls, no symmetry
+        blobs[z, y, x] = 1 + x / 10
+    truth = degrade.lowpass(blobs, 12.0, 3.0).clamp(min=0)
+    write(tmp_path / "in.mrcs", degrade.project(truth, rotations(20)))
+    data.write_map(tmp_path / "in_truth.mrc", data.Map(truth, 3.0))
+    net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4))             # untrained: v = 0
+    checkpoint.save(tmp_path / "p.pt", net, voxel_size=3.0, box=24, mean=0.05, std=0.13)
+    monkeypatch.setitem(abinitio.METHODS, "prior", abinitio.METHODS["prior"] | {"steps": 1, "t_start": 0.05})
+    monkeypatch.setattr(abinitio, "anneal", functools.partial(abinitio.anneal, iterations=20))
+    sampling.main(["--task", "abinitio", str(tmp_path / "in.mrcs"), "--samples", "1", "--ckpt", str(tmp_path / "p.pt")])
+    report, out = json.loads((tmp_path / "in_abinitio.json").read_text()), data.read_map(tmp_path / "in_abinitio.mrc")
+    assert out.density.shape == (24,) * 3 and out.voxel_size == (3.0,) * 3 and report["projections"] == 20
+    aligned = abinitio.align(out.density, truth)
+    assert report["mirrored"]["restored"] == aligned.mirrored
+    assert ("mirrored" if aligned.mirrored else "as it is") in capsys.readouterr().out.split("restored")[1].splitlines()[0]
+    assert report["fsc"]["classical"]["auc"] > 0.8 and min(report["fsc"]["classical"]["whole"][1:6]) > 0.9
+
+
+def test_the_program_wants_one_stack(tmp_path):
+    path = write(tmp_path / "map.mrc", np.random.rand(24, 24, 24), group=1, mz=24)
+    for argv, says in (([str(path)], "a volume of 24"), ([str(path)] * 2, "wants one stack; 2 given"), ([], "wants one stack; 0 given"),
+                       ([str(path), "--method", "pocs"], "pocs is no answer to --task abinitio")):
+        with pytest.raises(ValueError, match=says):
+            sampling.main(["--task", "abinitio", *argv])
+    assert [p.name for p in tmp_path.iterdir()] == ["map.mrc"]
