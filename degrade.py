@@ -1,4 +1,4 @@
-"""What the microscope does to a density map: blur, missing wedge, spectral noise, projection.
+"""What the microscope does to a density map: blur, missing wedge, spectral noise, projection at any orientation.
 
     rho(r) = sum_a Z_a (2 pi s_a^2)^-3/2 exp(-|r - r_a|^2 / 2 s_a^2)                         (1)
              s_a^2 = (resolution / (pi sqrt 2))^2 + B_a / (8 pi^2)
@@ -8,10 +8,12 @@
     y = V + noise,  E|F noise|^2 = P(|k|),  P = P_y / (1 + SNR),  SNR = FSC / (1 - FSC)      (5)
     P(k) = alpha(k) P(|k|) / mean of alpha over the shell                                    (6)
     image(x, y) = integral dz V(R (x, y, z)^T)                                               (7)
+    (F image)(kx, ky) = (F V)(R (kx, ky, 0)^T),  R = Rz(rot) Ry(tilt) Rz(psi)                (8)
 
 (1): ChimeraX `molmap`, with B-factors. (2): Dynamo, IMOD, IsoNet2, RELION 5. (3): CryoLVM, the
 formula as printed. (4): CryoFM (arXiv:2410.08631) appendix E.1, Algorithm 2's A. (5): CryoFM eq. 3
-and appendix D.1. (6): CryoFM 5.2 and D.2. (7): CryoFM 5.4 and E.2.
+and appendix D.1. (6): CryoFM 5.2 and D.2. (7): CryoFM 5.4 and E.2. (8): the central
+slice theorem (DeRosier & Klug 1968); RELION's Euler angles.
 F is the unnormalised FFT in `fftfreq` layout (zero frequency first), float32 or wider; powers are
 |F|^2. Volumes are (D, H, W) = (z, y, x); triples of a grid (shape, voxel_size, origin) are in that
 order too, positions of atoms and directions are x, y, z.
@@ -350,7 +352,7 @@ def project(volume: Tensor, rotations: Tensor, shifts: Tensor | None = None) -> 
 
 
 # ---- Orientations and central slices -----------------------------------------------------------------
-# The transform of a projection is a central slice of the transform of the volume, so that images can be
+# The transform of a projection is a central slice of the transform of the volume, (8), so that images can be
 # compared with very many projections at low resolution: K coefficients each instead of N^3 voxels.
 
 def euler_matrix(angles: Tensor) -> Tensor:
