@@ -323,7 +323,7 @@ def sampling_step(name: str, args, device: torch.device) -> dict:
 
 def scunet_tile(name: str, args, device: torch.device) -> dict:
     net = model_scunet.SCUNet(model_scunet.PRESETS[name]).to(device).eval().requires_grad_(False)
-    # Not one tile: on a CPU torch then takes its slow convolution for few channels, "tiny" needs 1.9 s a tile instead of 0.6 s.
+    # Not one tile: on a CPU torch then takes its slow convolution for few channels, three times as slow a tile.
     x = torch.randn(32 if args.gpu else 2, 1, *[24 if args.quick else 48] * 3, device=device)
     with torch.no_grad(), flow.autocast(device):
         t = median_seconds(lambda: net(x), device, args.seconds)

@@ -7,7 +7,8 @@ A checkpoint is one dict that `torch.load(weights_only=True)` reads, so that ope
     weights      its state dict: averaged (EMA) weights, the ones to use
     voxel_size   Å, the sampling the network was trained at
     box          voxels per side of its training crops: the tile that sampling.py evaluates
-    mean, std    network value = (density / 99.999 percentile - mean) / std
+    mean, std    network value = (density / 99.999 percentile - mean) / std; 0 and 1 for "scunet"
+    task         "scunet" only: what it was trained for, "jepa", "mae", "sharpen", "superres" or "wedge3d"
     training     None, or in train.py's own files: raw weights, optimiser states, step, flags
 
 The authors' public CryoFM weights (`model.safetensors`) load by path too; all but the kernel size follows from the shapes.
@@ -23,8 +24,9 @@ from torch import nn
 
 from data import written_whole
 from model_hdit import HDiT, HDiTConfig
+from model_scunet import SCUNet, SCUNetConfig
 
-NETWORKS = {"hdit": (HDiT, HDiTConfig)}
+NETWORKS = {"hdit": (HDiT, HDiTConfig), "scunet": (SCUNet, SCUNetConfig)}
 KEYS = {"kind", "config", "weights", "voxel_size", "box", "mean", "std"}
 
 
@@ -38,11 +40,12 @@ class Prior:
     mean: float
     std: float
     sha256: str                      # of the file
+    task: str = ""
     training: dict | None = None
 
 
-def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std: float, training: dict | None = None,
-         half: bool = False) -> None:
+def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std: float, task: str = "",
+         training: dict | None = None, half: bool = False) -> None:
     """Write a checkpoint; a crash or kill -9 at any byte leaves the previous file whole.
 
     half: store floating-point weights as float16 (half the size; loaded back as float32), for files that ship.
@@ -53,7 +56,7 @@ def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std:
     if half:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     content = dict(kind=kind, config=asdict(net.config), weights=weights, voxel_size=float(voxel_size), box=int(box),
-                   mean=float(mean), std=float(std), training=training)
+                   mean=float(mean), std=float(std), task=task, training=training)
     with written_whole(Path(path)) as file:
         torch.save(content, file)
 
@@ -61,7 +64,7 @@ def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std:
 def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "float32") -> Prior:
     """Read a checkpoint, or the authors' `model.safetensors`; the network comes in eval mode, float32, without gradients.
 
-    kind: the network the caller can use ("hdit"). time_phase: only for the authors' weights (see model_hdit).
+    kind: the network the caller can use ("hdit", "scunet"). time_phase: only for the authors' weights (see model_hdit).
     Raises OSError if the file cannot be read and ValueError if it is no checkpoint, or one of another kind.
     """
     path = Path(path)
@@ -77,7 +80,8 @@ def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "floa
                          f"{' '.join(str(error).split())}") from error
     meta = {k: content[k] for k in ("kind", "voxel_size", "box", "mean", "std")}
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Prior(net.to(device).eval().requires_grad_(False), sha256=sha256, training=content.get("training"), **meta)
+    return Prior(net.to(device).eval().requires_grad_(False), sha256=sha256, task=content.get("task", ""),
+                 training=content.get("training"), **meta)
 
 
 # What zipfile and torch.load raise for a file that is not theirs, is cut short or has a bit flipped, found by feeding them such.

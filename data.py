@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from mrcfile.dtypes import HEADER_DTYPE
 from torch import Generator, Tensor
 
-from degrade import molmap
+from degrade import apply_fourier, cone_mask, deposited, molmap, uniform, wedge_mask
 from fsc import read_model, triple
 
 Triple = tuple[float, float, float]                     # (z, y, x)
@@ -498,19 +498,20 @@ def cut(x: Tensor, corners: list[tuple[int, int, int]], tile: int) -> Tensor:
 
 
 def blend(tiles: Iterable[Tensor], corners: list[tuple[int, int, int]],
-          shape: Iterable[int]) -> Tensor:
+          shape: Iterable[int], window: Tensor | None = None) -> Tensor:
     """(6), Algorithm 1 of CryoLVM: tiles (..., tile, tile, tile) at their corners -> (..., *shape).
 
     tiles: the stack from `cut`, or whatever yields tiles one by one, so that memory stays bounded.
+    window: the weights w (tile, tile, tile), positive (default: `gaussian_window`).
     """
     total = None
     for tile, corner in zip(tiles, corners, strict=True):
         if total is None:
-            window = gaussian_window(tile.shape[-1]).to(tile)
+            window = (gaussian_window(tile.shape[-1]) if window is None else window).to(tile)
             total, weight = tile.new_zeros(*tile.shape[:-3], *shape), tile.new_zeros(*shape)
         crop(total, corner, tile.shape[-1]).add_(tile * window)
         crop(weight, corner, tile.shape[-1]).add_(window)
-    return total / weight                               # (6); weights are 1 or more, no epsilon
+    return total / weight                               # (6); weights are positive, no epsilon
 
 
 # ---- 4. Training crops from maps -----------------------------------------------------------------
@@ -855,26 +856,30 @@ def read_structures(path: str | Path) -> list[Structure]:
             for file, m in models]
 
 
-def random_density(structure: Structure, generator: Generator, *, box: int, voxel_size: float,
-                   resolution: tuple[float, float]) -> Tensor:
-    """One simulated map (box, box, box) in Z/Å^3: the model turned at random, placed off-centre.
+def placed(structure: Structure, generator: Generator) -> tuple[Tensor, Tensor]:
+    """(xyz, b_factor) of a model turned at random and placed off-centre.
 
-    The atoms are turned, not the grid, so no interpolation is involved. Resolution is uniform in
-    `resolution` (Å). Half of the maps have B = 0, the others the deposited B-factors above their
-    5th percentile, times a uniform number.
+    Half of the models have B = 0, the others the deposited B-factors above their 5th percentile, times a uniform number.
     """
-    def uniform(low=0.0, high=1.0):
-        return low + (high - low) * float(torch.rand((), generator=generator))
-
     xyz = torch.from_numpy(structure.xyz)
     # A small molecule stays whole; of one larger than the box any part can be in the middle.
-    anchor = xyz[torch.randint(len(xyz), (1,), generator=generator)] * uniform()
+    anchor = xyz[torch.randint(len(xyz), (1,), generator=generator)] * uniform(0, 1, generator)
     xyz = (xyz - anchor) @ random_rotation(generator).T
     b = torch.zeros(len(xyz))
-    if uniform() < 0.5:
+    if uniform(0, 1, generator) < 0.5:
         b = torch.from_numpy(structure.b_factor)
-        b = (b - b.quantile(0.05)).clamp(min=0) * uniform()
-    return molmap(xyz, structure.atomic_number, uniform(*resolution), voxel_size=voxel_size,
+        b = (b - b.quantile(0.05)).clamp(min=0) * uniform(0, 1, generator)
+    return xyz, b
+
+
+def random_density(structure: Structure, generator: Generator, *, box: int, voxel_size: float,
+                   resolution: tuple[float, float]) -> Tensor:
+    """One simulated map (box, box, box) in Z/Å^3 of a `placed` model; resolution uniform in `resolution` (Å).
+
+    The atoms are turned, not the grid, so no interpolation is involved.
+    """
+    xyz, b = placed(structure, generator)
+    return molmap(xyz, structure.atomic_number, uniform(*resolution, generator), voxel_size=voxel_size,
                   shape=(box,) * 3, origin=-voxel_size * (box // 2), b_factor=b)[0]
 
 
@@ -907,7 +912,111 @@ class SimulatedCrops(torch.utils.data.Dataset):
         return ENDLESS
 
 
-# ---- 7. Structures built by rule: something to train on with nothing downloaded ------------------
+# ---- 7. Pairs to learn a restoration from: CryoLVM ------------------------------------------------
+
+def mirror_or_not(x: Tensor, generator: Generator) -> Tensor:
+    """x (..., D, H, W) in one of all 48 orientations along the axes: flips and 90-degree rotations (CryoLVM, appendix E)."""
+    x = rot24(x, generator)
+    return x.flip(-1) if torch.rand((), generator=generator) < 0.5 else x
+
+
+def simulated_pair(task: str, xyz: Tensor, atomic_number, b_factor: Tensor, resolution: float, generator: Generator, *,
+                   missing: str = "wedge", **grid) -> tuple[Tensor, Tensor]:
+    """What was observed and what is wanted, (D, H, W) each, in Z/Å^3; grid: voxel_size, shape, origin of `molmap`.
+
+    sharpen, superres    `degrade.deposited` -> `molmap` at the same resolution, or at 1.8 Å (CryoLVM 4.2, 4.3)
+    wedge3d              `molmap` and noise, less what a tilt range of 50 to 70 degrees misses -> all of it (4.4)
+    missing: "wedge", or "cone", the formula as the paper prints it.
+    """
+    wanted = molmap(xyz, atomic_number, 1.8 if task == "superres" else resolution, **grid)[0]
+    if task != "wedge3d":
+        return deposited(xyz, atomic_number, resolution, b_factor=b_factor, generator=generator, **grid), wanted
+    angle = uniform(50, 70, generator)
+    region = wedge_mask(wanted.shape, (-angle, angle)) if missing == "wedge" else cone_mask(wanted.shape, angle)
+    noise = torch.randn(wanted.shape, generator=generator) * (uniform(0, 0.1, generator) * wanted.max())
+    return apply_fourier(wanted + noise, region), wanted
+
+
+class SimulatedPairs(torch.utils.data.Dataset):
+    """Pairs from models: item i is (crops, 2, crop, crop, crop), `simulated_pair` on [0, 1].
+
+    A function of (seed, i), of a random structure at a resolution uniform in `resolution` (Å). Crops are cut around points of
+    the molecule.
+    """
+    def __init__(self, structures, *, task: str, crop: int, crops: int, box: int, voxel_size: float,
+                 resolution: tuple[float, float], missing: str = "wedge", seed: int = 0):
+        self.structures, self.task, self.crop, self.crops, self.box = structures, task, crop, crops, box
+        self.voxel_size, self.resolution, self.missing, self.seed = voxel_size, resolution, missing, seed
+
+    def __getitem__(self, i: int) -> Tensor:
+        g = item_generator(self.seed, i)
+        structure = self.structures[_randint(len(self.structures), g)]
+        xyz, b = placed(structure, g)
+        pair = simulated_pair(self.task, xyz, structure.atomic_number, b, uniform(*self.resolution, g), g, missing=self.missing,
+                              voxel_size=self.voxel_size, shape=(self.box,) * 3, origin=-self.voxel_size * (self.box // 2))
+        pair = torch.stack([normalise(x, 0, 1)[0] for x in pair])
+        mask = density_mask(pair[1])
+        crops = [random_crop(pair, self.crop, g, mask) for _ in range(self.crops)]
+        # A wedge has an orientation: there, the atoms alone are turned.
+        return torch.stack(crops if self.task == "wedge3d" else [mirror_or_not(x, g) for x in crops])
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+
+PAIRS = "pairs.csv"                                     # columns map, model, resolution: two files beside it, and Å
+
+
+class Pair(NamedTuple):
+    """Observed and wanted (2, D, H, W) float16 on [0, 1]."""
+    label: str
+    maps: Tensor
+
+
+def read_pairs(folder: str | Path, task: str, voxel_size: float) -> list[Pair]:
+    """Deposited maps and their models, listed in FOLDER/pairs.csv -> pairs on the grid of voxel_size (Å).
+
+    What is wanted is `molmap` of the model at the map's resolution, or at 1.8 Å for superres (CryoLVM 4.2, 4.3).
+    Raises OSError or ValueError (one line) for a file that is missing or no map or model, for a model outside of its map,
+    and for wedge3d, which learns from simulated pairs.
+    """
+    if task == "wedge3d":
+        raise ValueError(f"{folder}: wedge3d learns from models (PDB, mmCIF, .npz), not from pairs")
+    folder, pairs = Path(folder), []
+    with open(folder / PAIRS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        try:
+            map_file, model_file, resolution = folder / row["map"], folder / row["model"], float(row["resolution"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder / PAIRS}: wants the columns map, model, resolution (Å); this row is {row}") from None
+        source, model = resample(read_map(map_file), voxel_size), read_model(model_file)
+        start = [o + n * v for o, n, v in zip(source.origin, source.nstart, source.voxel_size)]
+        wanted = molmap(model.xyz, model.atomic_number, 1.8 if task == "superres" else resolution,
+                        voxel_size=source.voxel_size, shape=source.density.shape, origin=start)[0]
+        if not wanted.max() > 0:
+            raise ValueError(f"{model_file}: none of its atoms lies in {map_file}; they must share one frame")
+        pair = torch.stack([normalise(x, 0, 1)[0] for x in (source.density, wanted)]).half()
+        pairs.append(Pair(map_file.name.split(".")[0], pair))
+    return pairs
+
+
+class MapPairs(torch.utils.data.Dataset):
+    """As SimulatedPairs, from `read_pairs`: item i is (crops, 2, crop, crop, crop) of one pair, a function of (seed, i)."""
+    def __init__(self, pairs: list[Pair], *, crop: int, crops: int, seed: int = 0):
+        self.pairs, self.crop, self.crops, self.seed = pairs, crop, crops, seed
+
+    def __getitem__(self, i: int) -> Tensor:
+        g = item_generator(self.seed, i)
+        pair = pad(self.pairs[_randint(len(self.pairs), g)].maps.float(), self.crop)
+        mask = density_mask(pair[1])
+        return torch.stack([mirror_or_not(random_crop(pair, self.crop, g, mask), g) for _ in range(self.crops)])
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+
+# ---- 8. Structures built by rule: something to train on with nothing downloaded ------------------
 # One chain through layers of helices or strands, side chains grown where there is room. Textbook
 # geometry: Pauling, Corey & Branson 1951 (helix), Chothia et al. 1977, 1981 (packing, twist),
 # Engh & Huber 1991 (bonds and angles); frequencies (%) of residues: UniProtKB/Swiss-Prot.

@@ -9,11 +9,13 @@
     P(k) = alpha(k) P(|k|) / mean of alpha over the shell                                    (6)
     image(x, y) = integral dz V(R (x, y, z)^T)                                               (7)
     (F image)(kx, ky) = (F V)(R (kx, ky, 0)^T),  R = Rz(rot) Ry(tilt) Rz(psi)                (8)
+    deposited = lowpass(rho + solvent + n),  E|F n|^2 = alpha(k) S(1/R) (R |k|)^-u           (9)
 
 (1): ChimeraX `molmap`, with B-factors. (2): Dynamo, IMOD, IsoNet2, RELION 5. (3): CryoLVM, the
 formula as printed. (4): CryoFM (arXiv:2410.08631) appendix E.1, Algorithm 2's A. (5): CryoFM eq. 3
 and appendix D.1. (6): CryoFM 5.2 and D.2. (7): CryoFM 5.4 and E.2. (8): the central
-slice theorem (DeRosier & Klug 1968); RELION's Euler angles.
+slice theorem (DeRosier & Klug 1968); RELION's Euler angles. (9): ours, what CryoLVM learns from where no
+pairs of a deposited map and its model are given; S is the power of rho per shell, R the resolution.
 F is the unnormalised FFT in `fftfreq` layout (zero frequency first), float32 or wider; powers are
 |F|^2. Volumes are (D, H, W) = (z, y, x); triples of a grid (shape, voxel_size, origin) are in that
 order too, positions of atoms and directions are x, y, z.
@@ -314,6 +316,50 @@ def add_spectral_noise(x: Tensor, power: Tensor, *, noise: Tensor | None = None,
     noise = torch.randn(x.shape, generator=generator, device=x.device) if noise is None else noise
     power = power if power.shape[-3:] == x.shape[-3:] else on_grid(power, x.shape[-3:])
     return x + hartley(power.sqrt().to(noise.dtype) * noise) / math.prod(x.shape[-3:])
+
+
+# ---- Deposited maps, simulated -------------------------------------------------------------------------
+
+def uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def deposited(xyz: Tensor, atomic_number, resolution: float, *, voxel_size: float, shape, origin, b_factor: Tensor,
+              generator: torch.Generator) -> Tensor:
+    """A map as it might be deposited (9): (D, H, W) float32 in Z/Å^3, zero mean where there is nothing.
+
+    rho is the model at 1.8 Å with B-factors that vary smoothly from place to place, 4 to 12 R^2: amplitudes at 1/R fall to
+    e^-1 .. e^-3, local resolution varies. solvent: smooth density outside the molecule, 2 to 8 % of the maximum. n: at 1/R
+    as strong as the signal, so that FSC is 0.5 there; u in 0..1; in every second map stronger in directions that too few
+    particles were seen from. Every second map is cut out softly 4 to 8 Å around the model, as segments are.
+
+    xyz (A, 3), atomic_number (A,), b_factor (A,) in Å^2 and the grid as in `molmap`; resolution R in Å.
+    """
+    draw = lambda low, high: uniform(low, high, generator)
+    # B = R^2 (4 + 8 Phi(f)), f of five plane waves 30 to 80 Å long: about normal, so B is about uniform.
+    direction = torch.randn(5, 3, generator=generator)
+    wave = direction / direction.norm(dim=1, keepdim=True) / torch.empty(5).uniform_(30, 80, generator=generator)[:, None]
+    f = (2 * math.pi * (xyz.float() @ wave.T + torch.rand(5, generator=generator))).cos().sum(1) * (2 / 5) ** 0.5
+    b = b_factor + resolution ** 2 * (4 + 8 * torch.special.ndtr(f))
+    grid = dict(voxel_size=voxel_size, shape=shape, origin=origin)
+    rho = molmap(xyz, atomic_number, 1.8, b_factor=b, cutoff=4, **grid)[0]
+
+    near = lowpass((rho > 0.05 * rho.max()).float(), draw(8, 16), voxel_size).clamp(0, 1)  # 1 inside, 0 some Å away
+    solvent = lowpass(torch.randn(rho.shape, generator=generator), draw(8, 16), voxel_size)
+    x = rho + (1 - near) * solvent * (draw(0.02, 0.08) * rho.max() / solvent.std() / 3)
+
+    n, shell = shape[-1] // 2, shape[-1] * voxel_size / resolution              # the shell of 1/R
+    power = radial_power(rho)[min(int(shell), n - 1)] * (torch.arange(n).clamp(min=1) / shell) ** -draw(0, 1)
+    if draw(0, 1) < 0.5:                                                         # views crowd about one direction
+        views = torch.randn(64, 3, generator=generator) * draw(0.1, 0.6) + direction[0] / direction[0].norm()
+        z = views / views.norm(dim=1, keepdim=True)
+        rotations = torch.zeros(64, 3, 3)
+        rotations[:, :, 2] = z                                                  # only the beam matters
+        power = anisotropic_noise_power(power, orientation_alpha(rotations, shape, limit=draw(2, 10)))
+    x = lowpass(add_spectral_noise(x, power, generator=generator), resolution, voxel_size)
+    if draw(0, 1) < 0.5:
+        x = x * (near * 4).clamp(max=1)
+    return x
 
 
 # ---- Projection --------------------------------------------------------------------------------------

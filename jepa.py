@@ -228,6 +228,7 @@ def collapse(tokens: Tensor) -> dict[str, float]:
     std   root mean square deviation of LN s' from its mean: 1 at most, 0 if every token is the same
     rank  exp(entropy) of the singular values of that deviation (Roy & Vetterli 2007): C at most, 1 if all vary along one line
     maps  share of the variance that remains between maps at one position: 1 if position says nothing, 0 if it says all
+    constant  (3), beta 1, of whoever answers the mean token everywhere: a loss is low only beside this
     Raises ValueError if B < 2.
     """
     if len(tokens) < 2:
@@ -240,7 +241,8 @@ def collapse(tokens: Tensor) -> dict[str, float]:
     singular = torch.linalg.svdvals(z)
     p = singular / singular.sum().clamp(min=1e-30)
     return {"std": float((variance / z.numel()).sqrt()), "rank": float(torch.special.entr(p).sum().exp()),
-            "maps": float(between / (variance / B).clamp(min=1e-30))}
+            "maps": float(between / (variance / B).clamp(min=1e-30)),
+            "constant": float(F.smooth_l1_loss(z, torch.zeros_like(z)))}
 
 
 # ---- Fine-tuning -------------------------------------------------------------------------------------------------------

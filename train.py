@@ -1,4 +1,6 @@
-"""Train a prior: `python train.py --model tiny`; `torchrun --nproc-per-node 8 train.py --model s --data MAPS`.
+"""Train a network: `python train.py --model tiny`; `torchrun --nproc-per-node 8 train.py --model s --data MAPS`.
+
+CryoFM's priors ("tiny", "s", "l", ...) learn by flow matching:
 
     theta <- FairseqAdam(theta, clip(grad L, 1)),  L the flow-matching loss, flow.py (3)                 (1)
     lr(n) = lr (0.01 + 0.99 n / warmup) while n < warmup, then lr; linearly to 0 over the last `decay`   (2)
@@ -7,23 +9,30 @@
 CryoFM (arXiv:2410.08631) appendix B.1 and Table 4; (2)'s start, (3) and the laws of the training times as in
 the authors' release.
 
+CryoLVM's SCUNet learns to predict what is hidden ("jepa"; "mae" to compare), then a task from pairs of what was
+observed and what is wanted: `--model sharpen --init jepa.pt`, "superres", "wedge3d"; losses (3), (5), (9) of jepa.py.
+Fine-tuning: Table 4 of CryoLVM; pre-training, of which the paper says nothing, as in the public I-JEPA.
+
 A step takes `batch` crops, in micro-batches that ranks and accumulation share out. What is in micro-batch
 number m of a run, crops, noise and times, depends on (seed, m) alone. So a run that was stopped and resumed
 sees what the unbroken run would have seen and ends with the same weights, bit by bit on a CPU; and two ranks
 take the step that one rank takes.
 
-Written to --out: log.csv; prior.pt, the averaged weights in half precision, for sampling.py; checkpoint.pt,
-for --resume; samples/. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) end a run after the current step, with a
+Written to --out: log.csv; prior.pt, the averaged weights in half precision, for sampling.py, or jepa.pt, sharpen.pt
+and so on; checkpoint.pt, for --resume; samples/. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) end a run after the current step, with a
 checkpoint and exit code 0. --dry-run says what a run would cost, and takes one step.
 
 Departure 1: the paper keeps the learning rate constant; "tiny" lets it fall to 0, which a run of an hour needs.
 Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024, with AdamW's
 update size), which reached in 150 steps the loss that FairseqAdam alone reached in more than 250. All else
 stays with FairseqAdam.
+Departure 3: fine-tuned networks are averaged by (3), too. CryoLVM's epochs are ours of `eval_every` steps; its fixed
+windows, 24 voxels apart in training and 48 in validation, are random crops around the molecule, fixed ones in validation.
 """
 import argparse
 import contextlib
 import copy
+import itertools
 import math
 import os
 import resource
@@ -36,17 +45,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.utils.flop_counter
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 import data
 import flow
+import jepa
 import model_hdit
+import model_scunet
+from jepa import JEPAConfig
 from model_hdit import HDiT, HDiTConfig
+from model_scunet import SCUNet, SCUNetConfig
 
+PRETRAINING = ("jepa", "mae")
+RESTORATIONS = ("sharpen", "superres", "wedge3d")
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)              # as in the authors' release
-HELD_OUT_CROPS = 64
 TIME_BUCKETS = 5                                         # of the training loss in log.csv: t in 0..0.2, 0.2..0.4, ...
 SAMPLES, SAMPLE_STEPS = 2, 32
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -59,11 +74,14 @@ def opt(default, help):
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on; the defaults are CryoFM-S on procedural structures."""
-    net: HDiTConfig = HDiTConfig()
+    net: HDiTConfig | SCUNetConfig = HDiTConfig()
+    objective: str = "flow"                                                         # or of PRETRAINING, RESTORATIONS
+    predictor: JEPAConfig = JEPAConfig()                                            # of "jepa"
     data: str = opt("procedural", "folder of maps, PDB file or folder, .npz of structures, or 'procedural'")
     out: str = opt("runs/default", "folder for checkpoint.pt, prior.pt and log.csv")
     resume: bool = opt(False, "go on from OUT/checkpoint.pt")
-    init: str = opt("", "start from the averaged weights of this checkpoint, with a fresh optimiser")
+    init: str = opt("", "start from the averaged weights of this checkpoint (of jepa.pt, mae.pt: the encoder's), with a "
+                        "fresh optimiser")
     dry_run: bool = opt(False, "print size, memory, speed and days; take one step; write nothing")
     seed: int = opt(0, "of weights, data, noise and times")
     steps: int = opt(150_000, "optimiser steps")                                    # Table 4
@@ -79,10 +97,17 @@ class TrainConfig:
     mean: float = opt(0.04, "of the clipped density; network value = (density - mean) / std")  # section 4.2
     std: float = opt(0.09, "of the clipped density")                                # section 4.2
     time_law: str = opt("uniform", "of the training times: uniform or logit-normal")          # the release
-    optimizer: str = opt("adam", "adam: FairseqAdam for all; muon: Muon for the matrices of the blocks")
+    mask_at: str = opt("input", "jepa: hide cells of the map, or tokens after the encoder: input or embedding")
+    momentum: float = opt(0.996, "jepa: of the target encoder, at first; it rises to 1")       # I-JEPA
+    alpha: float = opt(0.5, "restorations: weight of the squared error; 1 - alpha is that of the histograms")
+    bins: int = opt(64, "restorations: of the histograms")
+    missing: str = opt("wedge", "wedge3d: a missing wedge, or cone, the paper's formula as printed")
+    optimizer: str = opt("adam", "adam: FairseqAdam for all; muon: Muon for the matrices of the blocks; adamw: PyTorch's, "
+                                 "without decay of 1-D parameters")
     lr: float = opt(1e-4, "peak learning rate")                                     # B.1
     warmup: int = opt(2000, "steps of linear warm-up from 0.01 lr")                 # B.1, the release
     decay: float = opt(0.0, "fraction of the steps, at the end, over which lr falls to 0")
+    patience: int = opt(0, "evaluations without a lower held-out loss before lr falls by a tenth; 0: never")
     beta2: float = opt(0.98, "FairseqAdam; beta1 is 0.9")                           # B.1
     weight_decay: float = opt(0.01, "decoupled, on all parameters")                 # B.1
     clip: float = opt(1.0, "largest norm of the gradient")                          # the release
@@ -93,13 +118,14 @@ class TrainConfig:
     workers: int = opt(1, "processes per rank that make the data; 0: none")
     log_every: int = opt(50, "steps between log lines")
     eval_every: int = opt(500, "steps between held-out losses")
+    held_out_crops: int = opt(64, "crops that the held-out losses are means of")
     save_every: int = opt(500, "steps between checkpoints")
     sample_every: int = opt(5000, "steps between samples drawn from the averaged weights, as .mrc and a picture; 0: none")
     tensorboard: bool = opt(False, "write what log.csv holds for TensorBoard too")
 
     def __post_init__(self):
         for name in ("steps", "batch", "micro_batch", "crops_per_map", "voxel_size", "std",
-                     "log_every", "eval_every", "save_every"):
+                     "log_every", "eval_every", "save_every", "held_out_crops", "bins"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be positive")
         if self.crop < 1 or self.crop % self.net.multiple:
@@ -107,12 +133,16 @@ class TrainConfig:
         if not 0 < self.resolution_min <= self.resolution_max:
             raise ValueError(f"--resolution-min {self.resolution_min:g} must be positive and at most "
                              f"--resolution-max {self.resolution_max:g}")
-        if not 0 <= self.decay <= 1 or min(self.seed, self.warmup, self.workers, self.sample_every) < 0:
-            raise ValueError("--decay must be in 0..1, and --seed, --warmup, --workers and --sample-every at least 0")
-        if self.time_law not in ("uniform", "logit-normal"):
-            raise ValueError(f"--time-law {self.time_law}: choose uniform or logit-normal")
-        if self.optimizer not in ("adam", "muon"):
-            raise ValueError(f"--optimizer {self.optimizer}: choose adam or muon")
+        if not 0 <= self.decay <= 1 or min(self.seed, self.warmup, self.workers, self.sample_every, self.patience) < 0:
+            raise ValueError("--decay must be in 0..1, and --seed, --warmup, --workers, --sample-every and --patience at least 0")
+        if not (0 <= self.alpha <= 1 and 0 <= self.momentum <= 1):
+            raise ValueError(f"--alpha {self.alpha:g} and --momentum {self.momentum:g} must be in 0..1")
+        for name, choices in (("time_law", ("uniform", "logit-normal")), ("optimizer", ("adam", "muon", "adamw")),
+                              ("mask_at", ("input", "embedding")), ("missing", ("wedge", "cone"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {' or '.join(choices)}")
+        if self.sample_every and self.objective != "flow":
+            raise ValueError(f"--sample-every {self.sample_every}: only a prior has samples")
 
 
 S = TrainConfig()                                                                   # CryoFM-S
@@ -128,6 +158,25 @@ PRESETS = {
     **{name: replace(S, net=model_hdit.PRESETS[name])                               # Table 7
        for name in ("p2-d1", "p8-d1", "p4-d0", "p4-d2")},
 }
+PAPER, TINY = (dict(net=model_scunet.PRESETS[name], predictor=jepa.PRESETS[name]) for name in ("paper", "tiny"))
+# What is common to CryoLVM's: 48^3 crops of 1 Å voxels on 0..1, batch 32, AdamW.
+LVM = TrainConfig(**PAPER, objective="sharpen", optimizer="adamw", steps=100_000, batch=32, micro_batch=32, crop=48, mean=0.0,
+                  std=1.0, voxel_size=1.0, resolution_min=3.0, resolution_max=6.0, lr=3e-5, weight_decay=1e-3, beta2=0.999,
+                  warmup=0, patience=5, ema_decay=0.999, held_out_crops=32, sample_every=0)                   # Table 4
+PRETRAIN = replace(LVM, patience=0, resolution_min=2.5, resolution_max=4.0, lr=1e-3 / 64, warmup=2000)        # I-JEPA: 1e-3 / 2048 maps
+# Small enough for one CPU core: learning rates and steps of a run of half an hour.
+SMALL = dict(TINY, micro_batch=16, log_every=20, save_every=100, eval_every=100, ema_decay=0.99, workers=0)
+PRESETS |= {
+    "jepa": replace(PRETRAIN, objective="jepa"), "mae": replace(PRETRAIN, objective="mae"),
+    "sharpen": LVM,
+    "superres": replace(LVM, objective="superres", resolution_min=4.0),                                       # 4.3's text
+    "wedge3d": replace(LVM, objective="wedge3d", voxel_size=4.0, resolution_min=8.0, resolution_max=15.0),     # 4.4
+}
+PRETRAIN_SMALL = dict(SMALL, steps=500, batch=16, crop=24, crops_per_map=4, warmup=20)
+TUNE_SMALL = dict(SMALL, steps=1000, batch=4, crop=36, lr=1e-3)
+PRESETS |= {f"tiny-{name}": replace(PRESETS[name], **more) for name, more in (
+    ("jepa", dict(PRETRAIN_SMALL, lr=3e-4, momentum=0.998)), ("mae", dict(PRETRAIN_SMALL, lr=1e-3)),
+    ("sharpen", TUNE_SMALL), ("superres", TUNE_SMALL), ("wedge3d", dict(TUNE_SMALL, batch=8, crop=24, crops_per_map=4)))}
 
 
 def parse(argv=None) -> TrainConfig:
@@ -197,7 +246,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """FairseqAdam, after it Muon for the matrices of the blocks where asked (Departure 2)."""
+    """FairseqAdam, after it Muon for the matrices of the blocks where asked (Departure 2); or AdamW alone."""
+    if cfg.optimizer == "adamw":
+        spared = lambda name, p: p.ndim == 1 or "relative_position" in name
+        groups = [{"params": [p for name, p in net.named_parameters() if spared(name, p) == which], **decay}
+                  for which, decay in ((False, {}), (True, {"weight_decay": 0.0}))]
+        return [torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay)]
     inner = lambda name, p: p.ndim == 2 and not any(s in name for s in ("norm", "time", "patch"))
     matrices = [p for name, p in net.named_parameters() if cfg.optimizer == "muon" and inner(name, p)]
     taken = {id(p) for p in matrices}
@@ -209,10 +263,25 @@ def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optim
 
 
 def lr_at(step: int, cfg: TrainConfig) -> float:
-    """(2) for the 0-based step."""
+    """(2) for the 0-based step; in pre-training I-JEPA's cosine."""
+    if cfg.objective in PRETRAINING:
+        return jepa.lr_at(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 5)
     warm = min(1.0, 0.01 + 0.99 * step / cfg.warmup) if cfg.warmup else 1.0
     left = (cfg.steps - step) / (cfg.decay * cfg.steps) if cfg.decay else 1.0
     return cfg.lr * warm * min(1.0, left)
+
+
+def averaged(net: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
+    """`ema` at the start: a copy of the network, or of JEPA's context encoder."""
+    return copy.deepcopy(net.context if cfg.objective == "jepa" else net).requires_grad_(False).eval()
+
+
+def update_average(ema: torch.nn.Module, net: torch.nn.Module, n: int, cfg: TrainConfig) -> None:
+    """(3), or (4) of jepa.py, after update n = 1, 2, ..."""
+    if cfg.objective == "jepa":
+        jepa.update_target(ema, net.context, jepa.momentum_at(n - 1, cfg.steps, cfg.momentum))
+    else:
+        update_ema(ema, net, n, cfg.ema_decay)
 
 
 @torch.no_grad()
@@ -227,17 +296,27 @@ def update_ema(ema: torch.nn.Module, net: torch.nn.Module, n: int, decay: float)
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 def datasets(cfg: TrainConfig, say=print):
-    """(training, held-out) datasets of --data; items are (crops, 1, D, D, D).
+    """(training, held-out) datasets of --data; items are (crops, 1, D, D, D), or (crops, 2, D, D, D) pairs.
 
     Raises OSError or ValueError if there is nothing to train on.
     """
     common = dict(crop=cfg.crop, crops=cfg.crops_per_map, mean=cfg.mean, std=cfg.std)
     simulated = dict(common, box=cfg.crop if cfg.center_crops else 2 * cfg.crop, voxel_size=cfg.voxel_size,
                      resolution=(cfg.resolution_min, cfg.resolution_max))
+    simulate = lambda part, seed: data.SimulatedCrops(part, seed=seed, **simulated)
+    if cfg.objective != "flow":                          # to pre-train, deposited maps: the first of a pair
+        task = cfg.objective if cfg.objective in RESTORATIONS else "sharpen"
+        simulate = lambda part, seed: data.SimulatedPairs(
+            part, task=task, crop=cfg.crop, crops=cfg.crops_per_map, box=5 * cfg.crop // 3, voxel_size=cfg.voxel_size,
+            resolution=(cfg.resolution_min, cfg.resolution_max), missing=cfg.missing, seed=seed)
     if cfg.data == "procedural":
-        return tuple(data.SimulatedCrops(data.ProceduralChains(seed), seed=seed, **simulated)
-                     for seed in (cfg.seed, cfg.seed + 1))
-    if data.list_files(cfg.data, data.MAP_SUFFIXES) or (Path(cfg.data) / data.SETTINGS).exists():    # before models
+        return tuple(simulate(data.ProceduralChains(seed), seed) for seed in (cfg.seed, cfg.seed + 1))
+    if cfg.objective in RESTORATIONS and (Path(cfg.data) / data.PAIRS).exists():
+        entries = data.read_pairs(cfg.data, cfg.objective, cfg.voxel_size)
+        make = lambda part, seed: data.MapPairs(part, crop=cfg.crop, crops=cfg.crops_per_map, seed=seed)
+    elif cfg.objective in RESTORATIONS and data.list_files(cfg.data, data.MAP_SUFFIXES):
+        raise ValueError(f"{cfg.data}: maps without a {data.PAIRS} that names the model and the resolution of each (README)")
+    elif data.list_files(cfg.data, data.MAP_SUFFIXES) or (Path(cfg.data) / data.SETTINGS).exists():    # before models
         entries, refused = data.read_volumes(cfg.data, cfg.voxel_size, cfg.crop if cfg.center_crops else None)
         for line in refused:
             say(f"skipped {line}")
@@ -248,7 +327,7 @@ def datasets(cfg: TrainConfig, say=print):
         make = lambda part, seed: data.MapCrops(part, center=cfg.center_crops, cubic=cfg.cubic, seed=seed, **common)
     else:
         entries = data.read_structures(cfg.data)
-        make = lambda part, seed: data.SimulatedCrops(part, seed=seed, **simulated)
+        make = simulate
     if not entries:
         raise ValueError(f"{cfg.data}: nothing to train on; give a folder of maps ({', '.join(data.SUFFIXES)}), "
                          "PDB or mmCIF files, an archive of structures (.npz), or 'procedural'")
@@ -288,20 +367,69 @@ def ignore_signals(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
+# ---- Objectives -----------------------------------------------------------------------------------------------
+
+def build(cfg: TrainConfig) -> torch.nn.Module:
+    """What the optimiser trains. Its average `ema` is of the same kind, but for "jepa" the target encoder."""
+    if cfg.objective == "flow":
+        return HDiT(cfg.net, cfg.activation_checkpointing)
+    net = SCUNet(cfg.net)
+    if cfg.objective != "jepa":
+        return net
+    return jepa.JEPA(net.encoder, cfg.net.feature_width, token_grid(cfg), replace(cfg.predictor, mask_at=cfg.mask_at))
+
+
+def token_grid(cfg: TrainConfig) -> tuple[int, int, int]:
+    return (cfg.crop // 2 ** cfg.net.levels,) * 3
+
+
+def losses(net, ema, x: Tensor, cfg: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Losses (n,) of crops x (micro, C, D, D, D), of each crop or of all, and the columns of log.csv they count in (n,)."""
+    if cfg.objective == "flow":
+        t = flow.sample_t(len(x), cfg.time_law, generator, x.device)
+        bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
+        return flow.loss(net, x, t=t, generator=generator, per_sample=True), bucket
+    if cfg.objective in PRETRAINING:
+        hidden = jepa.block_masks(len(x), token_grid(cfg), generator)
+        loss = (jepa.jepa_loss(net, ema, x[:, :1], hidden) if cfg.objective == "jepa" else
+                jepa.mae_loss(net, x[:, :1], hidden))
+    else:
+        loss = jepa.composite_loss(net(x[:, :1]), x[:, 1:], cfg.alpha, cfg.bins)
+    return loss[None], torch.zeros(1, dtype=torch.long, device=x.device)
+
+
+def held_out_columns(cfg: TrainConfig) -> list[str]:
+    if cfg.objective == "flow":
+        return [f"held_out_t{t}" for t in HELD_OUT_TIMES]
+    return ["held_out", *{"jepa": ("constant", "std", "rank", "maps"), "mae": ()}.get(cfg.objective, ("mse", "js"))]
+
+
 @torch.no_grad()
-def held_out_loss(net, x_0: Tensor, cfg: TrainConfig) -> list[float]:
-    """Flow-matching loss of fixed held-out crops at HELD_OUT_TIMES, with fixed noise."""
-    losses = []
+def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
+    """`held_out_columns` of fixed held-out crops x with fixed times, noise and masks: of the average `ema`."""
+    g = torch.Generator(x.device).manual_seed(0)
+    mean = lambda of: float(torch.stack([of(part) for part in x.split(cfg.micro_batch)]).mean())
+    if cfg.objective == "mae":
+        return [mean(lambda part: losses(ema, None, part, cfg, g)[0][0])]
+    if cfg.objective == "jepa":                          # by net's predictor, and what tells a collapse: jepa.collapse
+        watch = jepa.collapse(torch.cat([ema(part[:, :1]) for part in x.split(cfg.micro_batch)]))
+        return [mean(lambda part: losses(net, ema, part, cfg, g)[0][0]), *(watch[name] for name in held_out_columns(cfg)[1:])]
+    if cfg.objective in RESTORATIONS:
+        restored = [ema(part[:, :1]) for part in x.split(cfg.micro_batch)]
+        mse, js = (sum(float(measure(a, b[:, 1:])) * len(a) for a, b in zip(restored, x.split(cfg.micro_batch))) / len(x)
+                   for measure in (torch.nn.functional.mse_loss, lambda a, b: jepa.hist_kl(a, b, cfg.bins)))
+        return [cfg.alpha * mse + (1 - cfg.alpha) * js, mse, js]
+    values = []
     for t in HELD_OUT_TIMES:
         g = torch.Generator().manual_seed(0)
         parts = []
-        for x in x_0.split(cfg.micro_batch):
-            x_1 = torch.randn(x.shape, generator=g).to(x.device)
+        for part in x.split(cfg.micro_batch):
+            x_1 = torch.randn(part.shape, generator=g).to(x.device)
             with flow.autocast(x.device, cfg.bf16):
-                times = torch.full((len(x),), t, device=x.device)
-                parts.append(flow.loss(net, x, t=times, x_1=x_1, per_sample=True))
-        losses.append(float(torch.cat(parts).mean()))
-    return losses
+                times = torch.full((len(part),), t, device=x.device)
+                parts.append(flow.loss(ema, part, t=times, x_1=x_1, per_sample=True))
+        values.append(float(torch.cat(parts).mean()))
+    return values
 
 
 @torch.no_grad()
@@ -361,16 +489,22 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(cfg.seed)
-    net = HDiT(cfg.net, cfg.activation_checkpointing).to(device)
-    ema, opts = copy.deepcopy(net).requires_grad_(False), optimizers(net, cfg)
-    parameters, forward = sum(p.numel() for p in net.parameters()), 2 * multiply_adds(cfg.net, cfg.crop)
-    flop = forward * (4 if cfg.activation_checkpointing else 3)                # a backward pass counts as two
-    say(f"{parameters:,} parameters; a map of {cfg.crop}^3: {forward / 1e9:,.0f} GFLOP forward, {flop / 1e12:.2f} TFLOP "
-        f"forward and backward")
-
+    net = build(cfg).to(device)
+    ema, opts = averaged(net, cfg), optimizers(net, cfg)
+    parameters = sum(p.numel() for p in net.parameters())
     train_set, _ = datasets(cfg, say)
     count = split_batch(cfg, 1)[1] if cuda else 1
     x_0 = torch.cat([train_set[i] for i in range(-(-count // cfg.crops_per_map))])[:count].to(device)
+    step = lambda x: losses(net, ema, x, cfg, torch.Generator(device).manual_seed(cfg.seed))[0].mean()
+    if cfg.objective == "flow":                          # torch cannot look into na3d
+        forward = 2 * multiply_adds(cfg.net, cfg.crop)
+    else:
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            step(x_0[:1])
+        forward = counter.get_total_flops()
+    flop = forward * (4 if cfg.activation_checkpointing else 3)                # a backward pass counts as two
+    say(f"{parameters:,} parameters; a map of {cfg.crop}^3: {forward / 1e9:,.0f} GFLOP forward, {flop / 1e12:.2f} TFLOP "
+        f"forward and backward")
     saved = {}
 
     def weigh(tensor):                                   # what autograd keeps for the backward pass, each storage once
@@ -382,13 +516,13 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
         since = time.perf_counter()
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor), flow.autocast(device, cfg.bf16):
-            loss = flow.loss(net, x_0, law=cfg.time_law, generator=torch.Generator(device).manual_seed(cfg.seed))
+            loss = step(x_0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, net, 1, cfg.ema_decay)
+        update_average(ema, net, 1, cfg)
         value = float(loss.detach())                     # waits for the GPU
         seconds = time.perf_counter() - since
     state = 20 * parameters / 2 ** 30                    # weights, gradient, average, two moments: 4 bytes each
@@ -419,8 +553,8 @@ def read_training(path: Path, cfg: TrainConfig, say=print) -> dict:
     if not saved.get("training"):
         raise ValueError(f"{path}: holds no training state; --resume wants the checkpoint.pt of a run")
     flags = saved["training"]["flags"]
-    if flags["net"] != asdict(cfg.net) or flags["optimizer"] != cfg.optimizer:
-        raise ValueError(f"{path}: another network or optimiser; give the --model and --optimizer it began with")
+    if any(flags.get(name, "flow") != asdict(cfg)[name] for name in ("net", "objective", "optimizer")):
+        raise ValueError(f"{path}: another network, objective or optimiser; give the --model and --optimizer it began with")
     say(f"resuming {path} after step {saved['training']['step']}")
     for name, now in asdict(cfg).items():
         if flags.get(name, now) != now and name not in ("out", "resume", "init"):
@@ -428,26 +562,37 @@ def read_training(path: Path, cfg: TrainConfig, say=print) -> dict:
     return saved
 
 
-LOG_COLUMNS = ["step", "loss", "grad_norm", "lr", "maps_per_s", *(f"held_out_t{t}" for t in HELD_OUT_TIMES),
-               *(f"loss_t{i / TIME_BUCKETS:g}-{(i + 1) / TIME_BUCKETS:g}" for i in range(TIME_BUCKETS))]
+def log_columns(cfg: TrainConfig) -> list[str]:
+    per_time = [f"loss_t{i / TIME_BUCKETS:g}-{(i + 1) / TIME_BUCKETS:g}" for i in range(TIME_BUCKETS)]
+    return ["step", "loss", "grad_norm", "lr", "maps_per_s", *held_out_columns(cfg), *(per_time if cfg.objective == "flow" else ())]
 
 
-def initial_weights(cfg: TrainConfig, say=print) -> dict:
-    """The averaged weights of --init. Raises OSError without the file, ValueError if its network is another."""
-    prior = checkpoint.load(cfg.init, kind="hdit")
+def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
+    """The averaged weights of --init; of a pre-trained network another objective takes the encoder.
+
+    Raises OSError without the file, ValueError if its network is another, or was fine-tuned for another task.
+    """
+    prior = checkpoint.load(cfg.init, kind="hdit" if cfg.objective == "flow" else "scunet")
     if prior.net.config != cfg.net:
         raise ValueError(f"{cfg.init}: another network, {prior.net.config}; give the --model it was trained as")
-    say(f"starting from {cfg.init}")
+    if cfg.objective == "flow" or prior.task == cfg.objective != "jepa":
+        say(f"starting from {cfg.init}")
+        net.load_state_dict(prior.net.state_dict())
+    elif prior.task in PRETRAINING:
+        say(f"starting from the encoder of {cfg.init}")
+        encoder = net.context.encoder if cfg.objective == "jepa" else net.encoder
+        encoder.load_state_dict(prior.net.encoder.state_dict())
+    else:
+        raise ValueError(f"{cfg.init}: fine-tuned for {prior.task}, not for {cfg.objective}; give a pre-trained network")
     for name, was, now in (("voxel_size", prior.voxel_size, cfg.voxel_size), ("crop", prior.box, cfg.crop),
                            ("mean", prior.mean, cfg.mean), ("std", prior.std, cfg.std)):
         if was != now:
             say(f"  changed: --{name.replace('_', '-')} {was:g} -> {now:g}")
-    return prior.net.state_dict()
 
 
-def open_log(path: Path, start: int):
+def open_log(path: Path, columns: list[str], start: int):
     """log.csv, to append to; a run resumed after step `start` writes the later rows again, so they are cut."""
-    rows = [",".join(LOG_COLUMNS)]
+    rows = [",".join(columns)]
     if start and path.exists():
         old = path.read_text().splitlines()[1:]
         rows += [row for row in old if row[:1].isdigit() and int(row.split(",")[0]) <= start]
@@ -482,21 +627,23 @@ def main(argv=None) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
     torch.manual_seed(cfg.seed)
-    net = HDiT(cfg.net, cfg.activation_checkpointing).to(device)
+    net = build(cfg).to(device)
     if cfg.init and not saved:
-        net.load_state_dict(initial_weights(cfg, say))
-    opts = optimizers(net, cfg)
-    ema = copy.deepcopy(net).requires_grad_(False).eval()
+        start_from(net, cfg, say)
+    opts, ema = optimizers(net, cfg), averaged(net, cfg)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(opts[0], factor=0.9, patience=cfg.patience) if cfg.patience else None
     if saved:
-        ema.load_state_dict(saved["weights"])
+        ema.load_state_dict(saved["training"].get("target", saved["weights"]))
         net.load_state_dict(saved["training"]["net"])
+        if plateau and saved["training"]["plateau"]:
+            plateau.load_state_dict(saved["training"]["plateau"])
         for optimizer, state in zip(opts, saved["training"]["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         del saved
-    # `net` is saved, `velocity` is called, `ema` is evaluated: no prefixed keys on disk. Buffers never change.
+    # `net` is saved, `model` is called, `ema` is evaluated: no prefixed keys on disk. Buffers never change.
     ddp = DDP(net, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
               gradient_as_bucket_view=True) if world > 1 else net
-    velocity = torch.compile(ddp) if cfg.compile else ddp
+    model = torch.compile(ddp) if cfg.compile else ddp
 
     train_set, held_out_set = datasets(cfg, say)
     late = cuda and isinstance(train_set, data.MapCrops)                       # the GPU turns the maps
@@ -513,18 +660,24 @@ def main(argv=None) -> None:
     def save(step):
         shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
         training = dict(net=net.state_dict(), optimizers=[optimizer.state_dict() for optimizer in opts], step=step,
-                        flags=asdict(cfg))
-        checkpoint.save(out / "checkpoint.pt", ema, **shared, training=training)
-        checkpoint.save(out / "prior.pt", ema, **shared, half=True)
+                        plateau=plateau and plateau.state_dict(), flags=asdict(cfg))
+        whole, name = ema, "prior.pt"
+        if cfg.objective != "flow":
+            shared["task"], name = cfg.objective, f"{cfg.objective}.pt"
+        if cfg.objective == "jepa":                      # the encoder in its network, which has no decoder yet
+            whole, training["target"] = SCUNet(cfg.net), ema.state_dict()
+            whole.encoder = ema.encoder
+        checkpoint.save(out / "checkpoint.pt", whole, **shared, training=training)
+        checkpoint.save(out / name, whole, **shared, half=True)
 
     say(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {device}, "
         f"{world} rank(s) x {accumulate} x {micro} crops of {cfg.crop}^3, steps {start} to {cfg.steps}, "
         f"torch {torch.__version__}")
     if rank == 0:                                        # measures and writes; all ranks train
-        count = math.ceil(HELD_OUT_CROPS / cfg.crops_per_map)
+        count = math.ceil(cfg.held_out_crops / cfg.crops_per_map)
         held_out_crops = torch.cat([held_out_set[i] for i in range(count)]).to(device)
         out.mkdir(parents=True, exist_ok=True)
-        log = open_log(out / "log.csv", start)
+        log = open_log(out / "log.csv", log_columns(cfg), start)
         board = tensorboard(out, start) if cfg.tensorboard else None
     stop = []
     for name in STOP_SIGNALS:
@@ -538,9 +691,12 @@ def main(argv=None) -> None:
     new_tally = lambda: torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=device)     # sum and count of losses
     since, seen, tally, norms = time.perf_counter(), 0, new_tally(), []
     for step in range(start, cfg.steps):
-        for optimizer in opts:
-            for group in optimizer.param_groups:
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in opts)):
+            if not plateau:
                 group["lr"] = lr_at(step, cfg)                                 # (2)
+            if cfg.objective in PRETRAINING and group["weight_decay"]:
+                group["weight_decay"] = jepa.weight_decay_at(step, cfg.steps)
+        lr = opts[0].param_groups[0]["lr"]
         finite = []
         for i in range(accumulate):
             x_0 = next(loader)
@@ -549,16 +705,14 @@ def main(argv=None) -> None:
             x_0 = x_0.flatten(0, 1).to(device, non_blocking=True)              # (micro, 1, D, D, D)
             seed = (cfg.seed * 1_000_003 + m(step, i)) * 268_636_163 % 2 ** 63      # none that crops use
             g = torch.Generator(device).manual_seed(seed)
-            t = flow.sample_t(len(x_0), cfg.time_law, g, device)
             quiet = ddp.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext()
             with quiet:                                  # gradients cross ranks once per step
                 with flow.autocast(device, cfg.bf16):
-                    losses = flow.loss(velocity, x_0, t=t, generator=g, per_sample=True)       # (micro,)
-                (losses.mean() / accumulate).backward()
-            losses = losses.detach().double()            # no .item() here: it would wait for the GPU
-            bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
-            tally.index_add_(1, bucket, torch.stack((losses, torch.ones_like(losses))))
-            finite.append(losses.isfinite().all())
+                    loss, bucket = losses(model, ema, x_0, cfg, g)
+                (loss.mean() / accumulate).backward()
+            loss = loss.detach().double()                # no .item() here: it would wait for the GPU
+            tally.index_add_(1, bucket, torch.stack((loss, torch.ones_like(loss))))
+            finite.append(loss.isfinite().all())
         norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
         finite.append(norms[-1].isfinite())
         # A signal to one rank, or a loss of one rank that is not finite, stops all of them at this step.
@@ -576,7 +730,7 @@ def main(argv=None) -> None:
         for optimizer in opts:
             optimizer.step()                                                   # (1)
             optimizer.zero_grad(set_to_none=True)
-        update_ema(ema, net, step + 1, cfg.ema_decay)                          # (3)
+        update_average(ema, net, step + 1, cfg)                                # (3)
         seen += 1
 
         last = step + 1 == cfg.steps or bool(stopping)
@@ -584,18 +738,22 @@ def main(argv=None) -> None:
         evaluating = last or (step + 1) % cfg.eval_every == 0
         if saving or evaluating or (step + 1) % cfg.log_every == 0:
             agree(tally)
+            held = [math.nan] * len(held_out_columns(cfg))
+            if evaluating and rank == 0:
+                held = held_out_losses(net, ema, held_out_crops, cfg)
+            if plateau and (step + 1) % cfg.eval_every == 0:        # not where a signal asked; all ranks follow the first one's loss
+                plateau.step(float(agree(torch.tensor(held[0] if rank == 0 else 0.0, dtype=torch.float64))))
             if rank == 0:
                 (total, per_t), count = (tally[0].sum(), tally[0]), tally[1]
                 loss, norm = float(total / count.sum()), float(torch.stack(norms).mean())
-                per_t = (per_t / count).tolist()                               # nan where no time fell
-                held = held_out_loss(ema, held_out_crops, cfg) if evaluating else [math.nan] * len(HELD_OUT_TIMES)
+                per_t = (per_t / count).tolist() if cfg.objective == "flow" else []        # nan where no time fell
                 rate = seen / (time.perf_counter() - since)
                 eta = timedelta(seconds=round((cfg.steps - step - 1) / rate))
-                lr, maps_per_s = lr_at(step, cfg), rate * cfg.batch
+                maps_per_s = rate * cfg.batch
                 say(f"step {step + 1:6d}  loss {loss:.4f}  |g| {norm:.2f}  lr {lr:.1e}  "
                     f"{rate:.2f} steps/s  {maps_per_s:.1f} maps/s  {peak_memory(cuda):.1f} GiB  ETA {eta}"
-                    + "".join(f"  t{t} {v:.4f}" for t, v in zip(HELD_OUT_TIMES, held) if evaluating))
-                row = dict(zip(LOG_COLUMNS[1:], (loss, norm, lr, maps_per_s, *held, *per_t), strict=True))
+                    + "".join(f"  {name.removeprefix('held_out_')} {v:.4f}" for name, v in zip(held_out_columns(cfg), held) if evaluating))
+                row = dict(zip(log_columns(cfg)[1:], (loss, norm, lr, maps_per_s, *held, *per_t), strict=True))
                 print(step + 1, *("" if v != v else f"{v:.6g}" for v in row.values()), sep=",", file=log, flush=True)
                 for name, v in row.items():
                     if board and v == v:

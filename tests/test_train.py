@@ -16,8 +16,11 @@ import torch
 import checkpoint
 import data
 import flow
+import jepa
 import train
+from jepa import JEPAConfig
 from model_hdit import HDiT, HDiTConfig
+from model_scunet import SCUNet, SCUNetConfig
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -219,14 +222,23 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
 
 TINY = HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, kernel_size=3, mapping_width=16)
 SMALL = train.TrainConfig(net=TINY, steps=4, batch=4, micro_batch=4, crop=16, crops_per_map=2, mean=0.05, std=0.13, lr=1e-2,
-                          warmup=2, decay=0.5, bf16=False, workers=0, log_every=1, eval_every=2, save_every=100)
+                          warmup=2, decay=0.5, bf16=False, workers=0, log_every=1, eval_every=2, save_every=100,
+                          held_out_crops=4)
+
+
+# CryoLVM's: crops of 12^3 are 6^3 tokens, as in the paper.
+SCUNET = replace(SMALL, net=SCUNetConfig(width=8, depths=(1, 1, 1), d_head=4), predictor=JEPAConfig(width=24, depth=1, heads=2),
+                 optimizer="adamw", crop=12, mean=0.0, std=1.0, voxel_size=1.0, warmup=0, decay=0.0, weight_decay=0.1,
+                 sample_every=0)
+SCUNETS = {"small-jepa": replace(SCUNET, objective="jepa"), "small-mae": replace(SCUNET, objective="mae"),
+           "small-sharpen": replace(SCUNET, objective="sharpen", patience=1, eval_every=1)}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """`--model small` in every test; signal handlers that a run sets are put back."""
-    monkeypatch.setitem(train.PRESETS, "small", SMALL)
-    monkeypatch.setattr(train, "HELD_OUT_CROPS", 4)
+    """`--model small` and so on in every test; signal handlers that a run sets are put back."""
+    for name, cfg in {"small": SMALL, **SCUNETS}.items():
+        monkeypatch.setitem(train.PRESETS, name, cfg)
     before = {name: signal.getsignal(name) for name in train.STOP_SIGNALS}
     yield
     for name, handler in before.items():
@@ -332,11 +344,119 @@ def test_the_first_step_is_the_one_the_equations_say(tmp_path, maps):
         torch.testing.assert_close(taken["weights"][name].double(), ema, rtol=0, atol=1e-6)
 
 
+@pytest.fixture
+def atoms(tmp_path):
+    """Three structures of 200 atoms in a ball."""
+    xyz = torch.randn(600, 3, generator=torch.Generator().manual_seed(0)) * 5
+    np.savez(tmp_path / "atoms.npz", label=["a", "b", "c"], atom_start=[0, 200, 400, 600], xyz=(100 * xyz).short().numpy(),
+             element=np.full(600, 6, "u1"), bfactor=np.full(600, 20, "u1"))
+    return tmp_path / "atoms.npz"
+
+
+@pytest.mark.parametrize("model", SCUNETS)
+def test_resuming_cryolvms_runs_equals_never_stopping(tmp_path, atoms, monkeypatch, model):
+    def update(ema, net, n, cfg, update=train.update_average):      # at the end of the first step: the second is the last
+        if n == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(ema, net, n, cfg)
+
+    whole = run(tmp_path / "whole", model=model, data=atoms)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_average", update)
+        stopped = run(tmp_path / "parts", model=model, data=atoms)
+    assert stopped["training"]["step"] == 2
+    assert_same(run(tmp_path / "parts", "--resume", model=model, data=atoms), whole)
+    if model == "small-sharpen":
+        assert whole["training"]["plateau"]["last_epoch"] == 4
+    assert log_rows(tmp_path / "parts")[-1][:4] == log_rows(tmp_path / "whole")[-1][:4]
+    name = model.removeprefix("small-")
+    shipped = checkpoint.load(tmp_path / f"whole/{name}.pt", kind="scunet")
+    assert (shipped.task, shipped.box, shipped.voxel_size, shipped.mean, shipped.std) == (name, 12, 1.0, 0.0, 1.0)
+
+
+def test_the_first_step_of_jepa_is_the_one_the_equations_say(tmp_path, atoms):
+    cfg = replace(SCUNETS["small-jepa"], steps=2, batch=4, data=str(atoms))
+    taken = run(tmp_path / "run", model="small-jepa", data=atoms, steps=2, batch=4, save_every=1)["training"]
+    torch.manual_seed(0)
+    encoder = SCUNet(cfg.net).encoder
+    net = jepa.JEPA(encoder, 16, (6, 6, 6), cfg.predictor)
+    target = train.averaged(net, cfg)
+    decayed = [p for p in net.parameters() if p.ndim > 1 and p.ndim != 4]    # 4: tables of relative positions
+    others = [p for p in net.parameters() if p.ndim in (1, 4)]
+    items = train.datasets(cfg, lambda _: None)[0]
+    for step in range(2):
+        g = torch.Generator().manual_seed(step * 268_636_163)
+        x = torch.cat([items[2 * step], items[2 * step + 1]])[:, :1]
+        hidden = jepa.block_masks(4, (6, 6, 6), g)
+        loss = jepa.jepa_loss(net, target, x, hidden)
+        grads = torch.autograd.grad(loss, [*decayed, *others])
+        norm = torch.stack([grad.norm() for grad in grads]).norm()
+        if step == 0:
+            first = dict(zip(log_rows(tmp_path / "run")[0], log_rows(tmp_path / "run")[1]))
+            assert float(first["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+            assert float(first["grad_norm"]) == pytest.approx(float(norm), rel=1e-4)
+            adam = {id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in (*decayed, *others)}
+        lr, decay = jepa.lr_at(step, 2, 0, 1e-2, 2e-3), jepa.weight_decay_at(step, 2)
+        with torch.no_grad():
+            for p, grad in zip((*decayed, *others), grads):
+                m, v = adam[id(p)]
+                grad = grad / max(float(norm), 1)
+                m.lerp_(grad, 0.1)
+                v.lerp_(grad ** 2, 1 - cfg.beta2)
+                p.mul_(1 - lr * (decay if any(p is q for q in decayed) else 0))
+                p.sub_(lr * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - cfg.beta2 ** (step + 1))).sqrt() + 1e-8))
+            for a, b in zip(target.parameters(), net.context.parameters()):
+                a.lerp_(b, 1 - (0.996 + 0.004 * step / 2))                   # (4) of jepa.py
+    for name, value in net.state_dict().items():         # Adam divides small gradients by themselves
+        assert ((taken["net"][name] - value).abs() < 2e-3).float().mean() > 0.95, name
+    for name, value in target.state_dict().items():
+        torch.testing.assert_close(taken["target"][name], value, rtol=0, atol=1e-4)
+
+
+def test_fine_tuning_starts_from_the_encoder_of_pre_training_and_a_decoder_of_its_own(tmp_path, atoms):
+    run(tmp_path / "jepa", model="small-jepa", data=atoms, steps=1)
+    pretrained = checkpoint.load(tmp_path / "jepa/jepa.pt").net
+    cfg = replace(SCUNETS["small-sharpen"], init=str(tmp_path / "jepa/jepa.pt"))
+    torch.manual_seed(0)
+    net, fresh = train.build(cfg), SCUNet(cfg.net)
+    train.start_from(net, cfg, lambda _: None)
+    for name, value in net.encoder.state_dict().items():
+        assert torch.equal(value, pretrained.encoder.state_dict()[name])
+    torch.manual_seed(0)
+    for name, value in SCUNet(cfg.net).decoder.state_dict().items():
+        assert torch.equal(net.decoder.state_dict()[name], value)
+    assert not torch.equal(fresh.encoder.head.weight, net.encoder.head.weight)
+
+    run(tmp_path / "sharpen", model="small-sharpen", data=atoms, steps=1, init=tmp_path / "jepa/jepa.pt")
+    for init, model, says in (("sharpen/sharpen.pt", "superres", "fine-tuned for sharpen, not for superres"),
+                              ("sharpen/sharpen.pt", "jepa", "fine-tuned for sharpen, not for jepa")):
+        with pytest.raises(ValueError, match=says):
+            train.start_from(net, replace(SCUNETS["small-sharpen"], objective=model, patience=0, init=str(tmp_path / init)))
+    with pytest.raises(ValueError, match="another network"):
+        train.start_from(net, replace(cfg, net=SCUNetConfig(width=16, depths=(1, 1, 1), d_head=4)))
+
+
+def test_the_learning_rate_of_fine_tuning_falls_by_a_tenth_where_the_held_out_loss_does_not(tmp_path, atoms, monkeypatch):
+    monkeypatch.setattr(train, "held_out_losses", lambda *_: [1.0, 1.0, 1.0])
+    run(tmp_path / "run", model="small-sharpen", data=atoms, steps=6)
+    rates = [float(row[3]) for row in log_rows(tmp_path / "run")[1:]]
+    # Patience 1: the first evaluation is the best one, the second is borne, the third is one too many; so is the fifth.
+    assert rates == pytest.approx([1e-2] * 3 + [9e-3] * 2 + [8.1e-3], rel=1e-5)
+
+
+def test_cryolvms_numbers_are_table_4s():
+    cfg = train.PRESETS["sharpen"]
+    assert (cfg.optimizer, cfg.lr, cfg.weight_decay, cfg.patience, cfg.batch, cfg.crop, cfg.voxel_size, cfg.mean, cfg.std) == \
+        ("adamw", 3e-5, 1e-3, 5, 32, 48, 1.0, 0.0, 1.0)
+    assert sum(p.numel() for p in train.build(cfg).parameters()) == 4_727_676
+    assert train.token_grid(cfg) == (6, 6, 6)            # 216 tokens
+
+
 TWO_RANKS = """
 import os, signal, sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_train, train
-train.PRESETS["small"], train.HELD_OUT_CROPS = test_train.SMALL, 4
+train.PRESETS["small"] = test_train.SMALL
 lr_at, loss, calls = train.lr_at, train.flow.loss, []
 def at_step(step, cfg):                                  # what befalls rank 1 in step 3
     if step == 2 and os.environ["RANK"] == "1" and {signum}:
@@ -413,9 +533,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(tmp_path, maps):
     before = (tmp_path / "a/checkpoint.pt").read_bytes()
     with pytest.raises(FileExistsError, match="checkpoint.pt: a run is there; --resume it, or give another --out"):
         run(tmp_path / "a", data=maps)
-    with pytest.raises(ValueError, match="another network or optimiser"):
+    with pytest.raises(ValueError, match="another network, objective or optimiser"):
         run(tmp_path / "a", "--resume", data=maps, optimizer="muon")
-    with pytest.raises(ValueError, match="another network or optimiser"):
+    with pytest.raises(ValueError, match="another network, objective or optimiser"):
         run(tmp_path / "a", "--resume", "--crop=32", data=maps, model="tiny", optimizer="adam")
     assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
     os.replace(tmp_path / "a/prior.pt", tmp_path / "a/checkpoint.pt")
@@ -518,7 +638,24 @@ def test_errors_of_the_program_are_one_line_without_a_traceback(tmp_path):
     assert done.stderr.strip() == f"train.py: {tmp_path / 'none'}: no such file or folder"
 
 
-@pytest.mark.parametrize("name", [name for name in train.PRESETS])
+@pytest.mark.parametrize("name", [name for name, cfg in train.PRESETS.items() if cfg.objective != "flow"])
+def test_every_preset_of_cryolvm_takes_one_step(tmp_path, atoms, monkeypatch, name):
+    cfg = train.PRESETS[name]
+    net = SCUNetConfig(width=8, depths=(1,) * len(cfg.net.depths), d_head=4)
+    crop = 6 * 2 ** net.levels if cfg.objective in train.PRETRAINING else net.multiple              # blocks to hide want 6^3 cells
+    monkeypatch.setitem(train.PRESETS, name, replace(
+        cfg, net=net, predictor=SCUNET.predictor, crop=crop, crops_per_map=2, batch=2, micro_batch=2, held_out_crops=2, steps=1,
+        warmup=0, lr=1e-3, workers=0))
+    run(tmp_path, model=name, data=atoms)
+    made = checkpoint.load(tmp_path / f"{cfg.objective}.pt", kind="scunet")
+    assert (made.net.config, made.box, made.voxel_size, made.task) == (net, crop, cfg.voxel_size, cfg.objective)
+    torch.manual_seed(cfg.seed)
+    fresh = SCUNet(net)
+    moved = (fresh.encoder.head.weight - made.net.encoder.head.weight).abs().max()
+    assert moved > 1e-6                                  # averaged, and in half precision
+
+
+@pytest.mark.parametrize("name", [name for name, cfg in train.PRESETS.items() if cfg.objective == "flow"])
 def test_every_preset_family_takes_one_step_and_samples(tmp_path, monkeypatch, name):
     # Each preset as it is, but narrow and on the smallest crops its levels allow, from procedural structures.
     cfg = train.PRESETS[name]

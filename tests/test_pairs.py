@@ -1,0 +1,153 @@
+"""What CryoLVM is fine-tuned on promises: degrade.deposited and data.py's pairs, simulated and real."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import degrade
+import fsc
+
+GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
+
+
+@pytest.fixture(scope="module")
+def structure():
+    """A rule-built chain, cut to what fits a box of 48 Å."""
+    s = data.ProceduralChains(0)[0]
+    near = np.abs(s.xyz - s.xyz[0]).max(1) < 18
+    return data.Structure("a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near])
+
+
+def deposits(structure, resolution, count=12):
+    xyz, b = torch.from_numpy(structure.xyz), torch.zeros(len(structure.xyz))
+    return [degrade.deposited(xyz, structure.atomic_number, resolution, b_factor=b, generator=data.item_generator(0, i), **GRID)
+            for i in range(count)]
+
+
+# ---- Simulated deposited maps ----------------------------------------------------------------------------------
+
+def test_a_deposited_map_agrees_with_its_model_up_to_its_resolution(structure):
+    xyz = torch.from_numpy(structure.xyz)
+    clean = degrade.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0]
+    curves = torch.stack([fsc.fsc(x, clean) for x in deposits(structure, 4.0)])
+    shell = round(48 / 4.0)
+    # Signal as strong as noise correlates with the truth by 0.71; the smooth B-factors leave that a little lower.
+    assert 0.5 < float(curves[:, shell].mean()) < 0.75
+    assert float(curves[:, shell // 2].mean()) > 0.9
+    assert float(curves[:, shell // 2].mean()) > float(curves[:, shell].mean())
+
+
+def test_a_deposited_map_holds_nothing_beyond_its_resolution_but_what_its_mask_spreads(structure):
+    beyond = fsc.radius((48,) * 3) > 48 / 4.0 + 2
+    shares = []
+    for x in deposits(structure, 4.0):
+        power = torch.fft.fftn(x.double()).abs() ** 2
+        shares.append(float(power[beyond].sum() / power.sum()))
+    assert sum(share < 1e-9 for share in shares) == 5 and max(shares) < 1e-3           # 5 of these 12 are not masked
+
+
+def test_amplitudes_of_a_deposited_map_fall_by_e_to_3_at_its_resolution_at_most(structure, monkeypatch):
+    # Without noise and solvent; molmap at 1.8 Å has a decay of its own.
+    monkeypatch.setattr(degrade, "add_spectral_noise", lambda x, power, generator: x)
+    xyz = torch.from_numpy(structure.xyz)
+    clean = degrade.radial_power(degrade.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0])
+    shell = 11                                           # just below 1 / 4 Å: floor shells
+    fall = [float((degrade.radial_power(x)[shell] / clean[shell] / (degrade.radial_power(x)[1] / clean[1])).sqrt())
+            for x in deposits(structure, 4.0)]
+    assert all(np.exp(-3.2) < f < np.exp(-0.8) for f in fall)
+
+
+def test_deposited_is_a_function_of_its_generator(structure):
+    a, b = deposits(structure, 4.0, 1), deposits(structure, 4.0, 1)
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], deposits(structure, 4.0, 2)[1])
+
+
+# ---- Pairs -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("missing", ["wedge", "cone"])
+def test_the_observed_half_of_a_wedge_pair_lacks_just_the_wedge(structure, monkeypatch, missing):
+    monkeypatch.setattr(data, "uniform", lambda low, high, generator: low)           # ±50 degrees, no noise
+    xyz = torch.from_numpy(structure.xyz)
+    grid = dict(voxel_size=4.0, shape=(24,) * 3, origin=-48.0)
+    observed, wanted = data.simulated_pair("wedge3d", xyz, structure.atomic_number, None, 10.0, torch.Generator(), missing=missing,
+                                           **grid)
+    region = {"wedge": degrade.wedge_mask((24,) * 3, (-50, 50)), "cone": degrade.cone_mask((24,) * 3, 50)}[missing]
+    torch.testing.assert_close(observed, degrade.FourierOperator(region)(wanted))
+    torch.testing.assert_close(wanted, degrade.molmap(xyz, structure.atomic_number, 10.0, **grid)[0])
+
+
+@pytest.mark.parametrize("task, resolution", [("sharpen", 4.0), ("superres", 1.8)])
+def test_what_is_wanted_is_molmap_at_the_same_resolution_or_at_the_fine_one(structure, task, resolution):
+    xyz, b = torch.from_numpy(structure.xyz), torch.zeros(len(structure.xyz))
+    wanted = data.simulated_pair(task, xyz, structure.atomic_number, b, 4.0, torch.Generator().manual_seed(0), **GRID)[1]
+    torch.testing.assert_close(wanted, degrade.molmap(xyz, structure.atomic_number, resolution, **GRID)[0])
+
+
+def test_a_crop_shows_both_halves_of_a_pair_alike_on_0_to_1_in_its_molecule(structure, monkeypatch):
+    # Observed is what is wanted: whatever is done to crops, they stay equal.
+    same = lambda task, xyz, z, b, R, g, *, missing, **grid: (degrade.molmap(xyz, z, R, **grid)[0],) * 2
+    monkeypatch.setattr(data, "simulated_pair", same)
+    pairs = data.SimulatedPairs([structure], task="sharpen", crop=16, crops=3, box=32, voxel_size=1.0, resolution=(3, 4))
+    for i in range(4):
+        x = pairs[i]
+        assert x.shape == (3, 2, 16, 16, 16) and torch.equal(x[:, 0], x[:, 1])
+        assert float(x.min()) >= 0 and float(x.max()) <= 1 and all(float(crop.max()) > 0.1 for crop in x)
+    assert torch.equal(pairs[0], pairs[0]) and not torch.equal(pairs[0], pairs[1])
+
+
+def test_crops_come_in_all_48_orientations_of_a_cube():
+    x, g = torch.arange(8.0).view(2, 2, 2), torch.Generator().manual_seed(0)
+    seen = {tuple(data.mirror_or_not(x, g).flatten().tolist()) for _ in range(600)}
+    assert len(seen) == 48 and all(sorted(s) == list(range(8)) for s in seen)
+    corners = lambda s: torch.tensor(s).view(2, 2, 2)    # neighbours stay neighbours: 0 and 7 lie on a diagonal
+    for s in seen:
+        zero, seven = ((corners(s) == v).nonzero()[0] for v in (0, 7))
+        assert (zero - seven).abs().sum() == 3
+
+
+def write_pdb(path, xyz, shift):
+    """Atoms in the PDB's columns, carbon and oxygen in turn."""
+    lines = []
+    for i, (x, y, z) in enumerate((xyz + shift).tolist()):
+        lines.append(f"ATOM  {i + 1:5d}  {'CO'[i % 2]}   ALA A{i // 5 + 1:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00 20.00"
+                     f"           {'CO'[i % 2]}")
+    path.write_text("\n".join(lines) + "\nEND\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A map that is molmap of its model at 4 Å, off the origin; and the list of pairs."""
+    xyz = torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) * 20
+    write_pdb(tmp_path / "a.pdb", xyz, torch.tensor([100.0, -20.0, 7.0]))
+    model = fsc.read_model(tmp_path / "a.pdb")
+    density, voxel_size, origin = degrade.molmap(model.xyz, model.atomic_number, 4.0, voxel_size=1.0, shape=(50, 45, 40))
+    data.write_map(tmp_path / "a.mrc", data.Map(density, voxel_size, origin))
+    (tmp_path / "pairs.csv").write_text("map,model,resolution\na.mrc,a.pdb,4.0\n")
+    return tmp_path
+
+
+def test_real_pairs_lie_on_one_grid_in_one_frame(folder):
+    (pair,) = data.read_pairs(folder, "sharpen", 1.0)
+    assert pair.label == "a" and pair.maps.shape == (2, 50, 45, 40)
+    torch.testing.assert_close(pair.maps[0], pair.maps[1], rtol=0, atol=1e-3)           # float16
+    crops = data.MapPairs([pair], crop=48, crops=2)[3]                                  # larger than the map on two sides
+    assert crops.shape == (2, 2, 48, 48, 48)
+    torch.testing.assert_close(crops[:, 0], crops[:, 1], rtol=0, atol=1e-3)
+    observed, wanted = data.read_pairs(folder, "sharpen", 1.25)[0].maps.float()         # resampled
+    assert observed.shape == (40, 36, 32) and fsc.correlation(observed, wanted) > 0.99
+    assert fsc.correlation(*data.read_pairs(folder, "superres", 1.0)[0].maps.float()) < 0.8
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda f: (f / "pairs.csv").write_text("map,model\na.mrc,a.pdb\n"), r"wants the columns map, model, resolution"),
+    (lambda f: (f / "pairs.csv").write_text("map,model,resolution\na.mrc,a.pdb,fine\n"), r"wants the columns .* 'fine'"),
+    (lambda f: write_pdb(f / "a.pdb", torch.zeros(3, 3), 900.0), r"a.pdb: none of its atoms lies in .*a.mrc"),
+    (lambda f: (f / "a.pdb").unlink(), r"a.pdb")])
+def test_a_bad_list_of_pairs_is_one_clear_line(folder, change, says):
+    change(folder)
+    with pytest.raises((ValueError, OSError), match=says) as error:
+        data.read_pairs(folder, "sharpen", 1.0)
+    assert "\n" not in str(error.value)
