@@ -315,7 +315,7 @@ def sampling_step(name: str, args, device: torch.device) -> dict:
     side = prior.box if args.quick else max(64, prior.box)
     y, generator = torch.randn(side, side, side, device=device), torch.Generator().manual_seed(0)
     measured = degrade.hermitian_part(degrade.wedge_mask(y.shape)).to(device)
-    step = lambda: sampling.sample_posterior(prior, y, measured, y, generator, steps=1, t_start=0.4, inner=2)
+    step = lambda: sampling.sample_posterior(prior, y, measured, y, [generator], steps=1, t_start=0.4, inner=2)
     with torch.no_grad():
         t = median_seconds(step, device, args.seconds)
     return {"step": f"{side}^3 in tiles of {prior.box}^3", "who": name, "s": t, "voxels/s": side**3 / t, "peak GiB": peak(device)}

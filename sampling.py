@@ -1,5 +1,7 @@
 """Restore maps with a trained prior: `python sampling.py --task wedge in.mrc` writes in_wedge.mrc.
 
+--task sharpen, superres and, with --model scunet, wedge ask CryoLVM's fine-tuned network f instead, (10) below.
+
 The prior is a velocity field v(x_t, t) that turns noise (t = 1) into density (t = 0); it was trained without knowing any
 task (flow.py, train.py). Here it meets what was observed,
 
@@ -26,8 +28,14 @@ And Algorithm 1, by the gradient through the network of what y says of x_0':
 
     l = mean_k |F(A x_0' - y)|_k^2 / (2 P_k),   x_s = x_t - (t - s) v - lambda g / |g|,   g = dl/dx_t          (9)
 
+CryoLVM has no prior and no y = A x: its network f (model_scunet.py) was trained on pairs and is asked once, by cubes x_k of its
+box every --stride voxels, whose answers are fused under a window w, its Algorithm 1:
+
+    M = sum_k w f(x_k) / sum_k w                                data.py (6)                                     (10)
+
 CryoFM (arXiv:2410.08631): Algorithm 1, appendix D, E.1. (5): DDNM (Wang et al. 2023, arXiv:2212.00490); (6): the proximal step of
 DiffPIR (Zhu et al. 2023, arXiv:2305.08995), in closed form since A is diagonal in Fourier space; (7): Youla & Webb 1982.
+(10): CryoLVM sections 4.2-4.4, appendix D.1 (what the network is shown), D.2 (fusion), G.4 (stride 24 and --fusion mean).
 The result is the mean of several samples: FSC rewards the mean of the posterior, and their spread says where not to trust it.
 
 Erratum: Algorithm 1 leaves out the 1/N before v and prints + lambda g, which climbs the loss; (9) as in the release.
@@ -35,9 +43,10 @@ Departure 1: `--method prior` starts from (7) or (8) at t < 1 instead of noise a
 only as far as (6) says, and keeps density non-negative; what each is worth: README, "What helped". `--method paper` is
 Algorithm 2 (wedge) or 1 as printed, but for the erratum.
 Departure 2: the paper's maps are 64^3. Ours are of any size: (3) always acts on the whole volume, only v goes by tiles.
+Departure 3: D.2 normalises the fused map, by what is not stated; we undo D.1, so that it has the input's grey scale. For
+--task wedge we put the measured coefficients back, (3), which the paper does not; IN_wedge_network.mrc is without.
 """
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -66,9 +75,9 @@ from checkpoint import Prior
 # ---- What was observed, and the classical answers ------------------------------------------------------------------------
 
 def put_back(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """(3) on maps (D, H, W); weights (D, H, W) in `fftfreq` layout, even in k. Float32, outside autocast."""
-    X, Y = torch.fft.rfftn(x), torch.fft.rfftn(y)
-    return torch.fft.irfftn(X + weights[..., :x.shape[-1] // 2 + 1] * (Y - X), s=x.shape)
+    """(3) on maps x (..., D, H, W), y (D, H, W); weights (D, H, W) in `fftfreq` layout, even in k. Float32, outside autocast."""
+    X, Y = torch.fft.rfftn(x, dim=degrade.XYZ), torch.fft.rfftn(y)
+    return torch.fft.irfftn(X + weights[..., :x.shape[-1] // 2 + 1] * (Y - X), s=y.shape, dim=degrade.XYZ)
 
 
 def pocs(y: Tensor, measured: Tensor, iterations: int = 100, support: Tensor | None = None) -> Tensor:
@@ -89,49 +98,80 @@ def wiener(y: Tensor, power: Tensor, signal: Tensor) -> Tensor:
 
 # ---- The prior, on a map of any size -----------------------------------------------------------------------------------
 
-def tiled_velocity(prior: Prior, x: Tensor, t: float, generator: Generator, tiles_per_call: int = 8) -> Tensor:
-    """v(x, t) for one map (D, H, W) of any size in network scale, by tiles of the prior's box.
+def tiled_velocity(prior: Prior, x: Tensor, t: float, generators: list[Generator], tiles_per_call: int = 8) -> Tensor:
+    """v(x, t) for maps x (K, D, H, W) of any size in network scale, by tiles of the prior's box; one generator for each map.
 
     The tiles cover the (periodic) map with as little overlap as fits, from a random corner on and in one of the 24
     orientations along the axes, both drawn anew at every call: no seam stays in one place, so none can form.
     """
-    box = prior.box
-    axes = []
-    for n in x.shape:
-        count, first = math.ceil(n / box), int(torch.randint(n, (), generator=generator))
-        axes.append([(first + i * n // count + torch.arange(box)) % n for i in range(count)])
-    order, signs = data.ROTATIONS_24[int(torch.randint(24, (), generator=generator))]
-    flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
+    box, tiles = prior.box, []                           # of every tile: voxels (k, z, y, x), order of axes, flips
+    for k, generator in enumerate(generators):
+        axes = []
+        for n in x.shape[1:]:
+            count, first = math.ceil(n / box), int(torch.randint(n, (), generator=generator))
+            axes.append([(first + i * n // count + torch.arange(box)) % n for i in range(count)])
+        order, signs = data.ROTATIONS_24[int(torch.randint(24, (), generator=generator))]
+        flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
+        tiles += [((torch.tensor(k), z[:, None, None], y[None, :, None], w[None, None, :]), order, flips)
+                  for z, y, w in itertools.product(*axes)]
     total, weight = torch.zeros_like(x), torch.zeros_like(x)
-    tiles = [(z[:, None, None], y[None, :, None], w[None, None, :]) for z, y, w in itertools.product(*axes)]
     for i in range(0, len(tiles), tiles_per_call):
-        batch = torch.stack([x[tile].permute(order).flip(flips) for tile in tiles[i:i + tiles_per_call]])[:, None]
+        batch = torch.stack([x[tile].permute(order).flip(flips) for tile, order, flips in tiles[i:i + tiles_per_call]])[:, None]
         times = torch.full((len(batch),), t, device=x.device)
         with flow.autocast(x.device):                    # the backward pass of (9) computes each batch again: memory for one
             v = (torch.utils.checkpoint.checkpoint(prior.net, batch, times, use_reentrant=False) if x.requires_grad
                  else prior.net(batch, times))[:, 0]
-        for tile, part in zip(tiles[i:i + tiles_per_call], v):
+        for (tile, order, flips), part in zip(tiles[i:i + tiles_per_call], v):
             part = part.flip(flips).permute(tuple(np.argsort(order)))
             total.index_put_(tile, part, accumulate=True)
             weight.index_put_(tile, torch.ones_like(part), accumulate=True)
     return total / weight
 
 
-def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, generator: Generator, *, steps: int,
+WINDOWS = {"gaussian": data.gaussian_window, "mean": lambda box: torch.ones(box, box, box)}
+
+
+@torch.no_grad()
+def sliding_windows(net, x: Tensor, box: int, stride: int, fusion: str = "gaussian", *, tiles_per_call: int = 4,
+                    progress=iter) -> Tensor:
+    """(10) for one map (D, H, W) of any size in network scale: what `net`, (B, 1, box, box, box) -> the same, makes of it.
+
+    fusion: a key of WINDOWS. progress: takes the list of calls and yields them. Sides shorter than the box are padded with
+    solvent, 0, for the time being. Tiles of nothing but solvent are not left out: the network's biases answer them, too.
+    Cubes are cut, evaluated and fused call by call: memory is that of five maps and of one call.
+    Raises ValueError if the stride leaves gaps.
+    """
+    padded = data.pad(x, box)
+    corners = data.tile_starts(padded.shape, box, stride)
+    # Calls of equal size: a last one of a single tile would take torch's slow 3-D convolution on a CPU.
+    count = math.ceil(len(corners) / tiles_per_call)
+    calls = [corners[i * len(corners) // count:(i + 1) * len(corners) // count] for i in range(count)]
+
+    def answers():
+        for call in progress(calls):
+            with flow.autocast(x.device):
+                batch = net(data.cut(padded, call, box)[:, None])[:, 0]
+            yield from batch.float()
+    fused = data.blend(answers(), corners, padded.shape, WINDOWS[fusion](box))
+    first = [m // 2 - n // 2 for n, m in zip(x.shape, padded.shape)]                    # where data.pad put x
+    return fused[tuple(slice(f, f + n) for f, n in zip(first, x.shape))]
+
+
+def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, generators: list[Generator], *, steps: int,
                      t_start: float, sigma: float | Tensor = 0.0, fresh_noise: bool = True, inner: int = 0,
                      tick=lambda: None) -> Tensor:
-    """One sample of the posterior: Algorithm 2 from t_start on, all maps (D, H, W) in network scale.
+    """Samples (K, D, H, W) of the posterior, one per generator: Algorithm 2 from t_start on, maps (D, H, W) in network scale.
 
     start: where to begin, noised to t_start (irrelevant at t_start = 1); sigma: root of P/N in (6), the standard deviation
     of the noise in y, one number or (D, H, W) in `fftfreq` layout; fresh_noise: (5) instead of (4); inner: non-negativity
     projections in every step.
     """
-    noise = lambda: torch.randn(y.shape, generator=generator).to(y.device)
+    noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
     zero = -prior.mean / prior.std                       # no density, in network scale
     times = torch.linspace(t_start, 0, steps + 1).tolist()
     x = (1 - t_start) * start + t_start * noise()
     for t, s in zip(times, times[1:]):
-        estimate = x - t * tiled_velocity(prior, x, t, generator)                      # (2)
+        estimate = x - t * tiled_velocity(prior, x, t, generators)                     # (2)
         r2 = (t / max(1 - t, 1e-3)) ** 2
         w = measured * (r2 / (r2 + sigma ** 2))                                        # (6)
         for _ in range(inner):
@@ -142,27 +182,27 @@ def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, g
     return x
 
 
-def algorithm_1(prior: Prior, y: Tensor, measured: Tensor, generator: Generator, *, steps: int, sigma: Tensor,
+def algorithm_1(prior: Prior, y: Tensor, measured: Tensor, generators: list[Generator], *, steps: int, sigma: Tensor,
                 lambda_max: float = 5.0, operator_noise: bool = False, per_time: bool = False, tick=lambda: None) -> Tensor:
-    """One sample by (9), Algorithm 1: maps as in `sample_posterior`, sigma > 0.
+    """Samples (K, D, H, W) by (9), Algorithm 1: maps as in `sample_posterior`, sigma > 0.
 
     operator_noise: A adds fresh noise to x_0', as the release's does. per_time: lambda times 200/N, so that the sum of all
     lambda, and with it the weight of y, does not depend on the number of steps N.
     """
-    noise = lambda: torch.randn(y.shape, generator=generator).to(y.device)
+    noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
     x = noise()
     for i in range(steps):
         t = 1 - i / steps
         x.requires_grad_()
-        v = tiled_velocity(prior, x, t, generator)
+        v = tiled_velocity(prior, x, t, generators)
         estimate = degrade.apply_fourier(x - t * v, measured)
         if operator_noise:                               # P = N sigma^2 in units of the network
             estimate = degrade.add_spectral_noise(estimate, sigma ** 2 * y.numel(), noise=noise())
-        residual = torch.fft.fftn(estimate - y)
-        loss = torch.where(measured, residual.abs() ** 2 / (2 * y.numel() * sigma ** 2), 0).mean()
-        g, = torch.autograd.grad(loss, x)
+        residual = torch.fft.fftn(estimate - y, dim=degrade.XYZ)
+        loss = torch.where(measured, residual.abs() ** 2 / (2 * y.numel() * sigma ** 2), 0).mean(degrade.XYZ)
+        g, = torch.autograd.grad(loss.sum(), x)          # each sample's own: no sample's loss knows another
         size = min(lambda_max, t / max(1 - t, 1e-6)) * (200 / steps if per_time else 1)
-        x = (x - v / steps - size * g / g.norm()).detach()                             # (9)
+        x = (x - v / steps - size * g / torch.linalg.vector_norm(g, dim=degrade.XYZ, keepdim=True)).detach()      # (9)
         tick()
     return x
 
@@ -175,23 +215,25 @@ DENOISE = {"prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2),
 
 
 def draw_samples(prior: Prior, y: Tensor, measured: Tensor, first: Tensor, sigma: float | Tensor, settings: dict, *,
-                 samples: int, seed: int, tick=lambda: None):
+                 samples: int, seed: int, tick=lambda: None, samples_per_call: int = 8):
     """Yields samples of the posterior for the map y (D, H, W) at the prior's voxel size, in y's own units.
 
     first: the classical answer, whose percentile is nearer the truth's than that of y; sigma: root of P/N in y's units.
-    Sample i depends on (seed, i) alone.
+    Sample i depends on (seed, i) alone; `samples_per_call` of them are drawn at a time.
     """
     scale = data.normalise(first, prior.mean, prior.std)[1]
     device = next(prior.net.parameters()).device
     network = lambda u: ((u / scale.maximum - prior.mean) / prior.std).to(device)
     sigma = torch.as_tensor(sigma / scale.maximum / prior.std, dtype=torch.float32, device=device)
-    for i in range(samples):
-        g = Generator().manual_seed(seed * 1_000_003 + i)
+    for i in range(0, samples, samples_per_call):
+        generators = [Generator().manual_seed(seed * 1_000_003 + j) for j in range(i, min(i + samples_per_call, samples))]
+        each = lambda: [tick() for _ in generators]      # a step of every sample
+        common = dict(sigma=sigma, tick=each, **settings)
         if "t_start" in settings:
-            x = sample_posterior(prior, network(y), measured.to(device), network(first), g, sigma=sigma, tick=tick, **settings)
+            x = sample_posterior(prior, network(y), measured.to(device), network(first), generators, **common)
         else:
-            x = algorithm_1(prior, network(y), measured.to(device), g, sigma=sigma, tick=tick, **settings)
-        yield data.denormalise(x.cpu(), scale)
+            x = algorithm_1(prior, network(y), measured.to(device), generators, **common)
+        yield from data.denormalise(x.cpu(), scale)
 
 
 def wedge_samples(prior: Prior, y: Tensor, measured: Tensor, method: str, *, samples: int, seed: int, noise: float | None = None,
@@ -221,7 +263,7 @@ class Moments:
 # ---- The tasks ---------------------------------------------------------------------------------------------------------
 
 class Result(NamedTuple):
-    """What a task hands over; all maps (D, H, W) have the grid and the grey scale of the input."""
+    """What a task hands over; all maps (D, H, W) have the grid and the grey scale of its input."""
     maps: dict[str, Tensor]                  # to write, by the suffix of their names; "" is the result
     inputs: dict[str, Tensor]                # what each of them was before, for --mask
     shown: dict[str, Tensor]                 # to score and draw, by name: the input, classical answers
@@ -231,7 +273,7 @@ class Result(NamedTuple):
 
 def wedge(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> Result:
     """--task wedge: "" keeps every measured coefficient as it is; "_mean" is the posterior mean, where the measured ones
-    lose their noise too; "_std" is the spread of the samples."""
+    lose their noise too; "_std" is the spread of the samples. With --model scunet "_network" is what it made of the map."""
     source, = sources
     y, report, measured_here = source.density, {}, measured_by(source, args)
     top = data.normalise(y, 0, 1)[1].maximum             # raises for dark protein
@@ -245,6 +287,12 @@ def wedge(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> Re
     work = data.resample(source, prior.voxel_size)
     shape = work.density.shape
     measured = measured_by(work, args) & below_nyquist(shape, y.shape)
+    if prior.kind == "scunet":                           # trained on maps without what the wedge misses
+        seen = put_back(torch.zeros_like(work.density), work.density, measured)
+        answer, report = ask_network(args, prior, seen)
+        maps = {"": put_back(on_grid_of(y, answer, classical), y, measured_here), "_network": data.fourier_resample(answer, y.shape)}
+        shown |= {"restored": maps[""], "network": maps["_network"]}
+        return Result(maps, {"": y, "_network": y}, shown, report, ~measured_here)
     # White noise has one power per coefficient: its standard deviation goes with the root of how many coefficients there are.
     gain = math.sqrt(work.density.numel() / y.numel())
     if args.noise is not None:
@@ -274,19 +322,15 @@ def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
     A single map needs --noise-from-fsc or --snr. "_std" is the spread of all samples of both halves.
     """
     here = sources[0].density.shape
+    curve = None
     if len(sources) == 2:
         a, b = sources
         if a.density.shape != b.density.shape or not np.allclose(a.voxel_size, b.voxel_size, rtol=1e-3):
             raise ValueError(f"{tuple(a.density.shape)} voxels of {a.voxel_size[2]:g} Å, but {b.path} has "
                              f"{tuple(b.density.shape)} of {b.voxel_size[2]:g} Å; half maps share one grid")
-        curve = fsc.fsc(a.density, b.density, convention="cryofm")[1:]
-        powers = [degrade.noise_power(a.density, b.density), degrade.noise_power(b.density, a.density)]
     else:
         curve = read_fsc(args.noise_from_fsc, here) if args.noise_from_fsc else torch.full((here[-1] // 2,), args.snr / (1 + args.snr))
-        powers = [degrade.noise_power_from_fsc(sources[0].density, curve)]
-    # No signal from the first shell on that the halves do not share: P_y - P would be noise. RELION: 0.0001; at 15 Å 0.05 is better.
-    shared = (curve >= 0.05).long().cumprod(0)
-    signal = torch.stack([degrade.radial_power(m.density) - P for m, P in zip(sources, powers)]).mean(0).clamp(min=0) * shared
+    powers, signal, curve = noise_and_signal([m.density for m in sources], curve)
     grid = lambda power, m: power_on_grid(args, power, m)
     average = torch.stack([m.density for m in sources]).mean(0)
     noise_of_average = torch.stack(powers).sum(0) / len(powers) ** 2
@@ -326,6 +370,45 @@ def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
     if pooled.count > 1:
         maps["_std"] = data.fourier_resample(pooled.std(), here).clamp(min=0)
     return Result(maps, inputs, shown | {"restored": maps[""]}, report)
+
+
+def noise_and_signal(maps: list[Tensor], curve: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of two half maps (D, H, W), or of one map and the FSC of its halves, in shells 1 .. W//2: the noise power of each map,
+    the power S of the signal in them, (8), both in |F|^2, and the FSC."""
+    if curve is None:
+        a, b = maps
+        curve = fsc.fsc(a, b, convention="cryofm")[1:]
+        powers = [degrade.noise_power(a, b), degrade.noise_power(b, a)]
+    else:
+        powers = [degrade.noise_power_from_fsc(x, curve) for x in maps]
+    # No signal from the first shell on that the halves do not share: P_y - P would be noise. RELION: 0.0001; at 15 Å 0.05 is better.
+    shared = (curve >= 0.05).long().cumprod(0)
+    signal = torch.stack([degrade.radial_power(x) - P for x, P in zip(maps, powers)]).mean(0).clamp(min=0) * shared
+    return powers, signal, curve
+
+
+def enhance(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> Result:
+    """--task sharpen (CryoLVM 4.2), superres (4.3): one pass of the network fine-tuned for it."""
+    source, = sources
+    answer, report = ask_network(args, prior, data.resample(source, prior.voxel_size).density)
+    maps = {"": data.fourier_resample(answer, source.density.shape)}
+    return Result(maps, {"": source.density}, {"input": source.density, "restored": maps[""]}, report)
+
+
+def ask_network(args: argparse.Namespace, prior: Prior, density: Tensor) -> tuple[Tensor, dict]:
+    """(10) for a map (D, H, W) at the network's voxel size and in its own units: the answer in the same, and facts to report."""
+    x, scale = data.normalise(density, prior.mean, prior.std, args.percentile)          # D.1
+    stride = prior.box // 4 if args.stride is None else args.stride
+
+    def progress(calls):
+        say(args, f"{sum(map(len, calls))} tile(s) of {prior.box}^3 on {args.device}, {len(calls)} call(s) of the network")
+        tick = Progress(args, len(calls))
+        for call in calls:
+            yield call
+            tick()
+    answer = sliding_windows(prior.net, x.to(args.device), prior.box, stride, args.fusion, progress=progress)
+    report = dict(method="network", stride=stride, fusion=args.fusion, percentile=args.percentile, box=list(density.shape))
+    return data.denormalise(answer.cpu(), scale), report
 
 
 def likelihood(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> Result:
@@ -368,7 +451,7 @@ def generate(args: argparse.Namespace, prior: Prior) -> None:
     box = args.box or prior.box
     out = Path(args.out or "generate.mrc")
     paths = [out.with_name(f"{stem(out)}{f'_{i + 1}' * (i > 0)}.mrc") for i in range(args.samples)]
-    refuse_existing(args, [*paths, out.with_name(stem(out) + ".json"), out.with_name(stem(out) + ".png")])
+    refuse_existing(args, paths)
     steps = args.steps or 50
     begin, tick, shown = time.perf_counter(), Progress(args, args.samples * steps), {}
     say_work(args, prior, (box,) * 3, args.samples, steps, args.solver)
@@ -379,7 +462,7 @@ def generate(args: argparse.Namespace, prior: Prior) -> None:
             if box == prior.box:                         # a crop as in training: neither rolled nor turned
                 with torch.no_grad(), flow.autocast(x.device):
                     return prior.net(x[:, None], t)[:, 0]
-            return tiled_velocity(prior, x[0], float(t[0]), g)[None]
+            return tiled_velocity(prior, x, float(t[0]), [g])
 
         def ticking(range_of_steps):
             for step in range_of_steps:
@@ -398,7 +481,7 @@ def ab_initio(args: argparse.Namespace, prior: Prior) -> None:
     """--task abinitio: a density from a stack of projections (abinitio.py), the classical one beside it."""
     path, begin = Path(args.maps[0]), time.perf_counter()
     out = Path(args.out) if args.out else path.with_name(f"{stem(path)}_abinitio.mrc")
-    refuse_existing(args, [out, *(out.with_name(stem(out) + end) for end in ("_std.mrc", ".json", ".png"))], [path])
+    refuse_existing(args, [out, out.with_name(f"{stem(out)}_std.mrc")], [path])
     stack = abinitio.read_stack(path, args.voxel_size)
     (P, N, _), voxel_size = stack.density.shape, stack.voxel_size[2]
     n = max(24, round(N * voxel_size / prior.voxel_size))
@@ -407,7 +490,7 @@ def ab_initio(args: argparse.Namespace, prior: Prior) -> None:
     say(args, f"{path}: {P} projections of {N} x {N} pixels of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
     settings = dict(max_shift=args.max_shift / (N * voxel_size / n), seed=args.seed)
     moments, tick = Moments(), Progress(args, 10 + args.samples * (args.steps or abinitio.METHODS.get(method, {"steps": 0})["steps"]))
-    velocity = functools.partial(tiled_velocity, prior)
+    velocity = lambda x, t, g: tiled_velocity(prior, x[None], t, [g])[0]
     found = abinitio.samples_of(velocity, prior, images, method, samples=args.samples, steps=args.steps, tick=tick, **settings)
     shown = {}
     for name, x in found:
@@ -607,16 +690,21 @@ def write_text(path: Path, text: str) -> None:
 # ---- The program -------------------------------------------------------------------------------------------------------
 
 TASKS = {"wedge": wedge, "denoise": denoise, "anisotropic": denoise, "abinitio": ab_initio, "likelihood": likelihood,
-         "generate": generate}
+         "generate": generate, "sharpen": enhance, "superres": enhance}
+CLASSICAL = {"wedge": "pocs", "denoise": "wiener", "anisotropic": "wiener", "abinitio": "classical"}   # --method without a network
+FINE_TUNED = {"sharpen": "sharpen", "superres": "superres", "wedge": "wedge3d"}         # --task -> a scunet checkpoint's
 HELP = """wedge: fill in what a limited tilt range left out; denoise: two half maps, or one map with --noise-from-fsc or --snr;
 anisotropic: the same where the noise differs between directions (--alpha with --tilt-range, or --orientations); abinitio: a density from
-a stack of projections of unknown pose; generate: densities from nothing; likelihood: log p of maps"""
+a stack of projections of unknown pose; generate: densities from nothing; likelihood: log p of maps; sharpen: undo the falloff of
+high frequencies; superres: detail finer than the map's resolution, on a grid that can hold it"""
 
 
 def parse(argv=None) -> argparse.Namespace:
     cli = argparse.ArgumentParser(description="Restore maps with a trained prior. Writes IN_TASK.mrc, and beside it .json and .png.")
     cli.add_argument("maps", nargs="*", metavar="IN", help="maps (.mrc, .map, .ccp4, also .gz or .bz2), or folders of them")
     cli.add_argument("--task", choices=TASKS, default="wedge", help=HELP)
+    cli.add_argument("--model", choices=("hdit", "scunet"), help="hdit: the flow prior (default); scunet: CryoLVM's fine-tuned network, for "
+                                                                 "wedge (sharpen and superres know no other)")
     cli.add_argument("-o", "--out", metavar="OUT", help="the map to write, or a folder (default: IN_TASK.mrc beside IN)")
     cli.add_argument("--tilt-range", nargs=2, type=float, default=(-60, 60), metavar=("MIN", "MAX"), help="degrees (default: -60 60)")
     cli.add_argument("--tilt-axis", choices="xyz", default="y", help="the beam is along z (for axis z: along x)")
@@ -635,16 +723,28 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--box", type=int, help="generate: voxels per side (default: the prior's)")
     cli.add_argument("--solver", choices=flow.SOLVERS, default="heun", help="generate")
     cli.add_argument("--max-shift", type=float, default=6, help="abinitio: how far, in Å, the particles may be off the images' centres")
+    cli.add_argument("--stride", type=int, help="scunet: voxels from tile to tile (default: a quarter of the tile)")
+    cli.add_argument("--fusion", choices=WINDOWS, default="gaussian", help="scunet: weights of overlapping tiles")
+    cli.add_argument("--percentile", type=float, default=99.999, help="scunet: densities are clipped to 0 and this one, and divided by it")
     cli.add_argument("--probes", type=int, default=4, help="likelihood: random vectors of Hutchinson's estimator")
     cli.add_argument("--tolerance", type=float, default=1e-3, help="likelihood: of the ODE, relative and absolute")
     cli.add_argument("--truth", metavar="MAP", help="compare with this map (default: IN's name and _truth, if there is one)")
     cli.add_argument("--voxel-size", type=float, metavar="Å", help="instead of the header's")
-    cli.add_argument("--ckpt", default=str(Path(__file__).parent / "weights" / "hdit_tiny.pt"), help="the prior (checkpoint.py)")
+    cli.add_argument("--ckpt", help="the network (checkpoint.py; default: weights/hdit_tiny.pt, or scunet_tiny_TASK.pt)")
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     cli.add_argument("--overwrite", action="store_true", help="replace files that exist (never the input)")
     cli.add_argument("--quiet", action="store_true", help="print errors only")
     args = cli.parse_args(argv)
+    enhancing = ("sharpen", "superres")
+    args.model = args.model or ("scunet" if args.task in enhancing else "hdit")
+    if args.task not in (FINE_TUNED if args.model == "scunet" else TASKS.keys() - enhancing):
+        raise ValueError(f"--model {args.model} has not learnt --task {args.task}; leave --model out")
+    if args.model == "scunet" and args.tilt_axis != "y":
+        raise ValueError(f"--tilt-axis {args.tilt_axis}: scunet has learnt wedges about y alone; turn the map, or leave --model out")
+    if args.ckpt is None:
+        name = "hdit_tiny" if args.model == "hdit" else f"scunet_tiny_{FINE_TUNED[args.task]}"
+        args.ckpt = str(Path(__file__).parent / "weights" / f"{name}.pt")
     if (args.steps is not None and args.steps < 1) or args.samples < 1:
         raise ValueError(f"--steps {args.steps} and --samples {args.samples} must be at least 1")
     if args.noise is not None and not 0 <= args.noise < 10:
@@ -653,9 +753,11 @@ def parse(argv=None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value:g}: want a positive number" + " of Å" * (name == "voxel_size"))
+    if not 0 < args.percentile <= 100:
+        raise ValueError(f"--percentile {args.percentile:g}: above 0, at most 100")
     if not 0 <= args.seed < 2 ** 32:
         raise ValueError(f"--seed {args.seed}: want 0 to 2^32 - 1")
-    if args.method not in ("auto", "prior", "paper", {"wedge": "pocs", "abinitio": "classical"}.get(args.task, "wiener")):
+    if args.method not in ("auto", "prior", CLASSICAL.get(args.task), "paper" if args.model == "hdit" else None):
         raise ValueError(f"--method {args.method} is no answer to --task {args.task}")
     count, halves = len(args.maps), args.task in ("denoise", "anisotropic")
     one = halves and (args.snr or args.noise_from_fsc)
@@ -686,7 +788,7 @@ def inputs(args: argparse.Namespace) -> list[tuple[list[Path], Path]]:
     if args.task in ("denoise", "anisotropic"):
         groups = [list(map(Path, args.maps))]
     else:
-        ours = (f"_{args.task}", f"_{args.task}_mean", f"_{args.task}_std", "_truth")     # what a folder may hold beside inputs
+        ours = (*(f"_{args.task}{end}" for end in ("", "_mean", "_std", "_network")), "_truth")   # what a folder may hold beside inputs
         for path in map(Path, args.maps):
             inside = [path]
             if path.is_dir():
@@ -704,7 +806,8 @@ def inputs(args: argparse.Namespace) -> list[tuple[list[Path], Path]]:
 
 
 def refuse_existing(args: argparse.Namespace, outputs: list[Path], sources: list[Path] = ()) -> None:
-    for p in outputs:
+    """outputs: the maps; what `write_report` puts beside the first is looked for, too."""
+    for p in [*outputs, *(outputs[0].with_name(stem(outputs[0]) + end) for end in (".json", ".png"))]:
         if p.exists() and any(path.exists() and p.samefile(path) for path in sources):
             raise ValueError(f"{p}: is the input, never overwritten; give another name with -o")
         if p.exists() and not args.overwrite:
@@ -713,16 +816,19 @@ def refuse_existing(args: argparse.Namespace, outputs: list[Path], sources: list
 
 def restore(paths: list[Path], out: Path, prior: Prior, args: argparse.Namespace) -> None:
     """One run: read, restore, compare, write."""
-    ends = ("_mean.mrc", "_std.mrc", "_half1.mrc", "_half2.mrc", ".json", ".png")
+    ends = ("_mean.mrc", "_std.mrc", "_network.mrc", "_half1.mrc", "_half2.mrc")
     side = {end: out.with_name(stem(out) + end) for end in ends}
     path, begin = paths[0], time.perf_counter()
     refuse_existing(args, [out, *side.values()], paths)
     sources = [data.read_map(p, args.voxel_size) for p in paths]
-    source, shape = sources[0], sources[0].density.shape
+    given, shape = sources[0], sources[0].density.shape
+    if args.task == "superres":                          # what the network finds may not fit the map's own, coarser voxels
+        sources = [max(given, data.resample(given, prior.voxel_size), key=lambda m: m.density.numel())]
+    source = sources[0]
 
     def read_beside(name):
         m = data.read_map(name, args.voxel_size).density
-        if m.shape != shape:
+        if m.shape not in (shape, source.density.shape):
             raise ValueError(f"{name}: {tuple(m.shape)} voxels, but {path} has {tuple(shape)}")
         return m
     truth_path = Path(args.truth) if args.truth else path.with_name(f"{stem(path)}_truth.mrc")
@@ -730,19 +836,22 @@ def restore(paths: list[Path], out: Path, prior: Prior, args: argparse.Namespace
     mask = read_beside(args.mask) if args.mask else None
     if mask is not None and not 0 <= float(mask.min()) <= float(mask.max()) <= 1:
         raise ValueError(f"{args.mask}: a mask is 0 to 1, this map {float(mask.min()):g} to {float(mask.max()):g}")
-    say(args, f"{' '.join(map(str, paths))}: {' x '.join(map(str, shape))} voxels of {source.voxel_size[2]:g} Å")
+    say(args, f"{' '.join(map(str, paths))}: {' x '.join(map(str, shape))} voxels of {given.voxel_size[2]:g} Å")
 
     try:
         maps, before, shown, report, region = TASKS[args.task](args, sources, prior)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if mask is not None:
+        mask = data.fourier_resample(mask, source.density.shape).clamp(0, 1)
         maps = {end: mask * x + (1 - mask) * before[end] if end in before else mask * x for end, x in maps.items()}
         shown |= {"restored": maps[""]}
 
     scores = {}
-    if truth is not None:
-        scores = score(shown, truth, region, source.voxel_size[2])
+    if truth is not None:                                # compared on its own grid, the map's or the result's
+        report["truth_voxel_size"] = (source if truth.shape == source.density.shape else given).voxel_size
+        shown = {name: data.fourier_resample(x, truth.shape) for name, x in shown.items()}
+        scores = score(shown, truth, region, report["truth_voxel_size"][2])
         missing = region is not None
         say(args, f"with {truth_path.name:24} FSC_AUC  FSC_0.5" + "  FSC_AUC in the missing wedge" * missing)
         for name, v in scores.items():
@@ -762,7 +871,7 @@ def write_report(args: argparse.Namespace, out: Path, shown: dict[str, Tensor], 
                         if isinstance(v, (list, tuple)) else None if isinstance(v, float) and v != v else v)
     json_path, picture = (out.with_name(stem(out) + end) for end in (".json", ".png"))
     write_text(json_path, json.dumps(finite(settings | report), indent=1) + "\n")
-    voxel_size = min(report.get("voxel_size", (prior.voxel_size,)))
+    voxel_size = min(report.get("truth_voxel_size") or report.get("voxel_size", (prior.voxel_size,)))
     try:
         draw(picture, shown, report.get("fsc", {}), voxel_size, "zyx".index(args.tilt_axis))
         written = [out.name, json_path.name, picture.name]
@@ -773,7 +882,10 @@ def write_report(args: argparse.Namespace, out: Path, shown: dict[str, Tensor], 
 
 def main(argv=None) -> int:
     args = parse(argv)
-    prior = checkpoint.load(args.ckpt, kind="hdit", device=args.device)
+    prior = checkpoint.load(args.ckpt, kind=args.model, device=args.device)
+    if args.model == "scunet" and prior.task != FINE_TUNED[args.task]:
+        raise ValueError(f"{args.ckpt}: trained for {prior.task or 'no task'}, --task {args.task} needs {FINE_TUNED[args.task]}; "
+                         "give another --ckpt")
     if args.task in ("generate", "abinitio"):
         TASKS[args.task](args, prior)
         return 0

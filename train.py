@@ -26,7 +26,7 @@ Departure 1: the paper keeps the learning rate constant; "tiny" lets it fall to 
 Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024, with AdamW's
 update size), which reached in 150 steps the loss that FairseqAdam alone reached in more than 250. All else
 stays with FairseqAdam.
-Departure 3: fine-tuned networks are averaged by (3), too. CryoLVM's epochs are ours of `eval_every` steps; its fixed
+Departure 3: fine-tuned networks are averaged by (3), too; the "tiny-" ones learn at 1e-3, falling to 0, not by plateaus. CryoLVM's epochs are ours of `eval_every` steps; its fixed
 windows, 24 voxels apart in training and 48 in validation, are random crops around the molecule, fixed ones in validation.
 """
 import argparse
@@ -158,25 +158,26 @@ PRESETS = {
     **{name: replace(S, net=model_hdit.PRESETS[name])                               # Table 7
        for name in ("p2-d1", "p8-d1", "p4-d0", "p4-d2")},
 }
-PAPER, TINY = (dict(net=model_scunet.PRESETS[name], predictor=jepa.PRESETS[name]) for name in ("paper", "tiny"))
-# What is common to CryoLVM's: 48^3 crops of 1 Å voxels on 0..1, batch 32, AdamW.
-LVM = TrainConfig(**PAPER, objective="sharpen", optimizer="adamw", steps=100_000, batch=32, micro_batch=32, crop=48, mean=0.0,
-                  std=1.0, voxel_size=1.0, resolution_min=3.0, resolution_max=6.0, lr=3e-5, weight_decay=1e-3, beta2=0.999,
-                  warmup=0, patience=5, ema_decay=0.999, held_out_crops=32, sample_every=0)                   # Table 4
-PRETRAIN = replace(LVM, patience=0, resolution_min=2.5, resolution_max=4.0, lr=1e-3 / 64, warmup=2000)        # I-JEPA: 1e-3 / 2048 maps
-# Small enough for one CPU core: learning rates and steps of a run of half an hour.
-SMALL = dict(TINY, micro_batch=16, log_every=20, save_every=100, eval_every=100, ema_decay=0.99, workers=0)
+# CryoLVM, Table 4: crops of 48^3 voxels of 1 Å on 0..1. How long is not stated.
+LVM = TrainConfig(net=model_scunet.PRESETS["paper"], objective="sharpen", optimizer="adamw", steps=100_000, batch=32, micro_batch=32,
+                  crop=48, mean=0.0, std=1.0, voxel_size=1.0, resolution_min=3.0, resolution_max=6.0, lr=3e-5, warmup=0,
+                  weight_decay=1e-3, beta2=0.999, patience=5, ema_decay=0.999, held_out_crops=32, sample_every=0)
+PRETRAINING_LVM = replace(LVM, resolution_min=2.5, resolution_max=4.0, patience=0, lr=1e-3 * 32 / 2048, warmup=2000)       # I-JEPA
 PRESETS |= {
-    "jepa": replace(PRETRAIN, objective="jepa"), "mae": replace(PRETRAIN, objective="mae"),
+    "jepa": replace(PRETRAINING_LVM, objective="jepa"),
+    "mae": replace(PRETRAINING_LVM, objective="mae"),
     "sharpen": LVM,
-    "superres": replace(LVM, objective="superres", resolution_min=4.0),                                       # 4.3's text
-    "wedge3d": replace(LVM, objective="wedge3d", voxel_size=4.0, resolution_min=8.0, resolution_max=15.0),     # 4.4
+    "superres": replace(LVM, objective="superres", resolution_min=4.0),                   # 4.3: from 4 to 6 Å
+    "wedge3d": replace(LVM, objective="wedge3d", voxel_size=4.0, resolution_min=8.0, resolution_max=15.0),
 }
-PRETRAIN_SMALL = dict(SMALL, steps=500, batch=16, crop=24, crops_per_map=4, warmup=20)
-TUNE_SMALL = dict(SMALL, steps=1000, batch=4, crop=36, lr=1e-3)
-PRESETS |= {f"tiny-{name}": replace(PRESETS[name], **more) for name, more in (
-    ("jepa", dict(PRETRAIN_SMALL, lr=3e-4, momentum=0.998)), ("mae", dict(PRETRAIN_SMALL, lr=1e-3)),
-    ("sharpen", TUNE_SMALL), ("superres", TUNE_SMALL), ("wedge3d", dict(TUNE_SMALL, batch=8, crop=24, crops_per_map=4)))}
+# The shipped ones: a small network, half an hour of one CPU core each.
+TINY = dict(net=model_scunet.PRESETS["tiny"], predictor=jepa.PRESETS["tiny"], batch=4, crop=36, lr=1e-3, patience=0, decay=0.5,
+            ema_decay=0.99, micro_batch=16, workers=0, log_every=20, save_every=100, eval_every=100)
+MASKED = TINY | dict(steps=500, batch=16, crop=24, crops_per_map=4, warmup=20)
+for name, settings in {"jepa": MASKED | dict(lr=3e-4, momentum=0.998), "mae": MASKED,
+                       "sharpen": TINY | dict(steps=1000), "superres": TINY | dict(steps=600),
+                       "wedge3d": TINY | dict(steps=700, batch=8, crop=24, crops_per_map=4)}.items():
+    PRESETS[f"tiny-{name}"] = replace(PRESETS[name], **settings)
 
 
 def parse(argv=None) -> TrainConfig:

@@ -50,14 +50,11 @@ def alpha_of(half_angle: int | None, shape) -> torch.Tensor | None:
 
 def restored(prior, halves, alpha, settings, samples, seed):
     """As sampling.py does it: Wiener of the average, and all samples of each half."""
-    a, b = halves
-    curve = fsc(a, b, convention="cryofm")[1:]
-    shared = (curve >= 0.05).long().cumprod(0)
-    powers = [degrade.noise_power(a, b), degrade.noise_power(b, a)]
-    grid = lambda P: degrade.on_grid(P, a.shape) if alpha is None else degrade.anisotropic_noise_power(P, alpha)
-    signal = torch.stack([degrade.radial_power(y) - P for y, P in zip(halves, powers)]).mean(0).clamp(min=0) * shared
-    classical = sampling.wiener((a + b) / 2, grid(sum(powers) / 4), signal)
-    everywhere = torch.ones(a.shape, dtype=torch.bool)
+    shape = halves[0].shape
+    powers, signal, _ = sampling.noise_and_signal(halves)
+    grid = lambda P: degrade.on_grid(P, shape) if alpha is None else degrade.anisotropic_noise_power(P, alpha)
+    classical = sampling.wiener(sum(halves) / 2, grid(sum(powers) / 4), signal)
+    everywhere = torch.ones(shape, dtype=torch.bool)
     drawn = [list(sampling.draw_samples(prior, y, everywhere, sampling.wiener(y, grid(P), signal).clamp(min=0),
                                         (grid(P) / y.numel()).sqrt(), settings, samples=samples, seed=seed + (i << 32)))
              for i, (y, P) in enumerate(zip(halves, powers))]
