@@ -398,7 +398,6 @@ def enhance(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
 def ask_network(args: argparse.Namespace, prior: Prior, density: Tensor) -> tuple[Tensor, dict]:
     """(10) for a map (D, H, W) at the network's voxel size and in its own units: the answer in the same, and facts to report."""
     x, scale = data.normalise(density, prior.mean, prior.std, args.percentile)          # D.1
-    stride = prior.box // 4 if args.stride is None else args.stride
 
     def progress(calls):
         say(args, f"{sum(map(len, calls))} tile(s) of {prior.box}^3 on {args.device}, {len(calls)} call(s) of the network")
@@ -406,8 +405,8 @@ def ask_network(args: argparse.Namespace, prior: Prior, density: Tensor) -> tupl
         for call in calls:
             yield call
             tick()
-    answer = sliding_windows(prior.net, x.to(args.device), prior.box, stride, args.fusion, progress=progress)
-    report = dict(method="network", stride=stride, fusion=args.fusion, percentile=args.percentile, box=list(density.shape))
+    answer = sliding_windows(prior.net, x.to(args.device), prior.box, args.stride, args.fusion, progress=progress)
+    report = dict(method="network", stride=args.stride, fusion=args.fusion, percentile=args.percentile, box=list(density.shape))
     return data.denormalise(answer.cpu(), scale), report
 
 
@@ -665,8 +664,8 @@ def draw(path: Path, maps: dict[str, Tensor], scores: dict[str, dict], voxel_siz
         ax.set_title(name)
         ax.set_axis_off()
     if scores:
-        part = "missing" if "missing" in scores["restored"] else "whole"
-        n = len(scores["restored"]["whole"])
+        part = "missing" if "missing" in next(iter(scores.values())) else "whole"
+        n = len(next(iter(scores.values()))["whole"])
         frequency = [k / (2 * (n - 1)) / voxel_size for k in range(n)]
         for i, (name, values) in enumerate(scores.items()):
             auc = values["auc_missing" if part == "missing" else "auc"]
@@ -723,7 +722,7 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--box", type=int, help="generate: voxels per side (default: the prior's)")
     cli.add_argument("--solver", choices=flow.SOLVERS, default="heun", help="generate")
     cli.add_argument("--max-shift", type=float, default=6, help="abinitio: how far, in Å, the particles may be off the images' centres")
-    cli.add_argument("--stride", type=int, help="scunet: voxels from tile to tile (default: a quarter of the tile)")
+    cli.add_argument("--stride", type=int, default=12, help="scunet: voxels from tile to tile")
     cli.add_argument("--fusion", choices=WINDOWS, default="gaussian", help="scunet: weights of overlapping tiles")
     cli.add_argument("--percentile", type=float, default=99.999, help="scunet: densities are clipped to 0 and this one, and divided by it")
     cli.add_argument("--probes", type=int, default=4, help="likelihood: random vectors of Hutchinson's estimator")

@@ -95,7 +95,7 @@ def main() -> None:
     cli.add_argument("--ckpt", nargs="+", required=True)
     cli.add_argument("--count", type=int, default=12)
     cli.add_argument("--extent", type=float, default=70, help="Å; larger structures are passed over")
-    cli.add_argument("--stride", type=int, help="default: half a tile")
+    cli.add_argument("--stride", type=int, default=12)
     cli.add_argument("--fusion", nargs="+", choices=sampling.WINDOWS, default=["gaussian"])
     cli.add_argument("--noise", type=float, default=0.03, help="wedge3d: standard deviation, of the maximum")
     cli.add_argument("--prior", action="store_true", help="wedge3d: the flow prior, too, on its own grid: slow")
@@ -117,7 +117,7 @@ def main() -> None:
         x, scale = data.normalise(observed, 0, 1)
         for path, network in networks.items():
             for fusion in args.fusion:
-                answer = sampling.sliding_windows(network.net, x, network.box, stride=args.stride or network.box // 2, fusion=fusion)
+                answer = sampling.sliding_windows(network.net, x, network.box, args.stride, fusion)
                 answers[name := f"{path} {fusion}"] = data.denormalise(answer, scale)
                 if args.task == "wedge3d":
                     answers[f"{name}, kept"] = sampling.put_back(answers[name], observed, measured)

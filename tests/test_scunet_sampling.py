@@ -135,7 +135,7 @@ def test_sharpening_by_the_identity_clips_the_map_and_keeps_header_and_grey_scal
     run("sharpen", source, "--percentile", 90, "-o", tmp_path / "90.mrc")
     assert close(values(tmp_path / "90.mrc"), clipped(y, 90), 1e-6)
     report = json.loads((tmp_path / "in_sharpen.json").read_text())
-    assert (report["stride"], report["fusion"], report["percentile"], report["box"]) == (3, "gaussian", 99.999, list(shape))
+    assert (report["stride"], report["fusion"], report["percentile"], report["box"]) == (12, "gaussian", 99.999, list(shape))
 
 
 def test_the_network_sees_its_own_voxel_size_and_values_from_0_to_1(tmp_path, run):
@@ -153,8 +153,8 @@ def test_the_network_sees_its_own_voxel_size_and_values_from_0_to_1(tmp_path, ru
     assert data.read_map(tmp_path / "in_sharpen.mrc").voxel_size == (2.0,) * 3
 
 
-@pytest.mark.parametrize("flags, stride, fusion", [((), 3, "gaussian"), (("--stride", 5, "--fusion", "mean"), 5, "mean")])
-def test_a_quarter_of_the_tile_and_the_gaussian_unless_flags_say_otherwise(tmp_path, run, flags, stride, fusion):
+@pytest.mark.parametrize("flags, stride, fusion", [((), 12, "gaussian"), (("--stride", 5, "--fusion", "mean"), 5, "mean")])
+def test_every_12_voxels_and_the_gaussian_unless_flags_say_otherwise(tmp_path, run, flags, stride, fusion):
     y = molecule((16, 13, 12), (1.0,) * 3)
     run("sharpen", write_mrc(tmp_path / "in.mrc", y, (1.0,) * 3), *flags, net=Uneven())
     top = float(clipped(y).max())
