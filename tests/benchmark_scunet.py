@@ -133,6 +133,8 @@ def main() -> None:
             rows.append({"map": label, "resolution": R, "answer": name, **numbers})
             print(f"{label:28} {R:5.2f} Å  {name:60}" + "".join(f" {k} {n:.3f}" for k, n in numbers.items()), flush=True)
         print(f"  {seconds:.0f} s", flush=True)
+    if not rows:
+        sys.exit(f"{args.data}: no structure up to --extent {args.extent:g} Å across, or no map with a model")
     print(f"\nmean of {len({row['map'] for row in rows})} maps, torch {torch.__version__}")
     for name in dict.fromkeys(row["answer"] for row in rows):
         mine = [row for row in rows if row["answer"] == name]
