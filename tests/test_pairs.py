@@ -98,6 +98,15 @@ def test_a_crop_shows_both_halves_of_a_pair_alike_on_0_to_1_in_its_molecule(stru
     assert torch.equal(pairs[0], pairs[0]) and not torch.equal(pairs[0], pairs[1])
 
 
+def test_crops_of_a_wedge_pair_keep_their_orientation_for_the_wedge_has_one(structure, monkeypatch):
+    ramp = torch.arange(1.0, 33.0)[:, None, None].expand(32, 32, 32)            # rises along z
+    monkeypatch.setattr(data, "simulated_pair", lambda *args, **grid: (ramp, ramp))
+    make = lambda task: torch.cat([data.SimulatedPairs([structure], task=task, crop=16, crops=4, box=32, voxel_size=4.0,
+                                                       resolution=(8, 9))[i] for i in range(4)])
+    rises = lambda x: (x.diff(dim=2) >= 0).all() and x.diff(dim=2).sum() > 0
+    assert all(rises(x[None]) for x in make("wedge3d")) and not all(rises(x[None]) for x in make("sharpen"))
+
+
 def test_crops_come_in_all_48_orientations_of_a_cube():
     x, g = torch.arange(8.0).view(2, 2, 2), torch.Generator().manual_seed(0)
     seen = {tuple(data.mirror_or_not(x, g).flatten().tolist()) for _ in range(600)}

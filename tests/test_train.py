@@ -412,7 +412,7 @@ def test_the_first_step_of_jepa_is_the_one_the_equations_say(tmp_path, atoms):
             for a, b in zip(target.parameters(), net.context.parameters()):
                 a.lerp_(b, 1 - (0.996 + 0.004 * step / 2))                   # (4) of jepa.py
     for name, value in net.state_dict().items():         # Adam divides small gradients by themselves
-        assert ((taken["net"][name] - value).abs() < 2e-3).float().mean() > 0.95, name
+        assert ((taken["net"][name] - value).abs() < 1e-4).float().mean() > 0.85, name
     for name, value in target.state_dict().items():
         torch.testing.assert_close(taken["target"][name], value, rtol=0, atol=1e-4)
 
