@@ -79,7 +79,7 @@ def against_model(x, atoms: dict, R: float, grid: dict) -> dict[str, float]:
     cc = fsc.map_model_cc(x, **atoms, resolution=R, **place)
     curve = fsc.map_model_resolution(x, **atoms, **place)
     return {"cc_box": cc["cc_box"], "cc_mask": cc["cc_mask"], "cc_peaks": cc["cc_peaks"],
-            "q_score": float(fsc.q_score(x, atoms["xyz"], **place).mean()),
+            "q_score": float(fsc.q_score(x, atoms["xyz"], **place).nanmean()),      # nan: no density about an atom
             "fsc_05": curve["d_fsc_model_05"], "fsc_0143": curve["d_fsc_model_0143"]}
 
 

@@ -237,11 +237,12 @@ def test_rank_counts_the_directions_in_which_tokens_vary_and_std_says_how_far():
         tokens = torch.cat((rows[:k], -rows[:k]))        # +- along k directions
         numbers = jepa.collapse(torch.stack((tokens, tokens.flip(0))))
         assert numbers["rank"] == pytest.approx(k, rel=1e-4) and numbers["std"] == pytest.approx(1, abs=1e-4)
+        assert numbers["constant"] == pytest.approx(0.5, abs=1e-4)             # every number is 1 off: x^2 / 2
     tokens = torch.cat((rows[:1].expand(9, 16), rows[1:2]))                    # singular values 3 to 1
     rank = jepa.collapse(torch.stack((tokens, -tokens)))["rank"]
     assert rank == pytest.approx(4 ** 0.25 * (4 / 3) ** 0.75, rel=1e-4)
     dead = jepa.collapse(rows[0].expand(2, 8, 16))
-    assert dead == {"std": 0, "rank": 1, "maps": 0}
+    assert dead == {"std": 0, "rank": 1, "maps": 0, "constant": 0}
 
 
 def test_tokens_that_know_their_place_but_not_their_map_show():
