@@ -515,8 +515,8 @@ def test_two_ranks_train_cryolvm_as_one_does(tmp_path, atoms, monkeypatch, model
     stop_after(3, monkeypatch)
     one = run(tmp_path / "one", model=model, data=atoms, decay=0, batch=8, micro_batch=2, steps=500)["training"]
     assert two["step"] == one["step"] == 3
-    if model == "small-sharpen":                         # the order of a sum differs
-        assert two["plateau"]["last_epoch"] == 3 and two["plateau"]["best"] == pytest.approx(one["plateau"]["best"], rel=1e-4)
+    if model == "small-sharpen":                         # the order of a sum differs, and Adam's first steps are of size lr
+        assert two["plateau"]["last_epoch"] == 3 and two["plateau"]["best"] == pytest.approx(one["plateau"]["best"], rel=2e-3)
     for part in ("net", "target") if "jepa" in model else ("net",):      # Adam's first steps: small gradients may change sides
         for key, value in one[part].items():
             assert ((two[part][key] - value).abs() < 2e-3).float().mean() > 0.95, key
