@@ -87,6 +87,11 @@ class Map:
         if not all(0 < v < math.inf for v in self.voxel_size):
             raise ValueError(f"voxel size {self.voxel_size} Å (z, y, x): it must be positive")
 
+    @property
+    def corner(self) -> Triple:
+        """(1) of voxel (0, 0, 0), where a model in the map's frame begins: Å, z, y, x."""
+        return tuple(o + n * v for o, n, v in zip(self.origin, self.nstart, self.voxel_size))
+
 
 def read_map(path: str | Path, voxel_size: float | Triple | None = None) -> Map:
     """Read an MRC/CCP4 map, plain or compressed by gzip or bzip2 (told by content, not by name).
@@ -290,8 +295,7 @@ def resample(map: Map, voxel_size: float | Triple) -> Map:
     if all(s * m % n == 0 for s, n, m in zip(map.nstart, old, new)):
         origin, nstart = map.origin, tuple(s * m // n for s, n, m in zip(map.nstart, old, new))
     else:
-        shift = (s * v for s, v in zip(map.nstart, map.voxel_size))
-        origin, nstart = tuple(o + s for o, s in zip(map.origin, shift)), (0, 0, 0)
+        origin, nstart = map.corner, (0, 0, 0)
     density = fourier_resample(map.density, new)
     return replace(map, density=density, voxel_size=voxel_size, origin=origin, nstart=nstart)
 
@@ -991,9 +995,8 @@ def read_pairs(folder: str | Path, task: str, voxel_size: float) -> list[Pair]:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{folder / PAIRS}: wants the columns map, model, resolution (Å); this row is {row}") from None
         source, model = resample(read_map(map_file), voxel_size), read_model(model_file)
-        start = [o + n * v for o, n, v in zip(source.origin, source.nstart, source.voxel_size)]
         wanted = molmap(model.xyz, model.atomic_number, 1.8 if task == "superres" else resolution,
-                        voxel_size=source.voxel_size, shape=source.density.shape, origin=start)[0]
+                        voxel_size=source.voxel_size, shape=source.density.shape, origin=source.corner)[0]
         if not wanted.max() > 0:
             raise ValueError(f"{model_file}: none of its atoms lies in {map_file}; they must share one frame")
         pair = torch.stack([normalise(x, 0, 1)[0] for x in (source.density, wanted)]).half()

@@ -874,7 +874,7 @@ def compare_model(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], li
     """A map and an atomic model: numbers, curve, notes, and a row (label, atoms, CC, Q-score) per residue."""
     (m,), voxel_size = read_maps(args)
     density, model, notes = m.density, read_model(args.model), []
-    first = torch.tensor([o + i * v for o, i, v in zip(m.origin, m.nstart, m.voxel_size)], dtype=torch.float64)
+    first = torch.tensor(m.corner, dtype=torch.float64)
     at = (model.xyz.flip(1) - first) / torch.tensor(m.voxel_size, dtype=torch.float64)
     inside = ((at >= 0) & (at <= torch.tensor(density.shape) - 1)).all(1)
     if not inside.any():

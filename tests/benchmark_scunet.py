@@ -61,12 +61,11 @@ def real(folder: Path):
         path = next(p for p in sorted(folder.iterdir()) if p.name == row["file"] or p.name.startswith(row["file"] + ".mrc"))
         m = data.resample(data.read_map(path), 1.0)
         model = fsc.read_model(folder / row["model_file"])
-        origin = tuple(o + n * v for o, n, v in zip(m.origin, m.nstart, m.voxel_size))
-        at = (model.xyz.flip(1) - torch.tensor(origin)) / torch.tensor(m.voxel_size)
+        at = (model.xyz.flip(1) - torch.tensor(m.corner)) / torch.tensor(m.voxel_size)
         inside = ((at >= 0) & (at <= torch.tensor(m.density.shape) - 1)).all(1) & (model.atomic_number > 1)
         atoms = {name: getattr(model, name)[inside] for name in ("xyz", "atomic_number", "b_iso")}
         yield path.name.split(".")[0], m.density, None, atoms, float(row["resolution_A"]), \
-            dict(voxel_size=m.voxel_size, shape=tuple(m.density.shape), origin=origin)
+            dict(voxel_size=m.voxel_size, shape=tuple(m.density.shape), origin=m.corner)
 
 
 def b_factor_sharpened(x, resolution: float, voxel_size: float):
