@@ -941,11 +941,16 @@ def simulated_pair(task: str, xyz: Tensor, atomic_number, b_factor: Tensor, reso
     return apply_fourier(wanted + noise, region), wanted
 
 
+def pair_crops(pair: Tensor, box: int, count: int, generator: Generator) -> list[Tensor]:
+    """Cubes of a pair (2, D, H, W), half of them around points of the molecule, half anywhere: solvent is to be learnt too."""
+    mask = density_mask(pair[1])
+    return [random_crop(pair, box, generator, mask if uniform(0, 1, generator) < 0.5 else None) for _ in range(count)]
+
+
 class SimulatedPairs(torch.utils.data.Dataset):
     """Pairs from models: item i is (crops, 2, crop, crop, crop), `simulated_pair` on [0, 1].
 
-    A function of (seed, i), of a random structure at a resolution uniform in `resolution` (Å). Crops are cut around points of
-    the molecule.
+    A function of (seed, i), of a random structure at a resolution uniform in `resolution` (Å).
     """
     def __init__(self, structures, *, task: str, crop: int, crops: int, box: int, voxel_size: float,
                  resolution: tuple[float, float], missing: str = "wedge", seed: int = 0):
@@ -959,8 +964,7 @@ class SimulatedPairs(torch.utils.data.Dataset):
         pair = simulated_pair(self.task, xyz, structure.atomic_number, b, uniform(*self.resolution, g), g, missing=self.missing,
                               voxel_size=self.voxel_size, shape=(self.box,) * 3, origin=-self.voxel_size * (self.box // 2))
         pair = torch.stack([normalise(x, 0, 1)[0] for x in pair])
-        mask = density_mask(pair[1])
-        crops = [random_crop(pair, self.crop, g, mask) for _ in range(self.crops)]
+        crops = pair_crops(pair, self.crop, self.crops, g)
         # A wedge has an orientation: there, the atoms alone are turned.
         return torch.stack(crops if self.task == "wedge3d" else [mirror_or_not(x, g) for x in crops])
 
@@ -1012,8 +1016,7 @@ class MapPairs(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> Tensor:
         g = item_generator(self.seed, i)
         pair = pad(self.pairs[_randint(len(self.pairs), g)].maps.float(), self.crop)
-        mask = density_mask(pair[1])
-        return torch.stack([mirror_or_not(random_crop(pair, self.crop, g, mask), g) for _ in range(self.crops)])
+        return torch.stack([mirror_or_not(x, g) for x in pair_crops(pair, self.crop, self.crops, g)])
 
     def __len__(self) -> int:
         return ENDLESS

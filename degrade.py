@@ -9,7 +9,7 @@
     P(k) = alpha(k) P(|k|) / mean of alpha over the shell                                    (6)
     image(x, y) = integral dz V(R (x, y, z)^T)                                               (7)
     (F image)(kx, ky) = (F V)(R (kx, ky, 0)^T),  R = Rz(rot) Ry(tilt) Rz(psi)                (8)
-    deposited = lowpass(rho + solvent + n),  E|F n|^2 = alpha(k) S(1/R) (R |k|)^-u           (9)
+    deposited = lowpass(e^(B |k|^2 / 4) (rho + solvent + n)),  E|F n|^2 = alpha(k) S(1/R) (R |k|)^-u     (9)
 
 (1): ChimeraX `molmap`, with B-factors. (2): Dynamo, IMOD, IsoNet2, RELION 5. (3): CryoLVM, the
 formula as printed. (4): CryoFM (arXiv:2410.08631) appendix E.1, Algorithm 2's A. (5): CryoFM eq. 3
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsc import freq_grid, fsc, triple
+from fsc import freq_grid, fsc, radius, triple
 
 XYZ = (-3, -2, -1)                                              # the spatial axes of (..., D, H, W)
 
@@ -331,7 +331,8 @@ def deposited(xyz: Tensor, atomic_number, resolution: float, *, voxel_size: floa
     rho is the model at 1.8 Å with B-factors that vary smoothly from place to place, 4 to 12 R^2: amplitudes at 1/R fall to
     e^-1 .. e^-3, local resolution varies. solvent: smooth density outside the molecule, 2 to 8 % of the maximum. n: at 1/R
     as strong as the signal, so that FSC is 0.5 there; u in 0..1; in every second map stronger in directions that too few
-    particles were seen from. Every second map is cut out softly 4 to 8 Å around the model, as segments are.
+    particles were seen from. Every second map is sharpened, as depositors do, signal and noise alike: B from 0 to the mean
+    8 R^2 by which the signal fell. Every second map is cut out softly 4 to 8 Å around the model, as segments are.
 
     xyz (A, 3), atomic_number (A,), b_factor (A,) in Å^2 and the grid as in `molmap`; resolution R in Å.
     """
@@ -356,7 +357,11 @@ def deposited(xyz: Tensor, atomic_number, resolution: float, *, voxel_size: floa
         rotations = torch.zeros(64, 3, 3)
         rotations[:, :, 2] = z                                                  # only the beam matters
         power = anisotropic_noise_power(power, orientation_alpha(rotations, shape, limit=draw(2, 10)))
-    x = lowpass(add_spectral_noise(x, power, generator=generator), resolution, voxel_size)
+    x = add_spectral_noise(x, power, generator=generator)
+    if draw(0, 1) < 0.5:
+        k2 = (radius(shape, voxel_size) / (min(shape) * voxel_size)) ** 2
+        x = apply_fourier(x, torch.exp(draw(0, 8) * resolution ** 2 / 4 * k2.clamp(max=1 / resolution ** 2)))
+    x = lowpass(x, resolution, voxel_size)
     if draw(0, 1) < 0.5:
         x = x * (near * 4).clamp(max=1)
     return x

@@ -176,7 +176,7 @@ TINY = dict(net=model_scunet.PRESETS["tiny"], predictor=jepa.PRESETS["tiny"], al
             decay=0.5, ema_decay=0.99, micro_batch=16, workers=0, log_every=20, save_every=100, eval_every=100)
 MASKED = TINY | dict(steps=500, batch=16, crop=24, crops_per_map=4, warmup=20)
 for name, settings in {"jepa": MASKED | dict(lr=3e-4, momentum=0.998), "mae": MASKED,
-                       "sharpen": TINY | dict(steps=900), "superres": TINY | dict(steps=450),
+                       "sharpen": TINY | dict(steps=2800, resolution_min=2.5), "superres": TINY | dict(steps=450),
                        "wedge3d": TINY | dict(steps=700, batch=8, crop=24, crops_per_map=4)}.items():
     PRESETS[f"tiny-{name}"] = replace(PRESETS[name], **settings)
 
@@ -309,7 +309,7 @@ def datasets(cfg: TrainConfig, say=print):
     if cfg.objective != "flow":                          # to pre-train, deposited maps: the first of a pair
         task = cfg.objective if cfg.objective in RESTORATIONS else "sharpen"
         simulate = lambda part, seed: data.SimulatedPairs(
-            part, task=task, crop=cfg.crop, crops=cfg.crops_per_map, box=5 * cfg.crop // 3, voxel_size=cfg.voxel_size,
+            part, task=task, crop=cfg.crop, crops=cfg.crops_per_map, box=2 * cfg.crop, voxel_size=cfg.voxel_size,
             resolution=(cfg.resolution_min, cfg.resolution_max), missing=cfg.missing, seed=seed)
     if cfg.data == "procedural":
         return tuple(simulate(data.ProceduralChains(seed), seed) for seed in (cfg.seed, cfg.seed + 1))
@@ -659,16 +659,20 @@ def main(argv=None) -> None:
         train_set, batch_size=maps, sampler=items, num_workers=cfg.workers, pin_memory=cuda,
         prefetch_factor=8 if cfg.workers else None, worker_init_fn=ignore_signals))
 
+    whole = ema
+    if cfg.objective == "jepa":                          # its encoder in a network, whose decoder nothing has taught yet
+        whole = SCUNet(cfg.net)
+        whole.encoder = ema.encoder
+
     def save(step):
         shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
         training = dict(net=net.state_dict(), optimizers=[optimizer.state_dict() for optimizer in opts], step=step,
                         plateau=plateau and plateau.state_dict(), flags=asdict(cfg))
-        whole, name = ema, "prior.pt"
+        name = "prior.pt"
         if cfg.objective != "flow":
             shared["task"], name = cfg.objective, f"{cfg.objective}.pt"
-        if cfg.objective == "jepa":                      # the encoder in its network, which has no decoder yet
-            whole, training["target"] = SCUNet(cfg.net), ema.state_dict()
-            whole.encoder = ema.encoder
+        if cfg.objective == "jepa":
+            training["target"] = ema.state_dict()
         checkpoint.save(out / "checkpoint.pt", whole, **shared, training=training)
         checkpoint.save(out / name, whole, **shared, half=True)
 

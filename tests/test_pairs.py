@@ -46,18 +46,33 @@ def test_a_deposited_map_holds_nothing_beyond_its_resolution_but_what_its_mask_s
     for x in deposits(structure, 4.0):
         power = torch.fft.fftn(x.double()).abs() ** 2
         shares.append(float(power[beyond].sum() / power.sum()))
-    assert sum(share < 1e-9 for share in shares) == 5 and max(shares) < 1e-3           # 5 of these 12 are not masked
+    # 4 of these 12 are cut out by a mask, which spreads what lies at the edge of the low-pass, most of it in a sharpened map.
+    assert sum(share < 1e-9 for share in shares) == 8 and max(shares) < 2e-3
 
 
 def test_amplitudes_of_a_deposited_map_fall_by_e_to_3_at_its_resolution_at_most(structure, monkeypatch):
-    # Without noise and solvent; molmap at 1.8 Å has a decay of its own.
+    # Without noise, solvent and sharpening (the draw from 0 to 8); molmap at 1.8 Å has a decay of its own.
     monkeypatch.setattr(degrade, "add_spectral_noise", lambda x, power, generator: x)
+    draw = degrade.uniform
+    monkeypatch.setattr(degrade, "uniform", lambda low, high, generator: draw(low, 0 if high == 8 else high, generator))
     xyz = torch.from_numpy(structure.xyz)
     clean = degrade.radial_power(degrade.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0])
     shell = 11                                           # just below 1 / 4 Å: floor shells
     fall = [float((degrade.radial_power(x)[shell] / clean[shell] / (degrade.radial_power(x)[1] / clean[1])).sqrt())
             for x in deposits(structure, 4.0)]
     assert all(np.exp(-3.2) < f < np.exp(-0.8) for f in fall)
+
+
+def test_a_sharpened_deposited_map_is_the_other_with_each_coefficient_raised_by_the_b_factor(structure, monkeypatch):
+    def deposit(b):                                      # 0 to 1: noise exponent, no preferred views, sharpened, not cut out
+        draws = iter([0.5, 0.9, 0.1, 0.9])
+        monkeypatch.setattr(degrade, "uniform", lambda low, high, generator: next(draws) if high == 1 else b if high == 8 else high)
+        return torch.fft.fftn(deposits(structure, 4.0, 1)[0].double())
+    shell = fsc.radius((48,) * 3)
+    inside = shell < 48 / 4.0 - 1.5                      # before the low-pass begins to fall
+    want = torch.exp(6 * 4.0 ** 2 / 4 * (shell / 48) ** 2)
+    flat, raised = deposit(0), deposit(6)
+    assert float((raised - want * flat)[inside].abs().max() / raised[inside].abs().max()) < 1e-5
 
 
 def test_deposited_is_a_function_of_its_generator(structure):
@@ -96,6 +111,13 @@ def test_a_crop_shows_both_halves_of_a_pair_alike_on_0_to_1_in_its_molecule(stru
         assert x.shape == (3, 2, 16, 16, 16) and torch.equal(x[:, 0], x[:, 1])
         assert float(x.min()) >= 0 and float(x.max()) <= 1 and all(float(crop.max()) > 0.1 for crop in x)
     assert torch.equal(pairs[0], pairs[0]) and not torch.equal(pairs[0], pairs[1])
+
+
+def test_half_of_the_crops_are_cut_anywhere_so_that_solvent_is_learnt_too():
+    pair = torch.zeros(2, 64, 64, 64)
+    pair[:, 4:8, 30:34, 50:54] = 1                        # cut anywhere, fewer than 1 crop of 16^3 in 60 shows it
+    crops = data.pair_crops(pair, 16, 400, torch.Generator().manual_seed(0))
+    assert 170 < sum(float(x.max()) > 0 for x in crops) < 235
 
 
 def test_crops_of_a_wedge_pair_keep_their_orientation_for_the_wedge_has_one(structure, monkeypatch):
