@@ -14,6 +14,7 @@ Erratum: Algorithm 3 prints x_t - v and + lambda g, which climbs the loss; (a5) 
 Not stated: the weight of (a3) beside (a1); ours divides it by sg(|p|^2), so that both terms lie within [-1, 1].
 Departure: the pose search leaves the mean of images out of (a1): it is the same in every projection, and says nothing.
 """
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -321,6 +322,16 @@ def align(a: Tensor, b: Tensor) -> Aligned:
     return Aligned(moved, cor == found[1][0], cor)
 
 
+@contextlib.contextmanager
+def opened(path: Path, **how):
+    """mrcfile.open, whose errors do not name the file."""
+    try:
+        with mrcfile.open(path, **how) as file:
+            yield file
+    except (ValueError, EOFError, OSError) as error:     # no MRC file, cut short, a damaged .gz
+        raise ValueError(f"{path}: {error}") from None
+
+
 def read_stack(path: str | Path, voxel_size: float | None = None) -> data.Map:
     """A stack of square images (.mrcs, or space group 0 with MZ = 1): density is (P, N, N), background 0, protein bright.
 
@@ -330,22 +341,23 @@ def read_stack(path: str | Path, voxel_size: float | None = None) -> data.Map:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with mrcfile.open(path, header_only=True) as file:   # raises ValueError if it is no MRC file
+    with opened(path, header_only=True) as file:
         P, *sides = (int(file.header[n]) for n in ("nz", "ny", "nx"))
-        group, mz, voxel = int(file.header.ispg), int(file.header.mz), float(file.voxel_size.x)
+        group, mz, mode, voxel = int(file.header.ispg), int(file.header.mz), int(file.header.mode), float(file.voxel_size.x)
     name = path.name.lower().removesuffix(".gz").removesuffix(".bz2")
     voxel = voxel if voxel_size is None else voxel_size
     for wrong, message in (
-            (not (name.endswith(".mrcs") or (group == 0 and mz == 1 and P > 1)),
-             f"a volume of {P} x {sides[0]} x {sides[1]} voxels where a stack of projections is wanted; if it is one, name it .mrcs"),
+            (mode in (3, 4), "complex numbers; give images, not their transforms"),
             (P < 2, "a single image; ab initio wants two projections or more"),
+            (not (name.endswith(".mrcs") or (group == 0 and mz == 1)),
+             f"a volume of {P} x {sides[0]} x {sides[1]} voxels where a stack of projections is wanted; if it is one, name it .mrcs"),
             (P > MAX_PROJECTIONS, f"{P} projections; give at most {MAX_PROJECTIONS}, such as class averages or a random part"),
             (sides[0] != sides[1], f"images of {sides[0]} x {sides[1]} pixels; crop them to squares"),
             (sides[0] < 24, f"images of {sides[0]} pixels; 24 or more are wanted"),
             (not 0 < voxel < math.inf, f"the header's voxel size is {voxel:g} Å; give the true one with --voxel-size")):
         if wrong:
             raise ValueError(f"{path}: {message}")
-    with mrcfile.open(path) as file:
+    with opened(path) as file:
         images = torch.from_numpy(file.data.astype("float32")).reshape(P, *sides)
     if not images.isfinite().all() or (images.amin((1, 2)) == images.amax((1, 2))).any():
         raise ValueError(f"{path}: an image holds NaN or infinite values, or is flat; take it out of the stack")
@@ -356,15 +368,15 @@ def read_stack(path: str | Path, voxel_size: float | None = None) -> data.Map:
     return data.Map(images, voxel)
 
 
-METHODS = {"prior": dict(steps=20, t_start=0.4, iterations=3), "paper": dict(steps=200, **TABLE_6["10345"])}
+METHODS = {"prior": dict(steps=20, t_start=0.4, iterations=3), "paper": dict(steps=200)}
 
 
 def samples_of(velocity: Velocity, prior: Prior, images: Tensor, method: str, *, samples: int, seed: int, max_shift: float,
-               steps: int | None = None, tick=lambda: None):
+               steps: int | None = None, losses: str = "10345", tick=lambda: None):
     """Yields (method, density (N, N, N)) from images (P, N, N) at the prior's voxel size, all in one frame and hand.
 
-    method: "prior", before whose samples comes ("classical", density); "classical", that alone; "paper". Sample i depends on
-    (seed, i) alone.
+    method: "prior", before whose samples comes ("classical", density); "classical", that alone; "paper", with the `losses` of a
+    row of TABLE_6. Sample i depends on (seed, i) alone.
     """
     radius = images.shape[-1] // 2 - 1
     settings = METHODS.get(method, {}) | ({"steps": steps} if steps else {})
@@ -372,7 +384,7 @@ def samples_of(velocity: Velocity, prior: Prior, images: Tensor, method: str, *,
     if method == "paper":
         frame = None
         for g in seeds:
-            x = algorithm_3(velocity, prior, images, g, max_shift=max_shift, radius=radius, tick=tick, **settings)
+            x = algorithm_3(velocity, prior, images, g, max_shift=max_shift, radius=radius, tick=tick, **settings, **TABLE_6[losses])
             x = x if frame is None else align(x, frame).density
             frame = x if frame is None else frame
             yield "paper", x

@@ -329,7 +329,8 @@ def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
             raise ValueError(f"{tuple(a.density.shape)} voxels of {a.voxel_size[2]:g} Å, but {b.path} has "
                              f"{tuple(b.density.shape)} of {b.voxel_size[2]:g} Å; half maps share one grid")
     else:
-        curve = read_fsc(args.noise_from_fsc, here) if args.noise_from_fsc else torch.full((here[-1] // 2,), args.snr / (1 + args.snr))
+        snr = args.snr if args.snr else 2 / (1 / read_fsc(args.noise_from_fsc, sources[0]) - 1)       # (5) of degrade.py; the map is
+        curve = torch.as_tensor(snr / (1 + snr)).double().expand(here[-1] // 2)                      # the mean of two halves
     powers, signal, curve = noise_and_signal([m.density for m in sources], curve)
     grid = lambda power, m: power_on_grid(args, power, m)
     average = torch.stack([m.density for m in sources]).mean(0)
@@ -338,7 +339,7 @@ def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
     shown = {"input" if len(sources) == 1 else "average": average, "Wiener": classical, "Wiener, positive": classical.clamp(min=0)}
     method = choose(args, sources[0], prior, "wiener")
     resolution = float(fsc.resolution(torch.cat([curve.new_ones(1), curve]), sources[0].voxel_size[2], box=here[-1]))
-    report = dict(method=method, fsc_of_halves=curve.tolist(), resolution_0143=resolution)
+    report = dict(method=method, fsc=curve.tolist(), resolution_0143=resolution)
     if method == "wiener":
         maps = {"": classical.clamp(min=0)}
         return Result(maps, {"": average}, shown | {"restored": maps[""]}, report)
@@ -373,8 +374,8 @@ def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
 
 
 def noise_and_signal(maps: list[Tensor], curve: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Of two half maps (D, H, W), or of one map and the FSC of its halves, in shells 1 .. W//2: the noise power of each map,
-    the power S of the signal in them, (8), both in |F|^2, and the FSC."""
+    """In shells 1 .. W//2: the noise power of each map (D, H, W), the power S of the signal in them, (8), both in |F|^2, and the
+    FSC. Of two half maps; or of one and its curve, signal over signal and noise. Raises ValueError if there is no signal."""
     if curve is None:
         a, b = maps
         curve = fsc.fsc(a, b, convention="cryofm")[1:]
@@ -384,6 +385,8 @@ def noise_and_signal(maps: list[Tensor], curve: Tensor | None = None) -> tuple[l
     # No signal from the first shell on that the halves do not share: P_y - P would be noise. RELION: 0.0001; at 15 Å 0.05 is better.
     shared = (curve >= 0.05).long().cumprod(0)
     signal = torch.stack([degrade.radial_power(x) - P for x, P in zip(maps, powers)]).mean(0).clamp(min=0) * shared
+    if not signal.any():
+        raise ValueError("no signal: the FSC is below 0.05 in the first shell already")
     return powers, signal, curve
 
 
@@ -417,6 +420,9 @@ def likelihood(args: argparse.Namespace, sources: list[data.Map], prior: Prior) 
     nats per voxel, the lower, the less expected.
     """
     source, = sources
+    if max(source.voxel_size) > 2 * prior.voxel_size:
+        raise ValueError(f"voxels of {max(source.voxel_size):g} Å hold none of the detail that this prior gives a likelihood to; "
+                         f"it is one of {prior.voxel_size:g} Å")
     work = data.resample(source, prior.voxel_size)
     x, _ = data.normalise(work.density, prior.mean, prior.std)
     count = [math.ceil(n / prior.box) for n in x.shape]
@@ -448,7 +454,7 @@ def likelihood(args: argparse.Namespace, sources: list[data.Map], prior: Prior) 
 def generate(args: argparse.Namespace, prior: Prior) -> None:
     """--task generate: --samples densities of --box voxels a side from noise alone; OUT, OUT_2, ... and a contact sheet."""
     box = args.box or prior.box
-    out = Path(args.out or "generate.mrc")
+    out = output(args, Path("generate.mrc"))
     paths = [out.with_name(f"{stem(out)}{f'_{i + 1}' * (i > 0)}.mrc") for i in range(args.samples)]
     refuse_existing(args, paths)
     steps = args.steps or 50
@@ -480,17 +486,21 @@ def generate(args: argparse.Namespace, prior: Prior) -> None:
 def ab_initio(args: argparse.Namespace, prior: Prior) -> None:
     """--task abinitio: a density from a stack of projections (abinitio.py), the classical one beside it."""
     path, begin = Path(args.maps[0]), time.perf_counter()
-    out = Path(args.out) if args.out else path.with_name(f"{stem(path)}_abinitio.mrc")
+    out = output(args, path.with_name(f"{stem(path)}_abinitio.mrc"))
     refuse_existing(args, [out, out.with_name(f"{stem(out)}_std.mrc")], [path])
     stack = abinitio.read_stack(path, args.voxel_size)
     (P, N, _), voxel_size = stack.density.shape, stack.voxel_size[2]
     n = max(24, round(N * voxel_size / prior.voxel_size))
+    truth_path = Path(args.truth) if args.truth else path.with_name(f"{stem(path)}_truth.mrc")
+    truth = data.resample(data.read_map(truth_path), N * voxel_size / n).density if args.truth or truth_path.exists() else None
+    if truth is not None and truth.shape != (n,) * 3:
+        raise ValueError(f"{truth_path}: not a cube of the images' side, {N * voxel_size:g} Å")
     images = data.fourier_resample(stack.density, (P, n, n))
     method = {"auto": "prior", "classical": "classical"}.get(args.method, args.method)
     say(args, f"{path}: {P} projections of {N} x {N} pixels of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
-    settings = dict(max_shift=args.max_shift / (N * voxel_size / n), seed=args.seed)
+    settings = dict(max_shift=args.max_shift / (N * voxel_size / n), seed=args.seed, losses=args.losses)
     moments, tick = Moments(), Progress(args, 10 + args.samples * (args.steps or abinitio.METHODS.get(method, {"steps": 0})["steps"]))
-    velocity = lambda x, t, g: tiled_velocity(prior, x[None], t, [g])[0]
+    velocity = lambda x, t, g: tiled_velocity(prior, x[None].to(args.device), t, [g])[0].to(x.device)
     found = abinitio.samples_of(velocity, prior, images, method, samples=args.samples, steps=args.steps, tick=tick, **settings)
     shown = {}
     for name, x in found:
@@ -501,11 +511,7 @@ def ab_initio(args: argparse.Namespace, prior: Prior) -> None:
     shown["restored"] = moments.mean
     maps = {"": moments.mean} | ({"_std": moments.std()} if moments.count > 1 else {})
     report, scores = dict(task="abinitio", method=method, projections=P, box=[n] * 3, voxel_size=stack.voxel_size), {}
-    truth_path = Path(args.truth) if args.truth else path.with_name(f"{stem(path)}_truth.mrc")
-    if args.truth or truth_path.exists():
-        truth = data.resample(data.read_map(truth_path), N * voxel_size / n).density
-        if truth.shape != (n,) * 3:
-            raise ValueError(f"{truth_path}: not a cube of the images' side, {N * voxel_size:g} Å")
+    if truth is not None:
         aligned = {name: abinitio.align(x, truth) for name, x in shown.items()}
         shown = {name: a.density for name, a in aligned.items()}
         report["mirrored"] = {name: a.mirrored for name, a in aligned.items()}
@@ -549,23 +555,33 @@ def power_on_grid(args: argparse.Namespace, power: Tensor, m: data.Map) -> Tenso
     return degrade.anisotropic_noise_power(power, 1 + (args.alpha - 1) * ~measured_by(m, args))
 
 
-def read_fsc(path: str, shape) -> Tensor:
-    """Shells 1 .. W//2 of an FSC: the first curve of a .csv of fsc.py, or one number per line from shell 1 on."""
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
-    table = lines[0].startswith("shell,")
+def read_fsc(path: str, m: data.Map) -> Tensor:
+    """FSC of half maps in shells 1 .. W//2 of a map's noise power, inside of 0..1: of a .csv of fsc.py the curve without a mask, at
+    each shell's middle; or one number per line from shell 1 on."""
+    n = m.density.shape[-1] // 2
     try:
-        curve = torch.tensor([float(line.split(",")[3] if table else line) for line in lines[2 if table else 0:]])
+        lines = [line.split(",") for line in Path(path).read_text().splitlines() if line.strip()]
+        if table := lines[0][0] == "shell":
+            column = lines[0].index("unmasked") if "unmasked" in lines[0] else 3
+            s, curve = np.array([(float(line[1]), float(line[column])) for line in lines[1:]]).T
+            curve = np.interp((np.arange(n) + 0.5) / (2 * n * m.voxel_size[2]), s, curve)
+        else:
+            curve = np.array([float(line) for line, in lines])
     except (ValueError, IndexError):
         raise ValueError(f"{path}: neither a .csv of fsc.py nor one FSC value per line") from None
-    if len(curve) != shape[-1] // 2 or not curve.isfinite().all():
-        raise ValueError(f"{path}: {len(curve)} shells; a box of {shape[-1]} needs shells 1 to {shape[-1] // 2}")
-    return curve.double()
+    if len(curve) != n or not np.isfinite(curve).all():
+        raise ValueError(f"{path}: {len(curve)} shells; a box of {m.density.shape[-1]} needs shells 1 to {n}")
+    return torch.from_numpy(curve).clamp(1e-6, 1 - 1e-6)
 
 
 def read_orientations(path: str) -> Tensor:
     """Particle rotations (P, 3, 3) from a RELION star file, or from lines of rot, tilt, psi in degrees."""
     wanted, header, rows = ["_rlnAngleRot", "_rlnAngleTilt", "_rlnAnglePsi"], [], []
-    for line in Path(path).read_text().splitlines():
+    try:
+        lines = Path(path).read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: no text, but {' '.join(wanted)} are wanted") from None
+    for line in lines:
         words = line.split()
         if words and words[0].startswith(("data_", "loop_")):
             if rows and set(wanted) <= set(header):
@@ -580,8 +596,8 @@ def read_orientations(path: str) -> Tensor:
         angles = torch.tensor([[float(row[c]) for c in columns] for row in rows]).double()
     except (ValueError, IndexError):
         raise ValueError(f"{path}: neither a RELION star file with {', '.join(wanted)} nor lines of rot, tilt, psi") from None
-    if not len(angles):
-        raise ValueError(f"{path}: no orientations in it")
+    if not len(angles) or not angles.isfinite().all():
+        raise ValueError(f"{path}: no orientations in it, or angles that are no numbers")
     return degrade.euler_matrix(angles)
 
 
@@ -706,7 +722,7 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--model", choices=("hdit", "scunet"), help="hdit: the flow prior (default); scunet: CryoLVM's fine-tuned network, for "
                                                                  "wedge (sharpen and superres know no other)")
     cli.add_argument("-o", "--out", metavar="OUT", help="the map to write, or a folder (default: IN_TASK.mrc beside IN)")
-    cli.add_argument("--tilt-range", nargs=2, type=float, default=(-60, 60), metavar=("MIN", "MAX"), help="degrees (default: -60 60)")
+    cli.add_argument("--tilt-range", nargs=2, type=float, metavar=("MIN", "MAX"), help="degrees (default: -60 60)")
     cli.add_argument("--tilt-axis", choices="xyz", default="y", help="the beam is along z (for axis z: along x)")
     cli.add_argument("--method", choices=("auto", "prior", "paper", "pocs", "wiener", "classical"), default="auto",
                      help="prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise), classical (abinitio): no network; "
@@ -715,7 +731,7 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--samples", type=int, default=4, help="posterior samples; their mean is the result, their spread IN_TASK_std.mrc")
     cli.add_argument("--noise", type=float, help="wedge: standard deviation of the noise in IN, as a fraction of the map's maximum "
                                                  "(its 99.999 percentile; default: estimated)")
-    cli.add_argument("--noise-from-fsc", metavar="FSC", help="denoise one map: the FSC of its halves, a .csv of fsc.py")
+    cli.add_argument("--noise-from-fsc", metavar="FSC", help="denoise one map, the mean of two halves: their FSC, a .csv of fsc.py")
     cli.add_argument("--snr", type=float, help="denoise one map: signal power over noise power in every shell")
     cli.add_argument("--alpha", type=float, default=50, help="anisotropic: noise power outside of --tilt-range, relative to inside")
     cli.add_argument("--orientations", metavar="FILE", help="anisotropic: particle orientations, .star or lines of rot tilt psi")
@@ -723,6 +739,7 @@ def parse(argv=None) -> argparse.Namespace:
     cli.add_argument("--box", type=int, help="generate: voxels per side (default: the prior's)")
     cli.add_argument("--solver", choices=flow.SOLVERS, default="heun", help="generate")
     cli.add_argument("--max-shift", type=float, default=6, help="abinitio: how far, in Å, the particles may be off the images' centres")
+    cli.add_argument("--losses", choices=abinitio.TABLE_6, default="10345", help="abinitio --method paper: a row of the paper's Table 6")
     cli.add_argument("--stride", type=int, default=12, help="scunet: voxels from tile to tile")
     cli.add_argument("--fusion", choices=WINDOWS, default="gaussian", help="scunet: weights of overlapping tiles")
     cli.add_argument("--percentile", type=float, default=99.999, help="scunet: densities are clipped to 0 and this one, and divided by it")
@@ -749,6 +766,19 @@ def parse(argv=None) -> argparse.Namespace:
         raise ValueError(f"--steps {args.steps} and --samples {args.samples} must be at least 1")
     if args.noise is not None and not 0 <= args.noise < 10:
         raise ValueError(f"--noise {args.noise}: a fraction of the map's maximum, 0 or more")
+    if not 0 <= args.max_shift < math.inf:
+        raise ValueError(f"--max-shift {args.max_shift:g}: 0 or more Å")
+    if args.box is not None and args.box < 1:
+        raise ValueError(f"--box {args.box}: at least one voxel")
+    if args.mask and args.task in ("generate", "abinitio", "likelihood"):
+        raise ValueError(f"--mask: --task {args.task} changes no map")
+    if args.orientations and args.task != "anisotropic":
+        raise ValueError(f"--orientations: of --task anisotropic, not of {args.task}")
+    if args.snr and args.noise_from_fsc:
+        raise ValueError("--snr and --noise-from-fsc: give one of them")
+    if args.task == "anisotropic" and not (args.orientations or args.tilt_range):
+        raise ValueError("--task anisotropic wants --tilt-range with --alpha, or --orientations")
+    args.tilt_range = args.tilt_range or (-60, 60)
     for name in ("voxel_size", "snr", "alpha", "tolerance"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -774,6 +804,14 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
+READABLE = tuple(end + packing for end in data.SUFFIXES for packing in ("", ".gz", ".bz2"))
+
+
+def output(args: argparse.Namespace, default: Path) -> Path:
+    """-o, in which a folder stands for the default name in it."""
+    return default if args.out is None else Path(args.out) / default.name if Path(args.out).is_dir() else Path(args.out)
+
+
 def stem(path: Path) -> str:
     name = path.name
     for end in (".gz", ".bz2", ".mrcs", *data.SUFFIXES):
@@ -783,7 +821,6 @@ def stem(path: Path) -> str:
 
 def inputs(args: argparse.Namespace) -> list[tuple[list[Path], Path]]:
     """Every (maps of one run, output) of the command line. Raises ValueError if two runs would share one output."""
-    readable = tuple(end + packing for end in data.SUFFIXES for packing in ("", ".gz", ".bz2"))
     groups = []
     if args.task in ("denoise", "anisotropic"):
         groups = [list(map(Path, args.maps))]
@@ -792,14 +829,13 @@ def inputs(args: argparse.Namespace) -> list[tuple[list[Path], Path]]:
         for path in map(Path, args.maps):
             inside = [path]
             if path.is_dir():
-                inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(readable) and not stem(p).endswith(ours))
+                inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(READABLE) and not stem(p).endswith(ours))
             if not inside:
                 raise ValueError(f"{path}: no map ({', '.join(data.SUFFIXES)}) in this folder")
             groups += [[p] for p in inside]
-    out = Path(args.out) if args.out else None
-    if out and len(groups) > 1 and not out.is_dir():
-        raise ValueError(f"-o {out}: for {len(groups)} inputs give an existing folder")
-    pairs = [(g, out if out and not out.is_dir() else (out or g[0].parent) / f"{stem(g[0])}_{args.task}.mrc") for g in groups]
+    if args.out and len(groups) > 1 and not Path(args.out).is_dir():
+        raise ValueError(f"-o {args.out}: for {len(groups)} inputs give an existing folder")
+    pairs = [(g, output(args, g[0].with_name(f"{stem(g[0])}_{args.task}.mrc"))) for g in groups]
     if len({o for _, o in pairs}) < len(pairs):
         raise ValueError("two inputs have the same name and would overwrite one output; run them apart")
     return pairs
@@ -807,6 +843,10 @@ def inputs(args: argparse.Namespace) -> list[tuple[list[Path], Path]]:
 
 def refuse_existing(args: argparse.Namespace, outputs: list[Path], sources: list[Path] = ()) -> None:
     """outputs: the maps; what `write_report` puts beside the first is looked for, too."""
+    if not outputs[0].parent.is_dir():
+        raise FileNotFoundError(f"{outputs[0].parent}: no such folder; make it first")
+    if not outputs[0].name.lower().endswith(READABLE):
+        raise ValueError(f"{outputs[0]}: maps are written as {', '.join(data.SUFFIXES)}, plain or with .gz, .bz2")
     for p in [*outputs, *(outputs[0].with_name(stem(outputs[0]) + end) for end in (".json", ".png"))]:
         if p.exists() and any(path.exists() and p.samefile(path) for path in sources):
             raise ValueError(f"{p}: is the input, never overwritten; give another name with -o")
@@ -845,7 +885,7 @@ def restore(paths: list[Path], out: Path, prior: Prior, args: argparse.Namespace
     if mask is not None:
         mask = data.fourier_resample(mask, source.density.shape).clamp(0, 1)
         maps = {end: mask * x + (1 - mask) * before[end] if end in before else mask * x for end, x in maps.items()}
-        shown |= {"restored": maps[""]}
+        shown |= {"restored": maps[""]} | ({"posterior mean": maps["_mean"]} if "_mean" in maps else {})
 
     scores = {}
     if truth is not None:                                # compared on its own grid, the map's or the result's

@@ -1,5 +1,6 @@
 """What ab initio promises: losses, poses, volumes from poses, the other hand, Algorithm 3's update, and stacks it refuses."""
 import functools
+import gzip
 import json
 from pathlib import Path
 
@@ -130,7 +131,8 @@ def test_algorithm_3_descends_the_loss_of_its_poses(monkeypatch, density, stack)
 # ---- Stacks
 
 def write(path, array, voxel=3.0, group=None, mz=None):
-    with mrcfile.new(path, np.asarray(array, np.float32), overwrite=True) as f:
+    array = np.asarray(array)
+    with mrcfile.new(path, array if array.dtype.kind == "c" else array.astype(np.float32), overwrite=True) as f:
         f.voxel_size = voxel
         if group is not None:
             f.header.ispg, f.header.mz = group, mz
@@ -155,6 +157,7 @@ def test_a_stack_is_read_with_its_background_at_zero(tmp_path):
     ("a.mrcs", np.random.rand(3, 12, 12), {}, "24 or more"),
     ("a.mrcs", np.random.rand(3, 24, 24), dict(voxel=0), "--voxel-size"),
     ("a.mrcs", np.stack([np.random.rand(24, 24), np.zeros((24, 24))]), {}, "flat"),
+    ("a.mrcs", np.random.rand(4, 24, 24).astype("complex64"), {}, "complex numbers"),
     ("a.mrcs", -np.pad(np.random.rand(3, 8, 8), ((0, 0), (8, 8), (8, 8))), {}, "multiply the images by -1"),
 ])
 def test_a_stack_that_cannot_be_used_is_one_clear_line(tmp_path, name, array, options, says):
@@ -168,9 +171,12 @@ def test_no_file_and_no_mrc_file_are_one_clear_line(tmp_path):
     with pytest.raises(OSError, match="no such file"):
         abinitio.read_stack(tmp_path / "none.mrcs")
     (tmp_path / "text.mrcs").write_text("not a stack" * 200)
-    with pytest.raises(ValueError) as error:
-        abinitio.read_stack(tmp_path / "text.mrcs")
-    assert "\n" not in str(error.value)
+    whole = gzip.compress(write(tmp_path / "good.mrcs", np.random.rand(4, 24, 24)).read_bytes())
+    (tmp_path / "cut.mrcs.gz").write_bytes(whole[:len(whole) // 2])
+    for name in ("text.mrcs", "cut.mrcs.gz"):
+        with pytest.raises(ValueError, match=f"{name}: ") as error:
+            abinitio.read_stack(tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 # ---- The program
@@ -195,10 +201,23 @@ def test_the_program_writes_a_density_on_the_images_grid_and_says_which_hand_it_
     assert report["fsc"]["classical"]["auc"] > 0.8 and min(report["fsc"]["classical"]["whole"][1:6]) > 0.9
 
 
+def test_a_row_of_table_6_reaches_algorithm_3_and_a_folder_its_default_name(tmp_path, monkeypatch):
+    write(tmp_path / "in.mrcs", np.random.default_rng(0).random((3, 24, 24)).astype("f") * abinitio.ball(24)[12].numpy())
+    net, asked = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4)), []
+    checkpoint.save(tmp_path / "p.pt", net, voxel_size=3.0, box=24, mean=0.05, std=0.13)
+    monkeypatch.setattr(abinitio, "algorithm_3", lambda *a, **k: asked.append(k) or torch.zeros(24, 24, 24))
+    (tmp_path / "out").mkdir()
+    sampling.main(["--task", "abinitio", str(tmp_path / "in.mrcs"), "--method", "paper", "--losses", "10028", "--samples", "1",
+                   "--ckpt", str(tmp_path / "p.pt"), "-o", str(tmp_path / "out")])
+    assert asked[0]["stop_gradient"] is True and asked[0]["q"] == 0 and (tmp_path / "out/in_abinitio.mrc").exists()
+
+
 def test_the_program_wants_one_stack(tmp_path):
     path = write(tmp_path / "map.mrc", np.random.rand(24, 24, 24), group=1, mz=24)
     for argv, says in (([str(path)], "a volume of 24"), ([str(path)] * 2, "wants one stack; 2 given"), ([], "wants one stack; 0 given"),
-                       ([str(path), "--method", "pocs"], "pocs is no answer to --task abinitio")):
+                       ([str(path), "--method", "pocs"], "pocs is no answer to --task abinitio"),
+                       ([str(path), "--max-shift", "-1"], "--max-shift -1: 0 or more"),
+                       ([str(path), "--mask", str(path)], "--task abinitio changes no map")):
         with pytest.raises(ValueError, match=says):
             sampling.main(["--task", "abinitio", *argv])
     assert [p.name for p in tmp_path.iterdir()] == ["map.mrc"]

@@ -571,14 +571,36 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(tmp_path, run
 
 def test_one_map_is_denoised_by_a_curve_from_fsc_py_or_by_a_ratio(tmp_path, run, halves):
     half = halves[0]
-    rows = "".join(f"{k},{k / 24},{24 / max(k, 1)},0.5,0.1\n" for k in range(9))
-    (tmp_path / "curve.csv").write_text("shell,per_angstrom,angstrom,fsc,other\n" + rows)
+    rows = "".join(f"{k},{k / 24},{24 / max(k, 1)},0.1,0.5\n" for k in range(9))
+    (tmp_path / "curve.csv").write_text("shell,per_angstrom,angstrom,corrected,unmasked\n" + rows)
     run("--task", "denoise", half, "--noise-from-fsc", tmp_path / "curve.csv", "-o", tmp_path / "a.mrc")
-    run("--task", "denoise", half, "--snr", 1, "-o", tmp_path / "b.mrc")        # FSC 0.5
-    assert torch.equal(values(tmp_path / "a.mrc"), values(tmp_path / "b.mrc"))
+    run("--task", "denoise", half, "--snr", 2, "-o", tmp_path / "b.mrc")        # FSC 0.5: each half 1, their mean 2
+    assert close(values(tmp_path / "a.mrc"), values(tmp_path / "b.mrc"), 1e-5)
     run("--task", "denoise", half, "--snr", 9, "-o", tmp_path / "c.mrc")
     difference = lambda name: float((values(tmp_path / name) - values(half)).square().sum())
     assert difference("c.mrc") < difference("b.mrc")                            # less noise, nearer to the input
+
+
+def test_the_fsc_of_the_halves_gives_the_noise_of_their_mean_whatever_the_box(tmp_path, run, monkeypatch):
+    truth, found = molecule((24, 32, 40)), []
+    a, b = (truth + 0.1 * random(truth.shape, i) for i in (1, 2))
+    for name, x in (("a.mrc", a), ("b.mrc", b), ("mean.mrc", (a + b) / 2)):
+        write_mrc(tmp_path / name, x)
+    fsc.main([str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"), "-o", str(tmp_path / "curve"), "--quiet"])
+    monkeypatch.setattr(sampling, "noise_and_signal", lambda *x, f=sampling.noise_and_signal: found.append(f(*x)) or found[-1])
+    run("--task", "denoise", tmp_path / "mean.mrc", "--noise-from-fsc", tmp_path / "curve.csv", "--method", "wiener")
+    (power,), _, _ = found[0]
+    # E|F n|^2 of the mean is N 0.1^2 / 2 in every shell; where a shell has enough coefficients the estimate is within 10 %.
+    assert float((power / (truth.numel() * 0.005) - 1)[8:].abs().max()) < 0.1
+
+
+def test_a_mask_holds_for_the_posterior_mean_and_for_what_is_said_of_it(tmp_path, run):
+    truth = molecule((16, 16, 16))
+    source = write_mrc(tmp_path / "in.mrc", truth + 0.1 * random(truth.shape, 1))
+    write_mrc(tmp_path / "truth.mrc", truth), write_mrc(tmp_path / "nothing.mrc", torch.cat((torch.ones(1, 16, 16), torch.zeros(15, 16, 16))))
+    run(source, "--mask", tmp_path / "nothing.mrc", "--truth", tmp_path / "truth.mrc")
+    said = json.loads((tmp_path / "in_wedge.json").read_text())["fsc"]["posterior mean"]["auc"]
+    assert said == pytest.approx(float(fsc.auc(fsc.fsc(values(tmp_path / "in_wedge_mean.mrc"), truth))), abs=1e-4)
 
 
 def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(tmp_path, run, halves):
@@ -592,7 +614,8 @@ def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(tmp_path
     for (rot, tilt, psi), r in zip(np.deg2rad(angles), R.numpy()):              # the beam, and handedness
         np.testing.assert_allclose(r[:, 2], (np.cos(rot) * np.sin(tilt), np.sin(rot) * np.sin(tilt), np.cos(tilt)), atol=1e-12)
         assert np.linalg.det(r) == pytest.approx(1) and (r.T @ r)[2, :2] == pytest.approx(0)
-    for i, flags in enumerate((("--tilt-range", -45, 45), ("--orientations", tmp_path / "angles.txt"), ("--alpha", 1))):
+    for i, flags in enumerate((("--tilt-range", -45, 45), ("--orientations", tmp_path / "angles.txt"),
+                               ("--tilt-range", -60, 60, "--alpha", 1))):
         run("--task", "anisotropic", *halves, "-o", tmp_path / f"{i}.mrc", *flags)
     run("--task", "denoise", *halves, "-o", tmp_path / "same.mrc")
     assert close(values(tmp_path / "2.mrc"), values(tmp_path / "same.mrc"), 1e-4)          # alpha 1 is isotropic
@@ -648,18 +671,33 @@ def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise(tmp_path,
     (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "short.csv"), "short.csv: 3 shells; a box of 16 needs shells 1 to 8"),
     (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "half1.mrc.txt"), "half1.mrc.txt: neither"),
     (("--task", "denoise", "half1.mrc", "half2.mrc", "--method", "pocs"), "pocs is no answer to --task denoise"),
+    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "empty.csv"), "empty.csv: neither"),
+    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "half2.mrc"), "half2.mrc: neither"),
+    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "short.csv", "--snr", "1"), "--snr and --noise-from-fsc: give one"),
+    (("--task", "denoise", "half1.mrc", "noise.mrc"), "no signal: the FSC is below 0.05"),
+    (("--task", "denoise", "half1.mrc", "half2.mrc", "--orientations", "short.csv"), "--orientations: of --task anisotropic"),
+    (("--task", "anisotropic", "half1.mrc", "half2.mrc"), "anisotropic wants --tilt-range with --alpha, or --orientations"),
     (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--orientations", "half1.mrc.txt"), "half1.mrc.txt: neither a RELION star"),
-    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--alpha", "0"), "--alpha 0: want a positive number"),
+    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--orientations", "half2.mrc"), "half2.mrc: no text"),
+    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--orientations", "nan.txt"), "nan.txt: .*no numbers"),
+    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--tilt-range", "-45", "45", "--alpha", "0"), "--alpha 0: want a positive number"),
+    (("half1.mrc", "-o", "nowhere/a.mrc"), "nowhere: no such folder"), (("half1.mrc", "-o", "a.txt"), "a.txt: maps are written as .mrc"),
+    (("--task", "likelihood", "half1.mrc", "--voxel-size", "12"), "half1.mrc: voxels of 12 Å hold none of the detail"),
+    (("--task", "likelihood", "half1.mrc", "--mask", "half1.mrc"), "--mask: --task likelihood changes no map"),
+    (("--task", "generate", "--box", "0"), "--box 0: at least one"),
     (("half1.mrc", "--mask", "other.mrc"), "other.mrc: .*20.* voxels, but half1.mrc has .*16"),
     (("half1.mrc", "--mask", "half2.mrc"), "half2.mrc: a mask is 0 to 1"),
     (("--task", "generate", "half1.mrc"), "wants no input; 1 given"), ((), "wants a map or more; 0 given")])
 def test_what_a_task_cannot_use_is_said_in_one_line_and_leaves_no_file(tmp_path, run, halves, monkeypatch, argv, message):
     write_mrc(tmp_path / "other.mrc", molecule((20, 20, 20)))
+    write_mrc(tmp_path / "noise.mrc", random((16, 16, 16), 9))
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "nan.txt").write_text("0 90 nan\n")
     (tmp_path / "short.csv").write_text("0.9\n0.5\n0.1\n")
     (tmp_path / "half1.mrc.txt").write_text("not a number\n")
     monkeypatch.chdir(tmp_path)
     before = names(tmp_path)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         run(*argv)
     assert "\n" not in str(caught.value) and names(tmp_path) == before
 
