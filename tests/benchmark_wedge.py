@@ -3,7 +3,8 @@ maps, `python tests/benchmark_wedge.py ../shared/data/maps`.
 
 Each structure is simulated at 3 Å on 64^3 voxels of 1.5 Å, gets white noise (a fraction of its 99.999 percentile) and a tilt
 range of +-60 degrees, and is restored: zeros in the wedge, POCS, one sample, the mean of 4 and of 8. Score: FSC_AUC with the
-truth, over all coefficients and over the missing ones. "kept": the measured coefficients stay as they are.
+truth, over all coefficients and over the missing ones; FSC_0.5 in Å, over all; how many fail (FSC_0.5 beyond 30 Å).
+"kept": the measured coefficients stay as they are.
 
 Each map of a folder loses its wedge and is given to sampling.py, as a user would; score: FSC_AUC with the map itself.
 """
@@ -23,7 +24,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import degrade  # noqa: E402
 import sampling  # noqa: E402
-from fsc import auc, fsc  # noqa: E402
+from fsc import auc, fsc, resolution  # noqa: E402
 
 BOX, VOXEL_SIZE, RESOLUTION = 64, 1.5, 3.0
 
@@ -78,7 +79,7 @@ def main() -> None:
     table = {}
     with open(args.csv, "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["structure", "noise", "result", "auc", "auc_missing", "seconds"])
+        rows.writerow(["structure", "noise", "result", "auc", "auc_missing", "fsc_05", "seconds"])
         for noise in args.noise:
             for i, structure in enumerate(structures, args.first):
                 truth = truth_of(structure)
@@ -100,15 +101,17 @@ def main() -> None:
                         results[f"mean of {k}"] = total / k
                 seconds = time.perf_counter() - begin
                 for name, x in results.items():
-                    scores = float(auc(fsc(x, truth))), float(auc(fsc(x, truth, ~measured)))
+                    curve = fsc(x, truth)
+                    scores = float(auc(curve)), float(auc(fsc(x, truth, ~measured))), float(resolution(curve, VOXEL_SIZE, 0.5))
                     table.setdefault((noise, name), []).append(scores)
                     rows.writerow([structure.label, noise, name, *(f"{v:.4f}" for v in scores), f"{seconds:.1f}"])
                 file.flush()
     print(f"{len(structures)} structures, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {Path(args.ckpt).name} "
-          f"{prior.sha256[:8]}\nFSC_AUC: mean (standard deviation)      whole           missing wedge")
+          f"{prior.sha256[:8]}\nmean (standard deviation)         FSC_AUC, whole   missing wedge   FSC_0.5, Å    failures")
     for (noise, name), scores in table.items():
-        (a, b), (sa, sb) = torch.tensor(scores).mean(0).tolist(), torch.tensor(scores).std(0).tolist()
-        print(f"noise {noise:<5} {name:22} {a:.3f} ({sa:.3f})   {b:.3f} ({sb:.3f})")
+        scores = torch.tensor(scores)
+        columns = "   ".join(f"{mean:.3f} ({sd:.3f})" for mean, sd in zip(scores.mean(0).tolist(), scores.std(0).tolist()))
+        print(f"noise {noise:<5} {name:22} {columns}   {int((scores[:, 2] > 30).sum())}")
 
 
 if __name__ == "__main__":
