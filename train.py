@@ -171,12 +171,12 @@ PRESETS |= {
     "superres": replace(LVM, objective="superres", resolution_min=4.0),                   # 4.3: from 4 to 6 Å
     "wedge3d": replace(LVM, objective="wedge3d", voxel_size=4.0, resolution_min=8.0, resolution_max=15.0),
 }
-# The shipped ones: a small network, half an hour of one CPU core each.
+# The shipped ones: a small network, a quarter of an hour to 80 minutes of one CPU core each.
 TINY = dict(net=model_scunet.PRESETS["tiny"], predictor=jepa.PRESETS["tiny"], alpha=1.0, batch=4, crop=36, lr=1e-3, patience=0,
             decay=0.5, ema_decay=0.99, micro_batch=16, workers=0, log_every=20, save_every=100, eval_every=100)
 MASKED = TINY | dict(steps=500, batch=16, crop=24, crops_per_map=4, warmup=20)
 for name, settings in {"jepa": MASKED | dict(lr=3e-4, momentum=0.998), "mae": MASKED,
-                       "sharpen": TINY | dict(steps=2800, resolution_min=2.5), "superres": TINY | dict(steps=450),
+                       "sharpen": TINY | dict(steps=1900, resolution_min=2.5), "superres": TINY | dict(steps=600),
                        "wedge3d": TINY | dict(steps=700, batch=8, crop=24, crops_per_map=4)}.items():
     PRESETS[f"tiny-{name}"] = replace(PRESETS[name], **settings)
 
