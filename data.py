@@ -25,6 +25,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import io
 import itertools
 import json
 import math
@@ -677,7 +678,7 @@ COLUMNS = ("entry", "skipped", "split", "box", "voxel_size", "maximum", "mean", 
 # What of CryoFM section 4.1 a program can apply to an entry: column of the metadata, the entry stays
 # if; or why not. Columns are those of EMDB's search (README); 4.1's last rule needs the map itself.
 RULES = (
-    ("resolution", lambda text, limit: re.fullmatch(r"[\d.]+", text) and 0 < float(text) < limit,
+    ("resolution", lambda text, limit: re.fullmatch(r"\d+\.?\d*", text) and 0 < float(text) < limit,
      "resolution not stated, or not better than asked"),
     ("structure_determination_method",
      lambda text, _: re.sub("[^a-z]", "", text.lower()) == "singleparticle", "not single particle"),
@@ -692,12 +693,16 @@ def read_metadata(path: str | Path) -> dict[str, dict]:
 
     Raises OSError without the file, ValueError if a column is missing or an id is none.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: no text; wanted is a CSV of EMDB's search") from None
+    with io.StringIO(text, newline="") as file:
         table = csv.DictReader(file)
         wanted = ["emdb_id", *(column for column, _, _ in RULES)]
         if missing := set(wanted) - set(table.fieldnames or ()):
             raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; export {','.join(wanted)}")
-        rows = {row["emdb_id"].strip().lower().replace("-", "_"): row for row in table}
+        rows = {(row["emdb_id"] or "").strip().lower().replace("-", "_"): row for row in table}
     for label in rows:
         if not re.fullmatch(r"emd_\d+", label):
             raise ValueError(f"{path}: emdb_id {label!r} is none; they look like EMD-1234")
@@ -754,6 +759,8 @@ def prepare(folder: str | Path, out: str | Path, voxel_size: float, metadata: st
     files = {file.name.split(".")[0].lower(): file for file in sorted(folder.rglob("*")) if name.fullmatch(file.name)}
     if not files:
         raise ValueError(f"{folder}: no map of an EMDB entry, emd_1234.map.gz or the like, here or below")
+    if not (0 < voxel_size < math.inf and workers >= 1):
+        raise ValueError(f"--voxel-size {voxel_size:g}, --workers {workers}: want a positive number of Å and a worker or more")
     entries = None if metadata is None else read_metadata(metadata)
     settings = dict(voxel_size=voxel_size, max_resolution=max_resolution, max_side=max_side)
     out.mkdir(parents=True, exist_ok=True)
@@ -1241,6 +1248,7 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))       # its processes end as with Ctrl-C
     try:
         main()
     except BrokenProcessPool:

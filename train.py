@@ -28,15 +28,18 @@ update size), which reached in 150 steps the loss that FairseqAdam alone reached
 stays with FairseqAdam.
 Departure 3: fine-tuned networks are averaged by (3), too; the "tiny-" ones learn at 1e-3, falling to 0, not by plateaus, and by
 the squared error alone: with alpha = 0.5 the gradient of the histograms is about ten times as long (README). CryoLVM's epochs are ours of `eval_every` steps; its fixed
-windows, 24 voxels apart in training and 48 in validation, are random crops around the molecule, fixed ones in validation.
+windows, 24 voxels apart in training and 48 in validation, are random crops, half of them around the molecule, fixed ones in validation.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import itertools
 import math
+import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -369,6 +372,13 @@ def ignore_signals(worker: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
+def end_workers() -> None:
+    """At exit Python would send SIGTERM to those that make the data, who ignore it, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # torch's handler calls their end an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 # ---- Objectives -----------------------------------------------------------------------------------------------
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
@@ -536,7 +546,9 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
         f"loss {value:.4f}, {seconds:.2f} s, peak {peak_memory(cuda):.1f} GiB")
     alone = seconds / count * cfg.batch
     say(f"so a step of {cfg.batch} takes {alone:,.1f} s here, {cfg.steps:,} steps {alone * cfg.steps / 86400:,.1f} days "
-        f"({flop * count / seconds / 1e12:.2f} TFLOP/s)")
+        f"({flop * count / seconds / 1e12:.3g} TFLOP/s)")
+    if cfg.objective != "flow":                          # so small a network is far from any GPU's peak
+        return
     say(f"arithmetic, not measured: {UTILISATION:.0%} of the bf16 peak, float32 all-reduce over NVLink and 400 Gbit/s ports")
     for name, (peak, nvlink) in GPUS.items():
         for gpus in (1, 8, 64, 512):
@@ -655,6 +667,7 @@ def main(argv=None) -> None:
     maps = micro // cfg.crops_per_map                                          # items per micro-batch
     items = (m(step, i) * maps + j
              for step in range(start, cfg.steps) for i in range(accumulate) for j in range(maps))
+    atexit.register(end_workers)
     loader = iter(torch.utils.data.DataLoader(
         train_set, batch_size=maps, sampler=items, num_workers=cfg.workers, pin_memory=cuda,
         prefetch_factor=8 if cfg.workers else None, worker_init_fn=ignore_signals))
@@ -685,7 +698,8 @@ def main(argv=None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         log = open_log(out / "log.csv", log_columns(cfg), start)
         board = tensorboard(out, start) if cfg.tensorboard else None
-    stop = []
+    stop, parent = [], os.getppid()
+    orphaned = lambda: "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent      # torchrun has died
     for name in STOP_SIGNALS:
         signal.signal(name, lambda signum, _: stop.append(signum))             # finish the step, save, leave
 
@@ -722,17 +736,20 @@ def main(argv=None) -> None:
         norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip))
         finite.append(norms[-1].isfinite())
         # A signal to one rank, or a loss of one rank that is not finite, stops all of them at this step.
-        stopping, failing = agree(torch.tensor([len(stop), not torch.stack(finite).all()])).tolist()
+        stopping, failing = agree(torch.tensor([len(stop) + orphaned(), not torch.stack(finite).all()])).tolist()
         if failing:
             bad = min((m(step, i) for i in range(accumulate) if not finite[i]), default=data.ENDLESS)
             bad = int(agree(torch.tensor(bad), dist.ReduceOp.MIN))
             if rank == 0:
+                if (out / "checkpoint.pt").exists():     # this step's weights may have gone astray already
+                    shutil.copyfile(out / "checkpoint.pt", out / "checkpoint_before.pt")
                 save(step)                               # the weights before this step
             agree(torch.zeros(1))                        # wait for it: the first rank to fail ends the others
             where = ("each loss is finite, the gradient is not" if bad == data.ENDLESS else
                      f"the loss is not finite in micro-batch {bad}, items {bad * maps} to {bad * maps + maps - 1} of the "
                      f"data, on rank {bad % world}")
-            raise ValueError(f"step {step + 1}: {where}; saved as it was after step {step}, --resume it with a lower --lr")
+            raise ValueError(f"step {step + 1}: {where}; saved as it was after step {step}, --resume it with a lower --lr "
+                             "(should it fail again: checkpoint_before.pt is what was saved before)")
         for optimizer in opts:
             optimizer.step()                                                   # (1)
             optimizer.zero_grad(set_to_none=True)
@@ -760,7 +777,10 @@ def main(argv=None) -> None:
                     f"{rate:.2f} steps/s  {maps_per_s:.1f} maps/s  {peak_memory(cuda):.1f} GiB  ETA {eta}"
                     + "".join(f"  {name.removeprefix('held_out_')} {v:.4f}" for name, v in zip(held_out_columns(cfg), held) if evaluating))
                 row = dict(zip(log_columns(cfg)[1:], (loss, norm, lr, maps_per_s, *held, *per_t), strict=True))
-                print(step + 1, *("" if v != v else f"{v:.6g}" for v in row.values()), sep=",", file=log, flush=True)
+                try:
+                    print(step + 1, *("" if v != v else f"{v:.6g}" for v in row.values()), sep=",", file=log, flush=True)
+                except OSError as error:                 # a full disk
+                    raise OSError(f"{out / 'log.csv'}: {error.strerror}") from None
                 for name, v in row.items():
                     if board and v == v:
                         board.add_scalar(name, v, step + 1)
@@ -797,5 +817,7 @@ if __name__ == "__main__":
         main()
     except torch.OutOfMemoryError as error:
         sys.exit(f"train.py: {error}\nless memory: a smaller --micro-batch, --activation-checkpointing")
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+    except (ValueError, OSError) as error:               # of an error in a data worker the last line says what it was
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")

@@ -195,10 +195,16 @@ def test_bad_input_is_one_clear_line(emdb):
         with pytest.raises(kind, match=match):
             data.prepare(folder, emdb / "out", 1.5)
     for text, match in (("emdb_id,title\n", "no column half_map_filename, resolution, structure"), ("", "no column emdb_id"),
-                        (METADATA.replace("EMD-1003", "1A2B"), "'1a2b' is none")):
+                        (METADATA.replace("EMD-1003", "1A2B"), "'1a2b' is none"), (METADATA + "\n,\n", "emdb_id '' is none")):
         (emdb / "emdb.csv").write_text(text)
         with pytest.raises(ValueError, match=match):
             prepare(emdb)
+    (emdb / "emdb.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="emdb.csv: no text"):
+        prepare(emdb)
+    with pytest.raises(ValueError, match="--voxel-size 0"):
+        data.prepare(emdb, emdb / "never", 0)
+    assert not (emdb / "never").exists()
     done = subprocess.run([sys.executable, str(ROOT / "data.py"), "prepare", str(emdb / "none"), str(emdb / "out")],
                           capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (1, f"data.py: {emdb / 'none'}: no such folder\n")

@@ -575,7 +575,8 @@ def test_a_gradient_that_is_not_finite_saves_the_weights_of_the_step_before(tmp_
         loss = flow.loss
         patch.setattr(train, "lr_at", lr_at)
         with pytest.raises(ValueError, match="step 4: each loss is finite, the gradient is not; saved as it was after step 3"):
-            run(tmp_path / "parts", data=maps)
+            run(tmp_path / "parts", data=maps, save_every=2)
+    assert checkpoint.read(tmp_path / "parts/checkpoint_before.pt")["training"]["step"] == 2        # should step 3 have been astray
     assert_same(run(tmp_path / "parts", "--resume", data=maps), whole)
 
 
@@ -654,6 +655,31 @@ def test_errors_of_the_program_are_one_line_without_a_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and not (tmp_path / "a").exists()
     assert done.stderr.strip() == f"train.py: {tmp_path / 'none'}: no such file or folder"
+
+
+WORKER = """
+import os, runpy, signal, sys, torch
+sys.path.insert(0, {root!r})
+import data
+def failing(self, i, get=data.MapCrops.__getitem__):
+    if i == 6 and torch.utils.data.get_worker_info():
+        {fails}
+    return get(self, i)
+data.MapCrops.__getitem__ = failing
+sys.argv = ["train.py", "--model", "tiny", "--data", {maps!r}, "--out", {out!r}, "--crop", "16", "--batch", "4", "--steps", "50",
+            "--workers", "1", "--held-out-crops", "4"]
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("fails, says", [
+    ("open('/gone.npy')", "train.py: FileNotFoundError: [Errno 2] No such file or directory: '/gone.npy'\n"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "killed by signal: Killed")])
+def test_a_run_ends_where_a_data_worker_does(tmp_path, maps, fails, says):
+    script = WORKER.format(root=str(ROOT), maps=str(maps), out=str(tmp_path / "a"), fails=fails)
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=200)                   # it used to wait for its workers for ever
+    assert done.returncode == 1 and says in done.stderr and (fails[:2] == "os" or done.stderr.count("\n") == 1), done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name, cfg in train.PRESETS.items() if cfg.objective != "flow"])
