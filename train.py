@@ -43,6 +43,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -655,6 +656,7 @@ def main(argv=None) -> None:
             optimizer.load_state_dict(state)
         del saved
     # `net` is saved, `model` is called, `ema` is evaluated: no prefixed keys on disk. Buffers never change.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)         # torch 2.11 does not know its new name
     ddp = DDP(net, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
               gradient_as_bucket_view=True) if world > 1 else net
     model = torch.compile(ddp) if cfg.compile else ddp
