@@ -697,12 +697,11 @@ def read_metadata(path: str | Path) -> dict[str, dict]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: no text; wanted is a CSV of EMDB's search") from None
-    with io.StringIO(text, newline="") as file:
-        table = csv.DictReader(file)
-        wanted = ["emdb_id", *(column for column, _, _ in RULES)]
-        if missing := set(wanted) - set(table.fieldnames or ()):
-            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; export {','.join(wanted)}")
-        rows = {(row["emdb_id"] or "").strip().lower().replace("-", "_"): row for row in table}
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    wanted = ["emdb_id", *(column for column, _, _ in RULES)]
+    if missing := set(wanted) - set(table.fieldnames or ()):
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; export {','.join(wanted)}")
+    rows = {(row["emdb_id"] or "").strip().lower().replace("-", "_"): row for row in table}
     for label in rows:
         if not re.fullmatch(r"emd_\d+", label):
             raise ValueError(f"{path}: emdb_id {label!r} is none; they look like EMD-1234")
@@ -972,8 +971,8 @@ class SimulatedPairs(torch.utils.data.Dataset):
         pair = simulated_pair(self.task, xyz, structure.atomic_number, b, uniform(*self.resolution, g), g, missing=self.missing,
                               voxel_size=self.voxel_size, shape=(self.box,) * 3, origin=-self.voxel_size * (self.box // 2))
         pair = torch.stack([normalise(x, 0, 1)[0] for x in pair])
+        # wedge3d: crops of molecules alone, as its weights were trained; and a wedge has an orientation, so only the atoms are turned.
         crops = pair_crops(pair, self.crop, self.crops, g, anywhere=0 if self.task == "wedge3d" else 0.5)
-        # A wedge has an orientation: there, the atoms alone are turned.
         return torch.stack(crops if self.task == "wedge3d" else [mirror_or_not(x, g) for x in crops])
 
     def __len__(self) -> int:

@@ -329,8 +329,9 @@ def denoise(args: argparse.Namespace, sources: list[data.Map], prior: Prior) -> 
             raise ValueError(f"{tuple(a.density.shape)} voxels of {a.voxel_size[2]:g} Å, but {b.path} has "
                              f"{tuple(b.density.shape)} of {b.voxel_size[2]:g} Å; half maps share one grid")
     else:
-        snr = args.snr if args.snr else 2 / (1 / read_fsc(args.noise_from_fsc, sources[0]) - 1)       # (5) of degrade.py; the map is
-        curve = torch.as_tensor(snr / (1 + snr)).double().expand(here[-1] // 2)                      # the mean of two halves
+        # A map that is the mean of two halves has twice their SNR, (5) of degrade.py.
+        snr = args.snr or 2 / (1 / read_fsc(args.noise_from_fsc, sources[0]) - 1)
+        curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64).expand(here[-1] // 2)
     powers, signal, curve = noise_and_signal([m.density for m in sources], curve)
     grid = lambda power, m: power_on_grid(args, power, m)
     average = torch.stack([m.density for m in sources]).mean(0)
