@@ -31,7 +31,9 @@ from checkpoint import Prior
 from degrade import coefficients, frequencies, phase, slices
 
 MAX_PROJECTIONS = 2000
-Velocity = Callable[[Tensor, float, Generator], Tensor]   # v(x, t, generator) of one map (N, N, N): sampling.tiled_velocity
+Velocity = Callable[[Tensor, float, list[Generator]], Tensor]   # v(x, t, generators) of maps (K, N, N, N): sampling.tiled_velocity
+STARTS = 3                                                # random beginnings of `reconstruct`
+SHELLS = 8, 10, 12, 16, 20, 26, None                      # how far `reconstruct` looks, round by round; None: to the last
 
 # CryoFM Table 6: what was chosen for each data set "by examining the human preference for the reconstruction".
 TABLE_6 = {"10345": dict(stop_gradient=False, q=0.7),    # synthetic, 2 projections (section 5.4)
@@ -209,7 +211,7 @@ def anneal(images: Tensor, generator: Generator, *, max_shift: float, iterations
     return x, float(cor.flatten(1).max(1).values.mean())
 
 
-def reconstruct(images: Tensor, generator: Generator, *, max_shift: float, radius: float, starts: int = 3, tick=lambda: None):
+def reconstruct(images: Tensor, generator: Generator, *, max_shift: float, radius: float, starts: int = STARTS, tick=lambda: None):
     """The classical answer: the best of a few `anneal`ed starts, then poses and density in turn while the resolution rises.
 
     images (P, N, N) -> density (N, N, N), rotations (P, 3, 3), shifts (P, 3), correlations (P,).
@@ -220,8 +222,8 @@ def reconstruct(images: Tensor, generator: Generator, *, max_shift: float, radiu
         tick()
     coarse = max(tries, key=lambda found: found[1])[0]
     x, poses = data.fourier_resample(coarse, (N, N, N)).clamp(min=0), None
-    for i, r in enumerate((8, 10, 12, 16, 20, 26, radius)):
-        r = min(r, radius)
+    for i, r in enumerate(SHELLS):
+        r = min(r or radius, radius)
         # The grid is searched anew until the density can tell poses well apart; then each pose follows it.
         R, shift, cor = find_poses(x, images, max_shift=max_shift, radius=r, start=poses if i > 3 else None)
         poses, k = (R, shift), frequencies(r, device=images.device)
@@ -233,57 +235,62 @@ def reconstruct(images: Tensor, generator: Generator, *, max_shift: float, radiu
 # ---- With the prior ----------------------------------------------------------------------------------------------------
 
 def restore_projections(velocity: Velocity, prior: Prior, images: Tensor, start: Tensor, R: Tensor, shift: Tensor, scale: data.Scale,
-                        generator: Generator, *, radius: float, steps: int = 20, t_start: float = 0.4, iterations: int = 3,
-                        tick=lambda: None) -> tuple[Tensor, Tensor, Tensor]:
-    """One sample, from the classical density noised to t_start on: the prior's x_0' is drawn to the projections by (a6).
+                        generators: list[Generator], *, radius: float, steps: int = 20, t_start: float = 0.4, iterations: int = 3,
+                        tick=lambda: None) -> Tensor:
+    """Samples (K, N, N, N), one per generator, from the classical density noised to t_start on: (a6) draws the prior's x_0' to
+    the projections.
 
-    start (N, N, N) in the images' units; R, shift: its poses, refined on the way. Returns density, rotations, shifts.
+    start (N, N, N) in the images' units; R, shift: its poses, which each sample refines for itself.
     """
-    noise = lambda: torch.randn(start.shape, generator=generator).to(start.device)
+    noise = lambda: torch.stack([torch.randn(start.shape, generator=g) for g in generators]).to(start.device)
     network = lambda V: (V / scale.maximum - prior.mean) / prior.std
     k, N = frequencies(radius, device=images.device), images.shape[-1]
-    observed = coefficients(images, k)
+    observed, poses = coefficients(images, k), [(R, shift)] * len(generators)
     times = torch.linspace(t_start, 0, steps + 1).tolist()
     x = (1 - t_start) * network(start) + t_start * noise()
     for i, (t, s) in enumerate(zip(times, times[1:])):
-        V = data.denormalise(x - t * velocity(x, t, generator), scale).clamp(min=0)
+        V = data.denormalise(x - t * velocity(x, t, generators), scale).clamp(min=0)
         if i % 5 == 4:
-            R, shift, _ = find_poses(V, images, max_shift=1, radius=radius, start=(R, shift))
-        V = fit(V, R, observed * phase(k, -shift, N), k, iterations=iterations)
+            poses = [find_poses(v, images, max_shift=1, radius=radius, start=pose)[:2] for v, pose in zip(V, poses)]
+        V = torch.stack([fit(v, R, observed * phase(k, -shift, N), k, iterations=iterations) for v, (R, shift) in zip(V, poses)])
         x = (1 - s) * network(V) + s * noise()
         tick()
-    return V, R, shift
+    return V
 
 
-def algorithm_3(velocity: Velocity, prior: Prior, images: Tensor, generator: Generator, *, max_shift: float, radius: float, steps: int = 200,
-                lambda_max: float = 5.0, stop_gradient: bool = False, q: float = 0.7, per_time: bool = False,
+def algorithm_3(velocity: Velocity, prior: Prior, images: Tensor, generators: list[Generator], *, max_shift: float, radius: float,
+                steps: int = 200, lambda_max: float = 5.0, stop_gradient: bool = False, q: float = 0.7, per_time: bool = False,
                 tick=lambda: None) -> Tensor:
-    """One sample by (a5), Algorithm 3 from noise: poses searched anew in every step, projections in real space.
+    """Samples (K, N, N, N) by (a5), Algorithm 3 from noise: poses searched anew in every step, projections in real space.
 
-    images (P, N, N) -> density (N, N, N) on the scale that fits them best. stop_gradient, q: a row of TABLE_6.
-    per_time: lambda times 200/N, as in `algorithm_1`.
+    images (P, N, N); each density comes on the scale that fits them best. stop_gradient, q: a row of TABLE_6.
+    per_time: lambda times 200/N, as in `sampling.algorithm_1`.
     """
     N = images.shape[-1]
-    x = torch.randn(N, N, N, generator=generator).to(images.device)
+
+    def slope(V):                                        # dl/dx_0' of one sample
+        R, shift, _ = find_poses(V, images, max_shift=max_shift, radius=radius)                    # (a4)
+        total, V = 0, V.clone().requires_grad_()
+        for r, s, y in zip(R.split(8), shift.split(8), images.split(8)):                           # memory for 8
+            loss = projection_loss(degrade.project(V, r, s[:, :2]), y, stop_gradient=stop_gradient, q=q)
+            total = total + torch.autograd.grad(loss.sum() / len(images), V)[0]
+        return total
+    x = torch.stack([torch.randn(N, N, N, generator=g) for g in generators]).to(images.device)
     for i in range(steps):
         t = 1 - i / steps
         x.requires_grad_()
-        v = velocity(x, t, generator)
+        v = velocity(x, t, generators)
         V = (x - t * v) * prior.std + prior.mean         # x_0' as a density
-        still = V.detach().requires_grad_()
-        R, shift, _ = find_poses(still.detach(), images, max_shift=max_shift, radius=radius)       # (a4)
-        slope = 0
-        for r, s, y in zip(R.split(8), shift.split(8), images.split(8)):                           # memory for 8
-            loss = projection_loss(degrade.project(still, r, s[:, :2]), y, stop_gradient=stop_gradient, q=q)
-            slope = slope + torch.autograd.grad(loss.sum() / len(images), still)[0]
-        g, = torch.autograd.grad(V, x, slope)
+        g, = torch.autograd.grad(V, x, torch.stack([slope(V_k) for V_k in V.detach()]))
         size = min(lambda_max, t / max(1 - t, 1e-6)) * (200 / steps if per_time else 1)
-        x = (x - v / steps - size * g / g.norm()).detach()                                         # (a5)
+        x = (x - v / steps - size * g / torch.linalg.vector_norm(g, dim=degrade.XYZ, keepdim=True)).detach()       # (a5)
         tick()
-    V, k = x * prior.std + prior.mean, frequencies(radius, device=x.device)
-    R, shift, _ = find_poses(V, images, max_shift=max_shift, radius=radius)
-    p, y = slices(V, R, k), coefficients(images, k) * phase(k, -shift, N)
-    return V * ((p.conj() * y).real.sum() / (p.abs() ** 2).sum())
+    fitted, k = [], frequencies(radius, device=x.device)
+    for V in x * prior.std + prior.mean:
+        R, shift, _ = find_poses(V, images, max_shift=max_shift, radius=radius)
+        p, y = slices(V, R, k), coefficients(images, k) * phase(k, -shift, N)
+        fitted.append(V * ((p.conj() * y).real.sum() / (p.abs() ** 2).sum()))
+    return torch.stack(fitted)
 
 
 # ---- Comparing volumes, reading stacks, the task -----------------------------------------------------------------------
@@ -372,27 +379,32 @@ METHODS = {"prior": dict(steps=20, t_start=0.4, iterations=3), "paper": dict(ste
 
 
 def samples_of(velocity: Velocity, prior: Prior, images: Tensor, method: str, *, samples: int, seed: int, max_shift: float,
-               steps: int | None = None, losses: str = "10345", tick=lambda: None):
+               steps: int | None = None, losses: str = "10345", samples_per_call: int = 8, progress=lambda total, what: lambda: None):
     """Yields (method, density (N, N, N)) from images (P, N, N) at the prior's voxel size, all in one frame and hand.
 
     method: "prior", before whose samples comes ("classical", density); "classical", that alone; "paper", with the `losses` of a
-    row of TABLE_6. Sample i depends on (seed, i) alone.
+    row of TABLE_6. Sample i depends on (seed, i) alone; `samples_per_call` of them are drawn at a time.
+    progress(total, what): the function to call after every round of the search, and after every step of a sample.
     """
     radius = images.shape[-1] // 2 - 1
-    settings = METHODS.get(method, {}) | ({"steps": steps} if steps else {})
-    seeds = [Generator().manual_seed(seed * 1_000_003 + i) for i in range(samples)]
-    if method == "paper":
-        frame = None
-        for g in seeds:
-            x = algorithm_3(velocity, prior, images, g, max_shift=max_shift, radius=radius, tick=tick, **settings, **TABLE_6[losses])
-            x = x if frame is None else align(x, frame).density
-            frame = x if frame is None else frame
-            yield "paper", x
-        return
-    start, R, shift, _ = reconstruct(images, Generator().manual_seed(seed), max_shift=max_shift, radius=radius, tick=tick)
-    yield "classical", start
-    if method == "classical":
-        return
-    scale = data.normalise(start, prior.mean, prior.std)[1]
-    for g in seeds:
-        yield "prior", restore_projections(velocity, prior, images, start, R, shift, scale, g, radius=radius, tick=tick, **settings)[0]
+    if method != "paper":
+        tick = progress(STARTS + len(SHELLS), "search")
+        start, R, shift, _ = reconstruct(images, Generator().manual_seed(seed), max_shift=max_shift, radius=radius, tick=tick)
+        yield "classical", start
+        if method == "classical":
+            return
+        scale = data.normalise(start, prior.mean, prior.std)[1]
+    settings, frame = METHODS[method] | ({"steps": steps} if steps else {}), None
+    tick = progress(samples * settings["steps"], "step")
+    for i in range(0, samples, samples_per_call):
+        generators = [Generator().manual_seed(seed * 1_000_003 + j) for j in range(i, min(i + samples_per_call, samples))]
+        common = dict(radius=radius, tick=lambda: [tick() for _ in generators], **settings)         # a step of every sample
+        if method == "prior":
+            drawn = restore_projections(velocity, prior, images, start, R, shift, scale, generators, **common)
+        else:
+            drawn = algorithm_3(velocity, prior, images, generators, max_shift=max_shift, **common, **TABLE_6[losses])
+        for x in drawn:
+            if method == "paper":                        # each sample has found a frame of its own
+                x = x if frame is None else align(x, frame).density
+                frame = x if frame is None else frame
+            yield method, x

@@ -500,10 +500,10 @@ def ab_initio(args: argparse.Namespace, prior: Prior) -> None:
     method = {"auto": "prior", "classical": "classical"}.get(args.method, args.method)
     say(args, f"{path}: {P} projections of {N} x {N} pixels of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
     settings = dict(max_shift=args.max_shift / (N * voxel_size / n), seed=args.seed, losses=args.losses)
-    moments, tick = Moments(), Progress(args, 10 + args.samples * (args.steps or abinitio.METHODS.get(method, {"steps": 0})["steps"]))
-    velocity = lambda x, t, g: tiled_velocity(prior, x[None].to(args.device), t, [g])[0].to(x.device)
-    found = abinitio.samples_of(velocity, prior, images, method, samples=args.samples, steps=args.steps, tick=tick, **settings)
-    shown = {}
+    moments, shown = Moments(), {}
+    velocity = lambda x, t, generators: tiled_velocity(prior, x.to(args.device), t, generators).to(x.device)
+    found = abinitio.samples_of(velocity, prior, images, method, samples=args.samples, steps=args.steps,
+                                progress=lambda total, what: Progress(args, total, what), **settings)
     for name, x in found:
         if name == "classical":
             shown["classical"] = x
@@ -641,8 +641,8 @@ def say_work(args: argparse.Namespace, prior: Prior, shape, samples: int, steps:
 
 class Progress:
     """Called once a step: prints how far the run is and how long it will take, every few seconds."""
-    def __init__(self, args: argparse.Namespace, total: int):
-        self.args, self.total, self.done = args, total, 0
+    def __init__(self, args: argparse.Namespace, total: int, what: str = "step"):
+        self.args, self.total, self.done, self.what = args, total, 0, what
         self.begin = self.last = time.perf_counter()
 
     def __call__(self) -> None:
@@ -651,7 +651,7 @@ class Progress:
         if now - self.last > 5 or self.done == self.total:
             self.last = now
             left = (now - self.begin) / self.done * (self.total - self.done)
-            say(self.args, f"  step {self.done}/{self.total}  {now - self.begin:.0f} s  ETA {left:.0f} s")
+            say(self.args, f"  {self.what} {self.done}/{self.total}  {now - self.begin:.0f} s  ETA {left:.0f} s")
 
 
 def score(maps: dict[str, Tensor], truth: Tensor, region: Tensor | None, voxel_size: float) -> dict[str, dict]:

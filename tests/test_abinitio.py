@@ -123,9 +123,26 @@ def test_algorithm_3_descends_the_loss_of_its_poses(monkeypatch, density, stack)
     real = abinitio.projection_loss
     monkeypatch.setattr(abinitio, "projection_loss", lambda *a, **k: losses.append(real(*a, **k)) or losses[-1])
     still = Prior(net=None, kind="hdit", voxel_size=3.0, box=32, mean=0.05, std=0.13, sha256="")
-    abinitio.algorithm_3(lambda x, t, g: 0 * x, still, images, rng(), max_shift=2, radius=6, steps=15, q=0.0)
+    abinitio.algorithm_3(lambda x, t, g: 0 * x, still, images, [rng()], max_shift=2, radius=6, steps=15, q=0.0)
     means = [float(x.detach().mean()) for x in losses]
     assert means[-1] < means[0] - 0.2 and means[-1] < -0.6
+
+
+@pytest.mark.parametrize("method", ["prior", "paper"])
+def test_sample_i_depends_on_seed_and_i_alone_however_many_are_drawn_at_once(stack, method, monkeypatch):
+    images = data.fourier_resample(stack[0][:12], (12, 24, 24))
+    net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4)).requires_grad_(False)
+    torch.nn.init.normal_(net.patch_out.proj.weight, std=0.05, generator=rng())                    # untrained it would be 0
+    prior = Prior(net=net, kind="hdit", voxel_size=4.0, box=24, mean=0.05, std=0.13, sha256="")
+    monkeypatch.setattr(abinitio, "align", lambda x, frame: abinitio.Aligned(x, False, 1.0))
+    monkeypatch.setattr(abinitio, "reconstruct", lambda images, g, **k: (torch.rand(24, 24, 24, generator=rng(5)), rotations(12),
+                                                                        torch.zeros(12, 3), None))
+    velocity = lambda x, t, generators: sampling.tiled_velocity(prior, x, t, generators)
+    draw = lambda per_call: torch.stack([x for name, x in abinitio.samples_of(
+        velocity, prior, images, method, samples=3, seed=1, max_shift=1, steps=2, samples_per_call=per_call) if name == method])
+    together, apart = draw(3), draw(1)
+    assert float((together[0] - together[1]).norm() / together[0].norm()) > 0.1
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4 * float(apart.abs().max()))     # other batches round otherwise
 
 
 # ---- Stacks
@@ -205,7 +222,7 @@ def test_a_row_of_table_6_reaches_algorithm_3_and_a_folder_its_default_name(tmp_
     write(tmp_path / "in.mrcs", np.random.default_rng(0).random((3, 24, 24)).astype("f") * abinitio.ball(24)[12].numpy())
     net, asked = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4)), []
     checkpoint.save(tmp_path / "p.pt", net, voxel_size=3.0, box=24, mean=0.05, std=0.13)
-    monkeypatch.setattr(abinitio, "algorithm_3", lambda *a, **k: asked.append(k) or torch.zeros(24, 24, 24))
+    monkeypatch.setattr(abinitio, "algorithm_3", lambda *a, **k: asked.append(k) or torch.zeros(1, 24, 24, 24))
     (tmp_path / "out").mkdir()
     sampling.main(["--task", "abinitio", str(tmp_path / "in.mrcs"), "--method", "paper", "--losses", "10028", "--samples", "1",
                    "--ckpt", str(tmp_path / "p.pt"), "-o", str(tmp_path / "out")])
