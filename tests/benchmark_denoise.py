@@ -6,6 +6,7 @@ noise (R = 4.3 Å) the power outside of a tilt range is 50 times that inside. Ea
 estimated from the halves; scored is the mean of both against the truth: FSC_AUC, FSC_0.5, and the share of failures
 (FSC_0.5 > 30 Å). The FSC of an average is that of its half maps' Wiener filter wherever that is a radial filter.
 
+--b-factor B: half maps as they come out of a refinement instead, the signal decayed by exp(-B s^2 / 4) and the noise white.
 --steps and --variants compare the ways to sample; --calibration counts how often the truth lies in the 90 % band of the samples.
 """
 import argparse
@@ -44,6 +45,15 @@ def half_map_fsc(nominal: float, box: int, voxel_size: float = VOXEL_SIZE) -> to
     return snr / (1 + snr)
 
 
+def decayed(truth: torch.Tensor, nominal: float, b_factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The truth with a B-factor, and the power per shell of white noise that makes the FSC of half maps 0.143 at `nominal` Å."""
+    box = truth.shape[-1]
+    s2 = (torch.arange(1, box // 2 + 1) / (box * VOXEL_SIZE)).square()
+    signal = degrade.apply_fourier(truth, degrade.on_grid(torch.exp(-b_factor * s2 / 4), truth.shape))
+    power = degrade.radial_power(signal)
+    return signal, torch.full_like(power, float(power[round(box * VOXEL_SIZE / nominal) - 1]) * 0.857 / 0.143)
+
+
 def alpha_of(half_angle: int | None, shape) -> torch.Tensor | None:
     return None if half_angle is None else 1 + 49 * ~degrade.hermitian_part(degrade.wedge_mask(shape, (-half_angle, half_angle)))
 
@@ -70,6 +80,7 @@ def main() -> None:
     cli.add_argument("--box", type=int, default=BOX, help="voxels per side: the middle of each map")
     cli.add_argument("--levels", type=float, nargs="*", default=[3.2, 4.3, 6.1, 8.5, 15.0], help="nominal resolutions, Å")
     cli.add_argument("--angles", type=int, nargs="*", default=[45, 30, 15], help="half angles of anisotropic noise at 4.3 Å")
+    cli.add_argument("--b-factor", type=float, metavar="B", help="Å^2")
     cli.add_argument("--samples", type=int, default=1, help="of each half")
     cli.add_argument("--variants", nargs="+", default=["prior"], choices=VARIANTS)
     cli.add_argument("--steps", type=int, nargs="*", default=[], help="default: the variant's own")
@@ -92,9 +103,12 @@ def main() -> None:
             for i, structure in enumerate(structures):
                 truth = data.center_crop(truth_of(structure), args.box)
                 alpha, g = alpha_of(angle, truth.shape), torch.Generator().manual_seed(i)
-                power = degrade.noise_power_from_fsc(truth, half_map_fsc(nominal, args.box), clean=True)
+                if args.b_factor is None:
+                    clean, power = truth, degrade.noise_power_from_fsc(truth, half_map_fsc(nominal, args.box), clean=True)
+                else:
+                    clean, power = decayed(truth, nominal, args.b_factor)
                 power = power if alpha is None else degrade.anisotropic_noise_power(power, alpha)
-                halves = [degrade.add_spectral_noise(truth, power, generator=g) for _ in range(2)]
+                halves = [degrade.add_spectral_noise(clean, power, generator=g) for _ in range(2)]
                 for variant in args.variants:
                     for steps in args.steps or [VARIANTS[variant]["steps"]]:
                         begin = time.perf_counter()
