@@ -158,15 +158,15 @@ def sliding_windows(net, x: Tensor, box: int, stride: int, fusion: str = "gaussi
 
 
 def least_lambda(sigma: Tensor, times: list[float], leak: float) -> float:
-    """lambda of (6): the least with mean_k (w_k sigma_k / r)^2 <= leak * lambda at all times.
+    """lambda of (6): 1 or the least with mean_k (w_k sigma_k / r)^2 <= leak * lambda at all times.
 
-    The mean is the noise of y that (6) lets into x_0'', over what the network expects of every coefficient; in the worst one it
-    is 1 / (4 lambda). So the bound is on the product of the two: white noise gets lambda = 1 / sqrt(4 leak), noise that keeps to
-    a few coefficients less, and there more of y is used. Ours; leak was chosen on training structures (README, "What helped").
+    The mean is the noise of y that (6) lets into x_0'', over what the network expects of a coefficient; in the worst one it is
+    1 / (4 lambda). The bound is on the product of the two: where noise keeps to few coefficients, more of y is used. Beyond 1,
+    the lowest frequencies would be left to the network. Ours; leak was chosen on training structures (README, "What helped").
     """
     sigma, count = sigma.unique(return_counts=True)      # shells share theirs
     r = torch.tensor([[t / (1 - t)] for t in times if 0 < t < 1]).to(sigma)
-    low, high = 1e-3, 1e3
+    low, high = 1e-3, 1.0
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         noise = (sigma * r / (r ** 2 + middle * sigma ** 2)).square() @ (count / count.sum()).to(sigma)

@@ -195,8 +195,8 @@ def test_the_posterior_mean_takes_noise_out_of_the_measured_coefficients(monkeyp
 def test_least_lambda_lets_in_as_much_noise_as_it_is_told_to():
     times = torch.linspace(0.5, 0, 41).tolist()
     white = torch.full((8, 8, 8), 0.3)                          # its worst time is inside: r = sigma lambda^(1/2)
-    assert sampling.least_lambda(white, times, 1 / 8) == pytest.approx(2 ** 0.5, rel=0.01)
-    assert sampling.least_lambda(white, times, 1 / 4) == pytest.approx(1, rel=0.01)
+    assert sampling.least_lambda(white, times, 1) == pytest.approx(0.5, rel=0.01)
+    assert sampling.least_lambda(white, times, 1 / 8) == 1      # never more
     few = torch.where(wedge((8, 8, 8)), 50.0, 0.3)              # most coefficients are hopeless: the others are trusted more
     lam = sampling.least_lambda(few, times, 1 / 8)
     let_in = []
