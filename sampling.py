@@ -17,7 +17,8 @@ by sampling densities that agree with it:
     x_0'' = x_0' + F^-1[w F(y - x_0')]    the observed coefficients put back; w = m: Algorithm 2, line 3       (3)
     x_s = (s/t) x_t + (1 - s/t) x_0''     from t to s < t: Algorithm 2, line 4                                 (4)
     x_s = (1 - s) x_0'' + s z             the same with fresh noise, z ~ N(0, I)                               (5)
-    w_k = m_k r^2 / (r^2 + lambda P_k / N), r = t/(1-t)         trust in a coefficient, by its noise           (6)
+    w_k = m_k V_k / (V_k + P_k / N)                             trust in a coefficient, by its noise           (6)
+    V_k = r^2 / lambda, r = t/(1-t); half maps: or more, by `least_lambda` and by `missed`
 
 What the prior must beat, the classical answers:
 
@@ -34,7 +35,7 @@ box every --stride voxels, whose answers are fused under a window w, its Algorit
     M = sum_k w f(x_k) / sum_k w                                data.py (6)                                     (10)
 
 CryoFM (arXiv:2410.08631): Algorithm 1, appendix D, E.1. (5): DDNM (Wang et al. 2023, arXiv:2212.00490); (6): the proximal step of
-DiffPIR (Zhu et al. 2023, arXiv:2305.08995), in closed form since A is diagonal in Fourier space; lambda: `least_lambda`; (7): Youla & Webb 1982.
+DiffPIR (Zhu et al. 2023, arXiv:2305.08995), in closed form since A is diagonal in Fourier space; (7): Youla & Webb 1982.
 (10): CryoLVM sections 4.2-4.4, appendix D.1 (what the network is shown), D.2 (fusion), G.4 (stride 24 and --fusion mean).
 The result is the mean of several samples: FSC rewards the mean of the posterior, and their spread says where not to trust it.
 
@@ -174,6 +175,20 @@ def least_lambda(sigma: Tensor, times: list[float], leak: float) -> float:
     return high
 
 
+def missed(x: Tensor, y: Tensor, measured: Tensor, sigma: Tensor) -> Tensor:
+    """A V_k for (6): the mean square error of maps x (K, D, H, W) that y betrays in each shell, (K, D, H, W) in `fftfreq` layout.
+
+    |F(y - x)|^2 / N less the noise sigma^2, over the measured coefficients of a shell; 0 unless that is more than the noise
+    itself (Morozov's discrepancy principle, by twice the noise): the network has lost there what y knows well. Ours.
+    """
+    shell = degrade.noise_shells(y.shape, y.device)
+    total = lambda p: y.new_zeros(int(shell.max()) + 1).index_add_(0, shell.flatten(), (p * measured).flatten())
+    count = total(torch.ones_like(y)).clamp(min=1)
+    noise = total((sigma ** 2).expand(y.shape)) / count
+    beyond = torch.stack([total(p) / count - noise for p in torch.fft.fftn(x - y, dim=degrade.XYZ).abs().square() / y.numel()])
+    return torch.where(beyond > noise, beyond, 0)[:, shell]
+
+
 def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, generators: list[Generator], *, steps: int,
                      t_start: float, sigma: float | Tensor = 0.0, fresh_noise: bool = True, inner: int = 0,
                      leak: float | None = None, tick=lambda: None) -> Tensor:
@@ -181,7 +196,7 @@ def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, g
 
     start: where to begin, noised to t_start (irrelevant at t_start = 1); sigma: root of P/N in (6), the standard deviation
     of the noise in y, one number or (D, H, W) in `fftfreq` layout; fresh_noise: (5) instead of (4); inner: non-negativity
-    projections in every step; leak: of `least_lambda`, None for lambda = 1.
+    projections in every step; leak: of `least_lambda`, for noise that differs between shells; None: lambda = 1, without `missed`.
     """
     noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
     zero = -prior.mean / prior.std                       # no density, in network scale
@@ -190,8 +205,10 @@ def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, g
     x = (1 - t_start) * start + t_start * noise()
     for t, s in zip(times, times[1:]):
         estimate = x - t * tiled_velocity(prior, x, t, generators)                     # (2)
-        r2 = (t / max(1 - t, 1e-3)) ** 2
-        w = measured * (r2 / (r2 + lam * sigma ** 2))                                  # (6)
+        V = torch.tensor((t / max(1 - t, 1e-3)) ** 2 / lam, device=y.device)
+        if leak is not None:
+            V = torch.maximum(V, missed(estimate, y, measured, sigma))
+        w = measured * (V / (V + sigma ** 2))                                          # (6)
         for _ in range(inner):
             estimate = put_back(estimate, y, w).clamp(min=zero)
         estimate = put_back(estimate, y, w)                                            # (3)

@@ -206,6 +206,20 @@ def test_least_lambda_lets_in_as_much_noise_as_it_is_told_to():
     assert max(let_in) == pytest.approx(lam / 8, rel=0.01) and lam < 1
 
 
+def test_missed_is_the_error_that_y_betrays_beyond_its_noise():
+    truth, measured = random((2, 16, 16, 16), 1) * 3, wedge((16, 16, 16))
+    shell = degrade.noise_shells((16, 16, 16))
+    sigma = torch.where(shell == 3, 9.0, 0.5)                   # as good as nothing known of shell 3
+    error = filtered(random((2, 16, 16, 16), 2), torch.where((shell == 3) | (shell == 5), 2.0, 0.1))
+    y = truth[0] + filtered(random((16, 16, 16), 3), sigma) + filtered(random((16, 16, 16), 4) * 99, ~measured)
+    found = sampling.missed(truth[:1] + error[:1], y, measured, sigma)
+    assert found.shape == (1, 16, 16, 16)
+    assert float(found[0][shell == 5].mean()) == pytest.approx(4, rel=0.2)      # 2^2, though the noise adds 0.25
+    assert not found[0][shell != 5].any()                       # 0.01 in 0.25, or 4 in 81, may be chance
+    two = sampling.missed(truth[0] + error, y, measured, sigma)                 # each sample its own
+    assert close(two[0], found[0], 1e-5) and not close(two[1], found[0], 1e-2)
+
+
 @pytest.mark.parametrize("operator_noise", [False, True])
 def test_algorithm_1_goes_through_the_states_of_the_reference(monkeypatch, operator_noise):
     f, states = fixture("parity/posterior_sampling.npz"), []
