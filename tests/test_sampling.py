@@ -220,6 +220,17 @@ def test_missed_is_the_error_that_y_betrays_beyond_its_noise():
     assert close(two[0], found[0], 1e-5) and not close(two[1], found[0], 1e-2)
 
 
+def test_a_map_that_the_prior_deems_impossible_is_believed_where_its_noise_is_small(monkeypatch):
+    mean, power = gaussian_prior(monkeypatch)
+    shell, everywhere = degrade.noise_shells((8, 8, 8)), torch.ones(8, 8, 8, dtype=bool)
+    truth = mean + filtered(random((8, 8, 8), 5), torch.where(shell == 1, 10.0, 1.0) * power.sqrt())
+    sigma = torch.full((8, 8, 8), 0.5)
+    y = truth + filtered(random((8, 8, 8), 6), sigma)
+    error = lambda x: float(fft(x - truth)[shell == 1].abs().square().mean() / 512 / 0.25)         # in noise powers
+    with_noise = lambda leak: error(gaussian_samples(y, everywhere, 8, sigma=sigma, leak=leak).mean(0))
+    assert with_noise(None) > 10 and with_noise(1 / 8) < 3
+
+
 @pytest.mark.parametrize("operator_noise", [False, True])
 def test_algorithm_1_goes_through_the_states_of_the_reference(monkeypatch, operator_noise):
     f, states = fixture("parity/posterior_sampling.npz"), []
