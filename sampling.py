@@ -18,7 +18,7 @@ by sampling densities that agree with it:
     x_s = (s/t) x_t + (1 - s/t) x_0''     from t to s < t: Algorithm 2, line 4                                 (4)
     x_s = (1 - s) x_0'' + s z             the same with fresh noise, z ~ N(0, I)                               (5)
     w_k = m_k V_k / (V_k + P_k / N)                             trust in a coefficient, by its noise           (6)
-    V_k = r^2 / lambda, r = t/(1-t); half maps: or more, by `least_lambda` and by `missed`
+    V_k = r^2 / rho, r = t/(1-t), rho = 1                       how wrong x_0' is; half maps: `least_rho`, `missed`
 
 What the prior must beat, the classical answers:
 
@@ -158,20 +158,20 @@ def sliding_windows(net, x: Tensor, box: int, stride: int, fusion: str = "gaussi
     return fused[tuple(slice(f, f + n) for f, n in zip(first, x.shape))]
 
 
-def least_lambda(sigma: Tensor, times: list[float], leak: float) -> float:
-    """lambda of (6): 1 or the least with mean_k (w_k sigma_k / r)^2 <= leak * lambda at all times.
+def least_rho(sigma: Tensor, times: list[float], leak: float) -> float:
+    """rho of (6): 1 or the least with mean_k (w_k sigma_k / r)^2 <= leak * rho at all times.
 
     The mean is the noise of y that (6) lets into x_0'', over what the network expects of a coefficient; in the worst one it is
-    1 / (4 lambda). The bound is on the product of the two: where noise keeps to few coefficients, more of y is used. Beyond 1,
+    1 / (4 rho). The bound is on the product of the two: where noise keeps to few coefficients, more of y is used. Beyond 1,
     the lowest frequencies would be left to the network. Ours; leak was chosen on training structures (README, "What helped").
     """
     sigma, count = sigma.unique(return_counts=True)      # shells share theirs
     r = torch.tensor([[t / (1 - t)] for t in times if 0 < t < 1]).to(sigma)
     low, high = 1e-3, 1.0
     while high / low > 1.001:
-        middle = math.sqrt(low * high)
-        noise = (sigma * r / (r ** 2 + middle * sigma ** 2)).square() @ (count / count.sum()).to(sigma)
-        low, high = (middle, high) if noise.max() > leak * middle else (low, middle)
+        rho = math.sqrt(low * high)
+        noise = (sigma * r / (r ** 2 + rho * sigma ** 2)).square() @ (count / count.sum()).to(sigma)
+        low, high = (rho, high) if noise.max() > leak * rho else (low, rho)
     return high
 
 
@@ -196,16 +196,16 @@ def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, g
 
     start: where to begin, noised to t_start (irrelevant at t_start = 1); sigma: root of P/N in (6), the standard deviation
     of the noise in y, one number or (D, H, W) in `fftfreq` layout; fresh_noise: (5) instead of (4); inner: non-negativity
-    projections in every step; leak: of `least_lambda`, for noise that differs between shells; None: lambda = 1, without `missed`.
+    projections in every step; leak: of `least_rho`, for noise that differs between shells; None: rho = 1, without `missed`.
     """
     noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
     zero = -prior.mean / prior.std                       # no density, in network scale
     times = torch.linspace(t_start, 0, steps + 1).tolist()
-    lam = 1.0 if leak is None else least_lambda(sigma, times, leak)
+    rho = 1.0 if leak is None else least_rho(sigma, times, leak)
     x = (1 - t_start) * start + t_start * noise()
     for t, s in zip(times, times[1:]):
         estimate = x - t * tiled_velocity(prior, x, t, generators)                     # (2)
-        V = torch.tensor((t / max(1 - t, 1e-3)) ** 2 / lam, device=y.device)
+        V = torch.tensor((t / max(1 - t, 1e-3)) ** 2 / rho, device=y.device)
         if leak is not None:
             V = torch.maximum(V, missed(estimate, y, measured, sigma))
         w = measured * (V / (V + sigma ** 2))                                          # (6)

@@ -31,7 +31,7 @@ VARIANTS = {  # the settings of a sampler but for its steps
     "prior": sampling.DENOISE["prior"],
     "prior, from noise": sampling.DENOISE["prior"] | {"t_start": 1.0},
     "prior, deterministic": sampling.DENOISE["prior"] | {"fresh_noise": False},
-    "prior, lambda = 1": sampling.DENOISE["prior"] | {"leak": None},
+    "prior, rho = 1": sampling.DENOISE["prior"] | {"leak": None},
     "paper": sampling.DENOISE["paper"],
     "paper, operator noise": sampling.DENOISE["paper"] | {"operator_noise": True},
     "paper, weight independent of N": sampling.DENOISE["paper"] | {"per_time": True},

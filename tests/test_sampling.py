@@ -192,18 +192,18 @@ def test_the_posterior_mean_takes_noise_out_of_the_measured_coefficients(monkeyp
     assert error(restored) < 1.6 * error(wiener) < 0.75 * error(y)
 
 
-def test_least_lambda_lets_in_as_much_noise_as_it_is_told_to():
+def test_least_rho_lets_in_as_much_noise_as_it_is_told_to():
     times = torch.linspace(0.5, 0, 41).tolist()
     white = torch.full((8, 8, 8), 0.3)                          # its worst time is inside: r = sigma lambda^(1/2)
-    assert sampling.least_lambda(white, times, 1) == pytest.approx(0.5, rel=0.01)
-    assert sampling.least_lambda(white, times, 1 / 8) == 1      # never more
+    assert sampling.least_rho(white, times, 1) == pytest.approx(0.5, rel=0.01)
+    assert sampling.least_rho(white, times, 1 / 8) == 1      # never more
     few = torch.where(wedge((8, 8, 8)), 50.0, 0.3)              # most coefficients are hopeless: the others are trusted more
-    lam = sampling.least_lambda(few, times, 1 / 8)
+    rho = sampling.least_rho(few, times, 1 / 8)
     let_in = []
     for r in (t / (1 - t) for t in times[:-1]):
-        w = r ** 2 / (r ** 2 + lam * few.numpy().astype("f8") ** 2)
+        w = r ** 2 / (r ** 2 + rho * few.numpy().astype("f8") ** 2)
         let_in.append(np.mean(w ** 2 * few.numpy() ** 2) / r ** 2)
-    assert max(let_in) == pytest.approx(lam / 8, rel=0.01) and lam < 1
+    assert max(let_in) == pytest.approx(rho / 8, rel=0.01) and rho < 1
 
 
 def test_missed_is_the_error_that_y_betrays_beyond_its_noise():
