@@ -384,7 +384,7 @@ def samples_of(velocity: Velocity, prior: Prior, images: Tensor, method: str, *,
 
     method: "prior", before whose samples comes ("classical", density); "classical", that alone; "paper", with the `losses` of a
     row of TABLE_6. Sample i depends on (seed, i) alone; `samples_per_call` of them are drawn at a time.
-    progress(total, what): the function to call after every round of the search, and after every step of a sample.
+    progress(total, what): makes the function to call after every round of the search, and that after every step of a sample.
     """
     radius = images.shape[-1] // 2 - 1
     if method != "paper":

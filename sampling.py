@@ -18,7 +18,7 @@ by sampling densities that agree with it:
     x_s = (s/t) x_t + (1 - s/t) x_0''     from t to s < t: Algorithm 2, line 4                                 (4)
     x_s = (1 - s) x_0'' + s z             the same with fresh noise, z ~ N(0, I)                               (5)
     w_k = m_k V_k / (V_k + P_k / N)                             trust in a coefficient, by its noise           (6)
-    V_k = r^2 / rho, r = t/(1-t), rho = 1                       how wrong x_0' is; half maps: `least_rho`, `missed`
+    V_k = r^2 / rho, r = t/(1-t), rho = 1                       how wrong x_0' is; denoise: or more
 
 What the prior must beat, the classical answers:
 
@@ -41,7 +41,7 @@ The result is the mean of several samples: FSC rewards the mean of the posterior
 
 Erratum: Algorithm 1 leaves out the 1/N before v and prints + lambda g, which climbs the loss; (9) as in the release.
 Departure 1: `--method prior` starts from (7) or (8) at t < 1 instead of noise at t = 1, takes (5) instead of (4), trusts y
-only as far as (6) says, and keeps density non-negative; what each is worth: README, "What helped". `--method paper` is
+only as far as (6) says (denoise, anisotropic: `least_rho`, `missed`), and keeps density non-negative; what each is worth: README, "What helped". `--method paper` is
 Algorithm 2 (wedge) or 1 as printed, but for the erratum.
 Departure 2: the paper's maps are 64^3. Ours are of any size: (3) always acts on the whole volume, only v goes by tiles.
 Departure 3: D.2 normalises the fused map, by what is not stated; we undo D.1, so that it has the input's grey scale. For
@@ -158,19 +158,20 @@ def sliding_windows(net, x: Tensor, box: int, stride: int, fusion: str = "gaussi
     return fused[tuple(slice(f, f + n) for f, n in zip(first, x.shape))]
 
 
-def least_rho(sigma: Tensor, times: list[float], leak: float) -> float:
-    """rho of (6): 1 or the least with mean_k (w_k sigma_k / r)^2 <= leak * rho at all times.
+def least_rho(sigma: Tensor, measured: Tensor, times: list[float], leak: float) -> float:
+    """rho of (6): 1 or the least, 0.001 at the lowest, with mean_k (w_k sigma_k / r)^2 <= leak * rho at all times.
 
-    The mean is the noise of y that (6) lets into x_0'', over what the network expects of a coefficient; in the worst one it is
-    1 / (4 rho). The bound is on the product of the two: where noise keeps to few coefficients, more of y is used. Beyond 1,
-    the lowest frequencies would be left to the network. Ours; leak was chosen on training structures (README, "What helped").
+    The mean, over all coefficients, is the noise of y that (6) lets into x_0'' for what the network expects there; the most that
+    one coefficient gets is 1 / (4 rho) of it. It is their product that is bounded: where noise keeps to few coefficients, more of
+    y is used. Beyond 1, the lowest frequencies would be left to the network. Ours; leak: README, "What helped".
     """
-    sigma, count = sigma.unique(return_counts=True)      # shells share theirs
-    r = torch.tensor([[t / (1 - t)] for t in times if 0 < t < 1]).to(sigma)
+    sigma, count = sigma.expand(measured.shape)[measured].unique(return_counts=True)   # shells share theirs
+    share = (count / measured.numel()).to(sigma)
+    r = torch.tensor([[t / max(1 - t, 1e-3)] for t in times]).to(sigma)
     low, high = 1e-3, 1.0
     while high / low > 1.001:
         rho = math.sqrt(low * high)
-        noise = (sigma * r / (r ** 2 + rho * sigma ** 2)).square() @ (count / count.sum()).to(sigma)
+        noise = (sigma * r / (r ** 2 + rho * sigma ** 2)).square() @ share
         low, high = (rho, high) if noise.max() > leak * rho else (low, rho)
     return high
 
@@ -181,12 +182,10 @@ def missed(x: Tensor, y: Tensor, measured: Tensor, sigma: Tensor) -> Tensor:
     |F(y - x)|^2 / N less the noise sigma^2, over the measured coefficients of a shell; 0 unless that is more than the noise
     itself (Morozov's discrepancy principle, by twice the noise): the network has lost there what y knows well. Ours.
     """
-    shell = degrade.noise_shells(y.shape, y.device)
-    total = lambda p: y.new_zeros(int(shell.max()) + 1).index_add_(0, shell.flatten(), (p * measured).flatten())
-    count = total(torch.ones_like(y)).clamp(min=1)
-    noise = total((sigma ** 2).expand(y.shape)) / count
-    beyond = torch.stack([total(p) / count - noise for p in torch.fft.fftn(x - y, dim=degrade.XYZ).abs().square() / y.numel()])
-    return torch.where(beyond > noise, beyond, 0)[:, shell]
+    mean = lambda p: degrade.shell_mean(p * measured) / degrade.shell_mean(measured.double()).clamp(min=1e-12)
+    noise = mean((sigma ** 2).expand(y.shape))
+    beyond = torch.stack([mean(torch.fft.fftn(u - y).abs().square() / y.numel()) for u in x]) - noise
+    return degrade.on_grid(torch.where(beyond > noise, beyond, 0).to(y.dtype), y.shape)
 
 
 def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, generators: list[Generator], *, steps: int,
@@ -201,13 +200,13 @@ def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, g
     noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
     zero = -prior.mean / prior.std                       # no density, in network scale
     times = torch.linspace(t_start, 0, steps + 1).tolist()
-    rho = 1.0 if leak is None else least_rho(sigma, times, leak)
+    rho = 1.0 if leak is None else least_rho(sigma, measured, times[:-1], leak)
     x = (1 - t_start) * start + t_start * noise()
     for t, s in zip(times, times[1:]):
         estimate = x - t * tiled_velocity(prior, x, t, generators)                     # (2)
-        V = torch.tensor((t / max(1 - t, 1e-3)) ** 2 / rho, device=y.device)
+        V = (t / max(1 - t, 1e-3)) ** 2 / rho
         if leak is not None:
-            V = torch.maximum(V, missed(estimate, y, measured, sigma))
+            V = missed(estimate, y, measured, sigma).clamp(min=V)
         w = measured * (V / (V + sigma ** 2))                                          # (6)
         for _ in range(inner):
             estimate = put_back(estimate, y, w).clamp(min=zero)

@@ -31,7 +31,7 @@ VARIANTS = {  # the settings of a sampler but for its steps
     "prior": sampling.DENOISE["prior"],
     "prior, from noise": sampling.DENOISE["prior"] | {"t_start": 1.0},
     "prior, deterministic": sampling.DENOISE["prior"] | {"fresh_noise": False},
-    "prior, rho = 1": sampling.DENOISE["prior"] | {"leak": None},
+    "prior, trust as for the wedge": sampling.DENOISE["prior"] | {"leak": None},
     "paper": sampling.DENOISE["paper"],
     "paper, operator noise": sampling.DENOISE["paper"] | {"operator_noise": True},
     "paper, weight independent of N": sampling.DENOISE["paper"] | {"per_time": True},
@@ -128,7 +128,7 @@ def main() -> None:
                     pooled = drawn.flatten(0, 1)
                     mean, band = pooled.mean(0), 1.645 * pooled.std(0)
                     molecule = truth > 0.1
-                    inside.append([float(((truth - mean).abs() <= band)[where].float().mean()) for where in (molecule, ~molecule)])
+                    inside.append([float(((clean - mean).abs() <= band)[where].float().mean()) for where in (molecule, ~molecule)])
                 file.flush()
             print(f"{nominal} Å" + (f", +-{angle} degrees" if angle else "") + f"    {'FSC_AUC':>14} {'FSC_0.5':>16}   failures")
             for (name, n), scores in table.items():

@@ -139,7 +139,7 @@ def test_sample_i_depends_on_seed_and_i_alone_however_many_are_drawn_at_once(sta
                                                                         torch.zeros(12, 3), None))
     velocity = lambda x, t, generators: sampling.tiled_velocity(prior, x, t, generators)
     draw = lambda per_call: torch.stack([x for name, x in abinitio.samples_of(
-        velocity, prior, images, method, samples=3, seed=1, max_shift=1, steps=2, samples_per_call=per_call) if name == method])
+        velocity, prior, images, method, samples=3, seed=1, max_shift=1, steps={"prior": 6, "paper": 2}[method], samples_per_call=per_call) if name == method])
     together, apart = draw(3), draw(1)
     assert float((together[0] - together[1]).norm() / together[0].norm()) > 0.1
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-4 * float(apart.abs().max()))     # other batches round otherwise
