@@ -397,7 +397,7 @@ def samples_of(velocity: Velocity, prior: Prior, images: Tensor, method: str, *,
     settings, frame = METHODS[method] | ({"steps": steps} if steps else {}), None
     tick = progress(samples * settings["steps"], "step")
     for i in range(0, samples, samples_per_call):
-        generators = [Generator().manual_seed(seed * 1_000_003 + j) for j in range(i, min(i + samples_per_call, samples))]
+        generators = [data.item_generator(seed, j) for j in range(i, min(i + samples_per_call, samples))]
         common = dict(radius=radius, tick=lambda: [tick() for _ in generators], **settings)         # a step of every sample
         if method == "prior":
             drawn = restore_projections(velocity, prior, images, start, R, shift, scale, generators, **common)

@@ -606,7 +606,7 @@ ENDLESS = 2 ** 62                                       # items: every index is 
 
 
 def item_generator(seed: int, i: int) -> Generator:
-    """What item i of a dataset is drawn with: the same whoever draws it, and whenever."""
+    """What item i of a dataset, or sample i of a prior, is drawn with: the same whoever draws it, and whenever."""
     return Generator().manual_seed((seed * 1_000_003 + i) % 2 ** 63)
 
 

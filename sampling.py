@@ -158,8 +158,8 @@ def sliding_windows(net, x: Tensor, box: int, stride: int, fusion: str = "gaussi
     return fused[tuple(slice(f, f + n) for f, n in zip(first, x.shape))]
 
 
-def least_rho(sigma: Tensor, measured: Tensor, times: list[float], leak: float) -> float:
-    """rho of (6): 1 or the least, 0.001 at the lowest, with mean_k (w_k sigma_k / r)^2 <= leak * rho at all times.
+def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
+    """rho of (6): 1 or the least, 0.001 at the lowest, with mean_k (w_k sigma_k / r)^2 <= leak * rho at all r (T,).
 
     The mean, over all coefficients, is the noise of y that (6) lets into x_0'' for what the network expects there; the most that
     one coefficient gets is 1 / (4 rho) of it. It is their product that is bounded: where noise keeps to few coefficients, more of
@@ -167,7 +167,7 @@ def least_rho(sigma: Tensor, measured: Tensor, times: list[float], leak: float) 
     """
     sigma, count = sigma.expand(measured.shape)[measured].unique(return_counts=True)   # shells share theirs
     share = (count / measured.numel()).to(sigma)
-    r = torch.tensor([[t / max(1 - t, 1e-3)] for t in times]).to(sigma)
+    r = r[:, None].to(sigma)
     low, high = 1e-3, 1.0
     while high / low > 1.001:
         rho = math.sqrt(low * high)
@@ -200,11 +200,11 @@ def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, g
     noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
     zero = -prior.mean / prior.std                       # no density, in network scale
     times = torch.linspace(t_start, 0, steps + 1).tolist()
-    rho = 1.0 if leak is None else least_rho(sigma, measured, times[:-1], leak)
+    r = torch.tensor([t / max(1 - t, 1e-3) for t in times[:-1]], dtype=torch.float64)
+    rho = 1.0 if leak is None else least_rho(sigma, measured, r, leak)
     x = (1 - t_start) * start + t_start * noise()
-    for t, s in zip(times, times[1:]):
+    for t, s, V in zip(times, times[1:], (r ** 2 / rho).tolist()):
         estimate = x - t * tiled_velocity(prior, x, t, generators)                     # (2)
-        V = (t / max(1 - t, 1e-3)) ** 2 / rho
         if leak is not None:
             V = missed(estimate, y, measured, sigma).clamp(min=V)
         w = measured * (V / (V + sigma ** 2))                                          # (6)
@@ -260,7 +260,7 @@ def draw_samples(prior: Prior, y: Tensor, measured: Tensor, first: Tensor, sigma
     network = lambda u: ((u / scale.maximum - prior.mean) / prior.std).to(device)
     sigma = torch.as_tensor(sigma / scale.maximum / prior.std, dtype=torch.float32, device=device)
     for i in range(0, samples, samples_per_call):
-        generators = [Generator().manual_seed(seed * 1_000_003 + j) for j in range(i, min(i + samples_per_call, samples))]
+        generators = [data.item_generator(seed, j) for j in range(i, min(i + samples_per_call, samples))]
         each = lambda: [tick() for _ in generators]      # a step of every sample
         common = dict(sigma=sigma, tick=each, **settings)
         if "t_start" in settings:
@@ -496,7 +496,7 @@ def generate(args: argparse.Namespace, prior: Prior) -> None:
     begin, tick, shown = time.perf_counter(), Progress(args, args.samples * steps), {}
     say_work(args, prior, (box,) * 3, args.samples, steps, args.solver)
     for first in range(0, args.samples, 8):              # eight at a time
-        generators = [Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(first, min(first + 8, args.samples))]
+        generators = [data.item_generator(args.seed, i) for i in range(first, min(first + 8, args.samples))]
 
         def velocity(x, t):
             if box == prior.box:                         # a crop as in training: neither rolled nor turned

@@ -193,17 +193,18 @@ def test_the_posterior_mean_takes_noise_out_of_the_measured_coefficients(monkeyp
 
 
 def test_least_rho_lets_in_as_much_noise_as_it_is_told_to():
-    times = torch.linspace(0.5, 0, 41).tolist()
+    times = torch.linspace(0.5, 0, 41)[:-1]
+    ratio = times / (1 - times)                                 # r
     white, everywhere = torch.tensor(0.3), torch.ones(8, 8, 8, dtype=bool)      # its worst time is inside: r = sigma rho^(1/2)
-    assert sampling.least_rho(white, everywhere, times[:-1], 1) == pytest.approx(0.5, rel=0.01)         # 1 / (4 rho) = leak rho
-    assert sampling.least_rho(white, everywhere, times[:-1], 1 / 8) == 1       # never more
+    assert sampling.least_rho(white, everywhere, ratio, 1) == pytest.approx(0.5, rel=0.01)         # 1 / (4 rho) = leak rho
+    assert sampling.least_rho(white, everywhere, ratio, 1 / 8) == 1       # never more
     half = everywhere.clone()
     half[4:] = False                                            # half the noise: 1 / (8 rho)
-    assert sampling.least_rho(white, half, times[:-1], 1) == pytest.approx(8 ** -0.5, rel=0.01)
+    assert sampling.least_rho(white, half, ratio, 1) == pytest.approx(8 ** -0.5, rel=0.01)
     few = torch.where(wedge((8, 8, 8)), 50.0, 0.3)              # most coefficients are hopeless: the others are trusted more
-    rho = sampling.least_rho(few, everywhere, times[:-1], 1 / 8)
+    rho = sampling.least_rho(few, everywhere, ratio, 1 / 8)
     let_in = []
-    for r in (t / (1 - t) for t in times[:-1]):
+    for r in ratio.tolist():
         w = r ** 2 / (r ** 2 + rho * few.numpy().astype("f8") ** 2)
         let_in.append(np.mean(w ** 2 * few.numpy() ** 2) / r ** 2)
     assert max(let_in) == pytest.approx(rho / 8, rel=0.01) and rho < 1
