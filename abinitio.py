@@ -14,25 +14,99 @@ Erratum: Algorithm 3 prints x_t - v and + lambda g, which climbs the loss; (a5) 
 Not stated: the weight of (a3) beside (a1); ours divides it by sg(|p|^2), so that both terms lie within [-1, 1].
 Departure: the pose search leaves the mean of images out of (a1): it is the same in every projection, and says nothing.
 """
-import contextlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-import mrcfile
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-import data
+import augment
 import degrade
-import fsc
+import fourier
 from checkpoint import Prior
-from degrade import coefficients, frequencies, phase, slices
+from degrade import euler_matrix
+from volume import Scale, denormalise, normalise, rotate
 
-MAX_PROJECTIONS = 2000
+
+def healpix(nside: int) -> tuple[Tensor, Tensor]:
+    """Directions of equal area, ring by ring (Gorski et al. 2005, eq. 4-9): theta, phi in radians, (12 nside^2,)."""
+    theta, phi = [], []
+    for i in range(1, 4 * nside):
+        cap = min(i, 4 * nside - i)                             # rings around a pole hold 4, 8, 12, ...
+        n = 4 * min(cap, nside)
+        z = 1 - cap ** 2 / (3 * nside ** 2) if cap < nside else abs(4 / 3 - 2 * i / (3 * nside))
+        half = 0.5 if cap < nside or (i - nside) % 2 == 0 else 0.0
+        theta += [math.acos(z) if i <= 2 * nside else math.pi - math.acos(z)] * n
+        phi += [2 * math.pi / n * (j + half) for j in range(n)]
+    return torch.tensor(theta, dtype=torch.float64), torch.tensor(phi, dtype=torch.float64)
+
+
+def so3_grid(order: int) -> Tensor:
+    """Rotations spread evenly: HEALPix directions times in-plane angles (Yershova et al. 2010), (72 * 8^order, 3, 3).
+
+    Neighbours are 60, 30, 15, 7.5 degrees apart for order 0, 1, 2, 3; RELION's grid of that order.
+    """
+    nside = 2 ** order
+    theta, phi = (torch.rad2deg(angle) for angle in healpix(nside))
+    psi = torch.arange(6 * nside, dtype=torch.float64) * (60 / nside)
+    i, j = torch.meshgrid(torch.arange(len(theta)), torch.arange(len(psi)), indexing="ij")
+    return euler_matrix(torch.stack([phi[i], theta[i], psi[j]], -1).reshape(-1, 3))
+
+
+def frequencies(radius: float, dims: int = 2, device=None) -> Tensor:
+    """Half of the whole frequencies 0 < |k| <= radius, one of k and -k: (K, 3) float32 x, y, z; z = 0 if dims is 2."""
+    r = torch.arange(-int(radius), int(radius) + 1)
+    k = torch.cartesian_prod(r if dims == 3 else r[r == 0], r, r)               # z, y, x
+    first = (k * torch.tensor([10 ** 8, 10 ** 4, 1])).sum(1) > 0                # the later half in reading order
+    return k[first & (k.square().sum(1) <= radius ** 2)].flip(1).float().to(device)
+
+
+def coefficients(x: Tensor, k: Tensor) -> Tensor:
+    """Fourier coefficients at k (K, 3) of images (P, N, N) or volumes (P, N, N, N) about voxel N//2: (P, K) complex.
+
+    Scaled so that Re sum(conj(a) b) is the dot product of two maps without mean, low-passed to these frequencies.
+    """
+    N, dims = x.shape[-1], x.ndim - 1
+    X = torch.fft.fftn(x, dim=tuple(range(-dims, 0)), norm="ortho")
+    index = k[:, :dims].long().flip(1).unbind(1)                                # y, x or z, y, x
+    return X[(slice(None), *(i % N for i in index))] * phase(k, k.new_full((1, 3), -(N // 2)), N) * math.sqrt(2)
+
+
+def phase(k: Tensor, shifts: Tensor, N: int) -> Tensor:
+    """What a displacement by `shifts` (..., 3) x, y, z in voxels multiplies coefficients at k (K, 3) by: (..., K)."""
+    angle = shifts @ k.T * (-2 * math.pi / N)
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def slices(volume: Tensor, rotations: Tensor, k: Tensor) -> Tensor:
+    """coefficients(project(volume, rotations), k), by the central slice theorem: (P, K) complex.
+
+    volume: (N, N, N); rotations: (..., P, 3, 3); k: `frequencies`. With those of dims = 3: the
+    coefficients of the turned volume V(R r). Linear in volume and differentiable in volume and rotations.
+    Trilinear on a grid of frequencies twice as fine, voxels weighted against what this does to them; what is
+    left at d voxels from the middle is of the order of (d / (2N - d))^2: 2 % at N/4, 11 % at the box's edge.
+    """
+    N, dims = volume.shape[-1], 2 + int(k[:, 2].any())
+    last = 2 * (int(k.norm(dim=1).max()) + 1) + 1
+    r = torch.arange(N, device=volume.device) - N // 2
+    fine = torch.arange(-last, last + 1, device=volume.device)
+    angle = fine[:, None] * r * (-math.pi / N)                                  # frequency fine / 2N
+    E = torch.complex(angle.cos(), angle.sin()) / torch.sinc(r / (2 * N)) ** 2
+    X = volume.to(E.dtype)
+    for _ in range(3):
+        X = (X @ E.T).permute(2, 0, 1)                                          # one axis at a time
+    grid = torch.view_as_real(X).permute(3, 0, 1, 2)[None]
+    point = (k @ rotations.to(k).mT) * (2 / last)                               # x, y, z; -1 .. 1
+    found = F.grid_sample(grid, point.reshape(1, 1, -1, len(k), 3), align_corners=True)[0, :, 0]
+    return torch.complex(*found).reshape(*rotations.shape[:-2], len(k)) * math.sqrt(2 / N ** dims)
+
+
 Velocity = Callable[[Tensor, float, list[Generator]], Tensor]   # v(x, t, generators) of maps (K, N, N, N): sampling.tiled_velocity
+
 STARTS = 3                                                # random beginnings of `reconstruct`
+
 SHELLS = 8, 10, 12, 16, 20, 26, None                      # how far `reconstruct` looks, round by round; None: to the last
 
 # CryoFM Table 6: what was chosen for each data set "by examining the human preference for the reconstruction".
@@ -40,8 +114,6 @@ TABLE_6 = {"10345": dict(stop_gradient=False, q=0.7),    # synthetic, 2 projecti
            "10028": dict(stop_gradient=True, q=0.0),     # class averages
            "10827": dict(stop_gradient=False, q=0.7)}    # class averages
 
-
-# ---- Losses ------------------------------------------------------------------------------------------------------------
 
 def psi_cor(p: Tensor, y: Tensor) -> Tensor:
     """(a1) of images (..., N, N) -> (...)."""
@@ -63,8 +135,6 @@ def projection_loss(p: Tensor, y: Tensor, *, stop_gradient: bool, q: float) -> T
     """L of Algorithm 3 with the settings of one row of Table 6, one value per image."""
     return (psi_sg if stop_gradient else psi_cor)(p, y) + psi_bg(p, y, q) / p.square().sum((-2, -1)).detach()
 
-
-# ---- Poses -------------------------------------------------------------------------------------------------------------
 
 def shift_grid(limit: float, step: float, dims: int = 2) -> Tensor:
     """Shifts (S, 3) x, y, z in voxels, multiples of step, at most `limit` long; 0 among them."""
@@ -131,7 +201,7 @@ def find_poses(volume: Tensor, images: Tensor, *, max_shift: float, radius: floa
     r = min(radius, 90 / angle)                          # 15 degrees: shells to 6, a neighbour is 1.6 coefficients away
     k = frequencies(r, device=images.device)
     if start is None:
-        R, shift, cor = search(volume, coefficients(images, k), k, degrade.so3_grid(order).to(volume),
+        R, shift, cor = search(volume, coefficients(images, k), k, so3_grid(order).to(volume),
                                shift_grid(max_shift, N / (4 * r)).to(volume), keep)
     else:
         R, shift = (x[:, None] for x in start)
@@ -147,8 +217,6 @@ def find_poses(volume: Tensor, images: Tensor, *, max_shift: float, radius: floa
         if angle < 28 / radius and r >= radius:          # half a coefficient at the last shell
             return R[:, 0], shift[:, 0], cor[:, 0]
 
-
-# ---- Volumes from poses ------------------------------------------------------------------------------------------------
 
 def ball(N: int, device=None) -> Tensor:
     """The inside of the sphere that every projection sees whole: boolean (N, N, N)."""
@@ -195,10 +263,10 @@ def anneal(images: Tensor, generator: Generator, *, max_shift: float, iterations
     All 576 poses of `so3_grid(1)` and every shift count for every image, by a softmax of their correlations: its width, in
     standard deviations over the poses, falls from width[0] to width[1]. Takes seconds; which hand comes out is chance.
     """
-    scale, k, grid = n / images.shape[-1], frequencies(radius, device=images.device), degrade.so3_grid(1).to(images)
+    scale, k, grid = n / images.shape[-1], frequencies(radius, device=images.device), so3_grid(1).to(images)
     y = coefficients(images, k) * scale ** 2             # voxels of the coarse grid, and fewer of them along the beam
     shifts = shift_grid(max_shift * scale, n / (4 * radius)).to(images)
-    random = torch.stack([data.random_rotation(generator) for _ in y]).to(images)
+    random = torch.stack([augment.random_rotation(generator) for _ in y]).to(images)
     x = fit(images.new_zeros(n, n, n), random, y, k, iterations=5)
     for i in range(iterations):
         cor = correlations(x, y, k, grid, shifts)        # (P, S, R)
@@ -221,7 +289,7 @@ def reconstruct(images: Tensor, generator: Generator, *, max_shift: float, radiu
         tries.append(anneal(images, generator, max_shift=max_shift))
         tick()
     coarse = max(tries, key=lambda found: found[1])[0]
-    x, poses = data.fourier_resample(coarse, (N, N, N)).clamp(min=0), None
+    x, poses = fourier.resample(coarse, (N, N, N)).clamp(min=0), None
     for i, r in enumerate(SHELLS):
         r = min(r or radius, radius)
         # The grid is searched anew until the density can tell poses well apart; then each pose follows it.
@@ -232,9 +300,7 @@ def reconstruct(images: Tensor, generator: Generator, *, max_shift: float, radiu
     return x, R, shift, cor
 
 
-# ---- With the prior ----------------------------------------------------------------------------------------------------
-
-def restore_projections(velocity: Velocity, prior: Prior, images: Tensor, start: Tensor, R: Tensor, shift: Tensor, scale: data.Scale,
+def restore_projections(velocity: Velocity, prior: Prior, images: Tensor, start: Tensor, R: Tensor, shift: Tensor, scale: Scale,
                         generators: list[Generator], *, radius: float, steps: int = 20, t_start: float = 0.4, iterations: int = 3,
                         tick=lambda: None) -> Tensor:
     """Samples (K, N, N, N), one per generator, from the classical density noised to t_start on: (a6) draws the prior's x_0' to
@@ -249,7 +315,7 @@ def restore_projections(velocity: Velocity, prior: Prior, images: Tensor, start:
     times = torch.linspace(t_start, 0, steps + 1).tolist()
     x = (1 - t_start) * network(start) + t_start * noise()
     for i, (t, s) in enumerate(zip(times, times[1:])):
-        V = data.denormalise(x - t * velocity(x, t, generators), scale).clamp(min=0)
+        V = denormalise(x - t * velocity(x, t, generators), scale).clamp(min=0)
         if i % 5 == 4:
             poses = [find_poses(v, images, max_shift=1, radius=radius, start=pose)[:2] for v, pose in zip(V, poses)]
         V = torch.stack([fit(v, R, observed * phase(k, -shift, N), k, iterations=iterations) for v, (R, shift) in zip(V, poses)])
@@ -283,7 +349,7 @@ def algorithm_3(velocity: Velocity, prior: Prior, images: Tensor, generators: li
         V = (x - t * v) * prior.std + prior.mean         # x_0' as a density
         g, = torch.autograd.grad(V, x, torch.stack([slope(V_k) for V_k in V.detach()]))
         size = min(lambda_max, t / max(1 - t, 1e-6)) * (200 / steps if per_time else 1)
-        x = (x - v / steps - size * g / torch.linalg.vector_norm(g, dim=degrade.XYZ, keepdim=True)).detach()       # (a5)
+        x = (x - v / steps - size * g / torch.linalg.vector_norm(g, dim=fourier.XYZ, keepdim=True)).detach()       # (a5)
         tick()
     fitted, k = [], frequencies(radius, device=x.device)
     for V in x * prior.std + prior.mean:
@@ -292,8 +358,6 @@ def algorithm_3(velocity: Velocity, prior: Prior, images: Tensor, generators: li
         fitted.append(V * ((p.conj() * y).real.sum() / (p.abs() ** 2).sum()))
     return torch.stack(fitted)
 
-
-# ---- Comparing volumes, reading stacks, the task -----------------------------------------------------------------------
 
 class Aligned(NamedTuple):
     density: Tensor
@@ -311,7 +375,7 @@ def align(a: Tensor, b: Tensor) -> Aligned:
         r, angle = min(5, N // 2 - 1), 15.0
         k, step = frequencies(r, 3, a.device), N / 4 / r
         y = coefficients(b[None], k)
-        R, s, _ = search(hand, y, k, degrade.so3_grid(2).to(a), shift_grid(N / 8, step, 3).to(a), keep=8)
+        R, s, _ = search(hand, y, k, so3_grid(2).to(a), shift_grid(N / 8, step, 3).to(a), keep=8)
         for r in (6, 7, 8, 10, 14, 18, 18):
             if r == 10:                                  # one is left: it is followed to a fine angle
                 R, s = (x[:, cor[0].argmax()][:, None] for x in (R, s))
@@ -321,58 +385,12 @@ def align(a: Tensor, b: Tensor) -> Aligned:
         found.append((float(cor[0, i]), hand, R[0, i], s[0, i]))
     cor, hand, R, s = max(found, key=lambda x: x[0])
     # data.rotate turns about the middle, (2N - 1) / 2 of a grid twice as fine; ours is voxel N//2 of the coarse one.
-    fine = data.rotate(data.fourier_resample(hand, (2 * N,) * 3), R)[::2, ::2, ::2]
+    fine = rotate(fourier.resample(hand, (2 * N,) * 3), R)[::2, ::2, ::2]
     delta = (N // 2 - (2 * N - 1) / 4) * torch.ones(3, device=a.device)
-    kz, ky, kx = fsc.freq_grid((N,) * 3, device=a.device)
+    kz, ky, kx = fourier.freq_grid((N,) * 3, device=a.device)
     k = torch.stack(torch.broadcast_tensors(kx, ky, kz), -1).float() * N
     moved = torch.fft.ifftn(torch.fft.fftn(fine) * phase(k.view(-1, 3), s + delta - R.T @ delta, N).view(fine.shape)).real
     return Aligned(moved, cor == found[1][0], cor)
-
-
-@contextlib.contextmanager
-def opened(path: Path, **how):
-    """mrcfile.open, whose errors do not name the file."""
-    try:
-        with mrcfile.open(path, **how) as file:
-            yield file
-    except (ValueError, EOFError, OSError) as error:     # no MRC file, cut short, a damaged .gz
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_stack(path: str | Path, voxel_size: float | None = None) -> data.Map:
-    """A stack of square images (.mrcs, or space group 0 with MZ = 1): density is (P, N, N), background 0, protein bright.
-
-    Raises OSError if there is no such file and ValueError (one line) for a volume, one image, more than MAX_PROJECTIONS,
-    images that are not square or not finite, or no voxel size.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with opened(path, header_only=True) as file:
-        P, *sides = (int(file.header[n]) for n in ("nz", "ny", "nx"))
-        group, mz, mode, voxel = int(file.header.ispg), int(file.header.mz), int(file.header.mode), float(file.voxel_size.x)
-    name = path.name.lower().removesuffix(".gz").removesuffix(".bz2")
-    voxel = voxel if voxel_size is None else voxel_size
-    for wrong, message in (
-            (mode in (3, 4), "complex numbers; give images, not their transforms"),
-            (P < 2, "a single image; ab initio wants two projections or more"),
-            (not (name.endswith(".mrcs") or (group == 0 and mz == 1)),
-             f"a volume of {P} x {sides[0]} x {sides[1]} voxels where a stack of projections is wanted; if it is one, name it .mrcs"),
-            (P > MAX_PROJECTIONS, f"{P} projections; give at most {MAX_PROJECTIONS}, such as class averages or a random part"),
-            (sides[0] != sides[1], f"images of {sides[0]} x {sides[1]} pixels; crop them to squares"),
-            (sides[0] < 24, f"images of {sides[0]} pixels; 24 or more are wanted"),
-            (not 0 < voxel < math.inf, f"the header's voxel size is {voxel:g} Å; give the true one with --voxel-size")):
-        if wrong:
-            raise ValueError(f"{path}: {message}")
-    with opened(path) as file:
-        images = torch.from_numpy(file.data.astype("float32")).reshape(P, *sides)
-    if not images.isfinite().all() or (images.amin((1, 2)) == images.amax((1, 2))).any():
-        raise ValueError(f"{path}: an image holds NaN or infinite values, or is flat; take it out of the stack")
-    outside = ~ball(sides[0])[sides[0] // 2]
-    images = images - images[:, outside].mean(1)[:, None, None]
-    if images.sum() <= 0:
-        raise ValueError(f"{path}: the protein is darker than its surroundings; multiply the images by -1")
-    return data.Map(images, voxel)
 
 
 METHODS = {"prior": dict(steps=20, t_start=0.4, iterations=3), "paper": dict(steps=200)}
@@ -393,11 +411,11 @@ def samples_of(velocity: Velocity, prior: Prior, images: Tensor, method: str, *,
         yield "classical", start
         if method == "classical":
             return
-        scale = data.normalise(start, prior.mean, prior.std)[1]
+        scale = normalise(start, prior.mean, prior.std)[1]
     settings, frame = METHODS[method] | ({"steps": steps} if steps else {}), None
     tick = progress(samples * settings["steps"], "step")
     for i in range(0, samples, samples_per_call):
-        generators = [data.item_generator(seed, j) for j in range(i, min(i + samples_per_call, samples))]
+        generators = [augment.item_generator(seed, j) for j in range(i, min(i + samples_per_call, samples))]
         common = dict(radius=radius, tick=lambda: [tick() for _ in generators], **settings)         # a step of every sample
         if method == "prior":
             drawn = restore_projections(velocity, prior, images, start, R, shift, scale, generators, **common)

@@ -39,11 +39,16 @@ from torch import Tensor
 import checkpoint
 import degrade
 import flow
+import fourier
 import model_hdit
 import model_scunet
 import natten3d
-import sampling
-import train
+import natten3d_triton
+import posterior
+import train_config
+import train_dry_run
+import train_objectives
+import train_optim
 
 HERE = Path(__file__).parent
 
@@ -92,7 +97,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, budget: float) -> tuple[f
 # ---- Attention: who competes. Each prepares for a shape (q for its device and dtype) and returns attention(q, k, v) --------
 
 def ours(grid, kernel, q: Tensor):
-    natten3d.plan.cache_clear(), natten3d.tables.cache_clear(), natten3d.whole_bias.cache_clear()
+    natten3d.plan.cache_clear(), natten3d_triton.tables.cache_clear(), natten3d.whole_bias.cache_clear()
     return lambda q, k, v: natten3d.na3d(q, k, v, kernel)
 
 
@@ -192,7 +197,7 @@ def shapes(args) -> list[tuple[str, int, int, int]]:
     if args.quick:
         return [("quick", 16, 1, 32)]
     return [(f"{name} level {level}", cfg.crop // cfg.net.patch_size // 2**level, width // cfg.net.d_head, cfg.net.d_head)
-            for name in args.model for cfg in [train.PRESETS[name]] for level, width in enumerate(cfg.net.widths[:-1])]
+            for name in args.model for cfg in [train_config.PRESETS[name]] for level, width in enumerate(cfg.net.widths[:-1])]
 
 
 def useful_flops(q: Tensor, kernel) -> dict[str, float]:
@@ -273,17 +278,17 @@ def peak(device: torch.device) -> float:
     """GiB, of this process alone: a child's ru_maxrss begins with what its parent had in memory, Linux's VmHWM does not."""
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():
-        return train.peak_memory(device.type == "cuda")
+        return train_dry_run.peak_memory(device.type == "cuda")
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**20
 
 
 def train_step(name: str, args, device: torch.device) -> dict:
     """As in train.py: forward, backward, clip, optimisers, averaged weights."""
-    cfg = replace(train.PRESETS[name], crops_per_map=1, bf16=args.dtype == "bfloat16")
+    cfg = replace(train_config.PRESETS[name], crops_per_map=1, bf16=args.dtype == "bfloat16")
     cfg = replace(cfg, batch=2 if args.quick else cfg.batch if args.gpu or name == "tiny" else 1)
-    accumulate, micro = train.split_batch(cfg, 1)
+    accumulate, micro = train_objectives.split_batch(cfg, 1)
     net = model_hdit.HDiT(cfg.net).to(device)
-    ema, optimizers = copy.deepcopy(net).requires_grad_(False), train.optimizers(net, cfg)
+    ema, optimizers = copy.deepcopy(net).requires_grad_(False), train_optim.optimizers(net, cfg)
     velocity = torch.compile(net) if args.compile else net
     x_0 = torch.randn(micro, 1, *[cfg.crop] * 3, device=device)
 
@@ -296,9 +301,9 @@ def train_step(name: str, args, device: torch.device) -> dict:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        train.update_ema(ema, net, 1000, cfg.ema_decay)
+        train_optim.update_ema(ema, net, 1000, cfg.ema_decay)
 
-    t, flops = median_seconds(step, device, 6 * args.seconds, 5), 6 * train.multiply_adds(cfg.net, cfg.crop)
+    t, flops = median_seconds(step, device, 6 * args.seconds, 5), 6 * train_dry_run.multiply_adds(cfg.net, cfg.crop)
     return {"step": f"{accumulate} x {micro} x {cfg.crop}^3", "who": f"{name}, {'compiled' if args.compile else 'eager'}", "s": t,
             "maps/s": cfg.batch / t, "TFLOP per map": flops / 1e12, "TFLOP/s": flops * cfg.batch / t / 1e12,
             "peak GiB": peak(device)}
@@ -306,7 +311,7 @@ def train_step(name: str, args, device: torch.device) -> dict:
 
 def sampling_step(name: str, args, device: torch.device) -> dict:
     """As in sampling.sample_posterior: the network on every tile, the data term, noise."""
-    cfg = train.PRESETS[name]
+    cfg = train_config.PRESETS[name]
     if name == "tiny":
         prior = checkpoint.load(HERE / "weights/hdit_tiny.pt", kind="hdit", device=device)
     else:                                                # untrained: speed does not depend on the weights
@@ -314,8 +319,8 @@ def sampling_step(name: str, args, device: torch.device) -> dict:
         prior = checkpoint.Prior(net, "hdit", cfg.voxel_size, cfg.crop, cfg.mean, cfg.std, sha256="")
     side = prior.box if args.quick else max(64, prior.box)
     y, generator = torch.randn(side, side, side, device=device), torch.Generator().manual_seed(0)
-    measured = degrade.hermitian_part(degrade.wedge_mask(y.shape)).to(device)
-    step = lambda: sampling.sample_posterior(prior, y, measured, y, [generator], steps=1, t_start=0.4, inner=2)
+    measured = fourier.hermitian_part(degrade.wedge_mask(y.shape)).to(device)
+    step = lambda: posterior.sample_posterior(prior, y, measured, y, [generator], steps=1, t_start=0.4, inner=2)
     with torch.no_grad():
         t = median_seconds(step, device, args.seconds)
     return {"step": f"{side}^3 in tiles of {prior.box}^3", "who": name, "s": t, "voxels/s": side**3 / t, "peak GiB": peak(device)}

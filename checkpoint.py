@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import written_whole
+from files import written_whole
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 

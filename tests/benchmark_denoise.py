@@ -19,22 +19,25 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import degrade  # noqa: E402
-import sampling  # noqa: E402
-import train  # noqa: E402
 from benchmark_wedge import BOX, VOXEL_SIZE, truth_of  # noqa: E402
+
+import atoms  # noqa: E402
+import checkpoint  # noqa: E402
+import degrade  # noqa: E402
+import fourier  # noqa: E402
+import posterior  # noqa: E402
+import train_objectives  # noqa: E402
+import volume  # noqa: E402
 from fsc import auc, fsc, resolution  # noqa: E402
 
 VARIANTS = {  # the settings of a sampler but for its steps
-    "prior": sampling.DENOISE["prior"],
-    "prior, from noise": sampling.DENOISE["prior"] | {"t_start": 1.0},
-    "prior, deterministic": sampling.DENOISE["prior"] | {"fresh_noise": False},
-    "prior, trust as for the wedge": sampling.DENOISE["prior"] | {"leak": None},
-    "paper": sampling.DENOISE["paper"],
-    "paper, operator noise": sampling.DENOISE["paper"] | {"operator_noise": True},
-    "paper, weight independent of N": sampling.DENOISE["paper"] | {"per_time": True},
+    "prior": posterior.DENOISE["prior"],
+    "prior, from noise": posterior.DENOISE["prior"] | {"t_start": 1.0},
+    "prior, deterministic": posterior.DENOISE["prior"] | {"fresh_noise": False},
+    "prior, trust as for the wedge": posterior.DENOISE["prior"] | {"leak": None},
+    "paper": posterior.DENOISE["paper"],
+    "paper, operator noise": posterior.DENOISE["paper"] | {"operator_noise": True},
+    "paper, weight independent of N": posterior.DENOISE["paper"] | {"per_time": True},
 }
 
 
@@ -50,23 +53,23 @@ def decayed(truth: torch.Tensor, nominal: float, b_factor: float) -> tuple[torch
     """The truth with a B-factor, and the power per shell of white noise that makes the FSC of half maps 0.143 at `nominal` Å."""
     box = truth.shape[-1]
     s2 = (torch.arange(1, box // 2 + 1) / (box * VOXEL_SIZE)).square()
-    signal = degrade.apply_fourier(truth, degrade.on_grid(torch.exp(-b_factor * s2 / 4), truth.shape))
+    signal = fourier.apply_fourier(truth, degrade.expand_shells(torch.exp(-b_factor * s2 / 4), truth.shape))
     power = degrade.radial_power(signal)
     return signal, torch.full_like(power, float(power[round(box * VOXEL_SIZE / nominal) - 1]) * 0.857 / 0.143)
 
 
 def alpha_of(half_angle: int | None, shape) -> torch.Tensor | None:
-    return None if half_angle is None else 1 + 49 * ~degrade.hermitian_part(degrade.wedge_mask(shape, (-half_angle, half_angle)))
+    return None if half_angle is None else 1 + 49 * ~fourier.hermitian_part(degrade.wedge_mask(shape, (-half_angle, half_angle)))
 
 
 def restored(prior, halves, alpha, settings, samples, seed):
     """As sampling.py does it: Wiener of the average, and all samples of each half."""
     shape = halves[0].shape
-    powers, signal, _ = sampling.noise_and_signal(halves)
-    grid = lambda P: degrade.on_grid(P, shape) if alpha is None else degrade.anisotropic_noise_power(P, alpha)
-    classical = sampling.wiener(sum(halves) / 2, grid(sum(powers) / 4), signal)
+    powers, signal, _ = posterior.noise_and_signal(halves)
+    grid = lambda P: degrade.expand_shells(P, shape) if alpha is None else degrade.anisotropic_noise_power(P, alpha)
+    classical = posterior.wiener(sum(halves) / 2, grid(sum(powers) / 4), signal)
     everywhere = torch.ones(shape, dtype=torch.bool)
-    drawn = [list(sampling.draw_samples(prior, y, everywhere, sampling.wiener(y, grid(P), signal).clamp(min=0),
+    drawn = [list(posterior.draw_samples(prior, y, everywhere, posterior.wiener(y, grid(P), signal).clamp(min=0),
                                         (grid(P) / y.numel()).sqrt(), settings, samples=samples, seed=seed + (i << 32)))
              for i, (y, P) in enumerate(zip(halves, powers))]
     return classical, torch.stack([torch.stack(d) for d in drawn])             # (2, samples, D, H, W)
@@ -89,9 +92,9 @@ def main() -> None:
     cli.add_argument("--csv", default="runs/denoise.csv")
     args = cli.parse_args()
     prior = checkpoint.load(args.ckpt, kind="hdit")
-    structures = data.read_structures(args.structures)
+    structures = atoms.read_structures(args.structures)
     if args.held_out:
-        structures = train.split(structures)[1]
+        structures = train_objectives.split(structures)[1]
     structures = structures[:args.count]
     print(f"{len(structures)} structures, {args.samples} sample(s) of each half, torch {torch.__version__}, {torch.get_num_threads()} "
           f"thread(s), {Path(args.ckpt).name} {prior.sha256[:8]}", flush=True)
@@ -102,7 +105,7 @@ def main() -> None:
         for nominal, angle in [(r, None) for r in args.levels] + [(4.3, a) for a in args.angles]:
             table, inside = {}, []
             for i, structure in enumerate(structures):
-                truth = data.center_crop(truth_of(structure), args.box)
+                truth = volume.center_crop(truth_of(structure), args.box)
                 alpha, g = alpha_of(angle, truth.shape), torch.Generator().manual_seed(i)
                 if args.b_factor is None:
                     clean, power = truth, degrade.noise_power_from_fsc(truth, half_map_fsc(nominal, args.box), clean=True)

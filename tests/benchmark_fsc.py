@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import ProceduralChains  # noqa: E402
-from degrade import molmap  # noqa: E402
-from fsc import correct_for_mask, fsc, local_resolution, masked_fsc, q_score, randomise_phases, resolution  # noqa: E402
+from atoms import molmap  # noqa: E402
+from data_chains import ProceduralChains  # noqa: E402
+from fsc import fsc, resolution  # noqa: E402
+from fsc_half_maps import correct_for_mask, local_resolution, masked_fsc, randomise_phases  # noqa: E402
+from fsc_model import q_score  # noqa: E402
 
 JOBS = ("fsc", "masked", "local", "q")
 try:

@@ -19,18 +19,26 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import atoms  # noqa: E402
+import augment  # noqa: E402
 import checkpoint  # noqa: E402
-import data  # noqa: E402
+import data_pairs  # noqa: E402
 import degrade  # noqa: E402
+import fourier  # noqa: E402
 import fsc  # noqa: E402
-import sampling  # noqa: E402
+import fsc_half_maps  # noqa: E402
+import fsc_model  # noqa: E402
+import mrc  # noqa: E402
+import posterior  # noqa: E402
+import sliding_windows  # noqa: E402
+import volume  # noqa: E402
 
 RESOLUTIONS = {"sharpen": (3, 6), "superres": (4, 6), "wedge3d": (8, 15)}
 VOXEL_SIZE = {"sharpen": 1.0, "superres": 1.0, "wedge3d": 4.0}
 
 
 def region(shape, voxel_size=4.0):
-    return degrade.hermitian_part(degrade.wedge_mask(shape, voxel_size=voxel_size))
+    return fourier.hermitian_part(degrade.wedge_mask(shape, voxel_size=voxel_size))
 
 
 def simulated(task: str, structures: list, extent: float, count: int, noise: float):
@@ -38,18 +46,18 @@ def simulated(task: str, structures: list, extent: float, count: int, noise: flo
     small = [s for s in structures if (s.xyz.max(0) - s.xyz.min(0)).max() <= extent][:count]
     v = VOXEL_SIZE[task]
     for i, s in enumerate(small):
-        g = data.item_generator(1, i)
-        xyz = torch.from_numpy(s.xyz) @ data.random_rotation(g).T
+        g = augment.item_generator(1, i)
+        xyz = torch.from_numpy(s.xyz) @ augment.random_rotation(g).T
         xyz, side = xyz - (xyz.amax(0) + xyz.amin(0)) / 2, float((xyz.amax(0) - xyz.amin(0)).max())
         box = 12 * math.ceil((side + 30) / v / 12)
-        R, b = degrade.uniform(*RESOLUTIONS[task], g), torch.from_numpy(s.b_factor)
+        R, b = augment.uniform(*RESOLUTIONS[task], g), torch.from_numpy(s.b_factor)
         grid = dict(voxel_size=v, shape=(box,) * 3, origin=-v * (box // 2))
         if task == "wedge3d":
-            wanted = degrade.molmap(xyz, s.atomic_number, R, **grid)[0]
+            wanted = atoms.molmap(xyz, s.atomic_number, R, **grid)[0]
             noisy = wanted + noise * wanted.max() * torch.randn(wanted.shape, generator=g)
-            observed = degrade.apply_fourier(noisy, region(wanted.shape))
+            observed = fourier.apply_fourier(noisy, region(wanted.shape))
         else:
-            observed, wanted = data.simulated_pair(task, xyz, s.atomic_number, (b - b.quantile(0.05)).clamp(min=0), R, g, **grid)
+            observed, wanted = data_pairs.simulated_pair(task, xyz, s.atomic_number, (b - b.quantile(0.05)).clamp(min=0), R, g, **grid)
         yield s.label, observed, wanted, dict(xyz=xyz, atomic_number=torch.from_numpy(s.atomic_number), b_iso=b), R, grid
 
 
@@ -59,32 +67,32 @@ def real(folder: Path):
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row["model_file"].strip(" -")]
     for row in rows:
         path = next(p for p in sorted(folder.iterdir()) if p.name == row["file"] or p.name.startswith(row["file"] + ".mrc"))
-        m = data.resample(data.read_map(path), 1.0)
-        model = fsc.read_model(folder / row["model_file"])
+        m = mrc.resample_map(mrc.read_map(path), 1.0)
+        model = atoms.read_model(folder / row["model_file"])
         at = (model.xyz.flip(1) - torch.tensor(m.corner)) / torch.tensor(m.voxel_size)
         inside = ((at >= 0) & (at <= torch.tensor(m.density.shape) - 1)).all(1) & (model.atomic_number > 1)
-        atoms = {name: getattr(model, name)[inside] for name in ("xyz", "atomic_number", "b_iso")}
-        yield path.name.split(".")[0], m.density, None, atoms, float(row["resolution_A"]), \
+        found = {name: getattr(model, name)[inside] for name in ("xyz", "atomic_number", "b_iso")}
+        yield path.name.split(".")[0], m.density, None, found, float(row["resolution_A"]), \
             dict(voxel_size=m.voxel_size, shape=tuple(m.density.shape), origin=m.corner)
 
 
 def b_factor_sharpened(x, resolution: float, voxel_size: float):
     ones = torch.ones(min(x.shape) // 2 + 1, dtype=torch.float64)
-    return fsc.sharpen(x, ones, voxel_size, fsc.guinier_b_factor(x, ones, voxel_size, resolution), resolution)
+    return fsc_half_maps.sharpen(x, ones, voxel_size, fsc_half_maps.guinier_b_factor(x, ones, voxel_size, resolution), resolution)
 
 
 def against_model(x, atoms: dict, R: float, grid: dict) -> dict[str, float]:
     place = dict(voxel_size=grid["voxel_size"], origin=grid["origin"])
-    cc = fsc.map_model_cc(x, **atoms, resolution=R, **place)
-    curve = fsc.map_model_resolution(x, **atoms, **place)
+    cc = fsc_model.map_model_cc(x, **atoms, resolution=R, **place)
+    curve = fsc_model.map_model_resolution(x, **atoms, **place)
     return {"cc_box": cc["cc_box"], "cc_mask": cc["cc_mask"], "cc_peaks": cc["cc_peaks"],
-            "q_score": float(fsc.q_score(x, atoms["xyz"], **place).nanmean()),      # nan: no density about an atom
+            "q_score": float(fsc_model.q_score(x, atoms["xyz"], **place).nanmean()),      # nan: no density about an atom
             "fsc_05": curve["d_fsc_model_05"], "fsc_0143": curve["d_fsc_model_0143"]}
 
 
 def against_truth(x, wanted, missing) -> dict[str, float]:
     return {"auc": float(fsc.auc(fsc.fsc(x, wanted))), "auc_missing": float(fsc.auc(fsc.fsc(x, wanted, missing))),
-            "cc": fsc.correlation(x, wanted)}
+            "cc": fsc_model.correlation(x, wanted)}
 
 
 def main() -> None:
@@ -95,7 +103,7 @@ def main() -> None:
     cli.add_argument("--count", type=int, default=12)
     cli.add_argument("--extent", type=float, default=70, help="Å; larger structures are passed over")
     cli.add_argument("--stride", type=int, default=12)
-    cli.add_argument("--fusion", nargs="+", choices=sampling.WINDOWS, default=["gaussian"])
+    cli.add_argument("--fusion", nargs="+", choices=sliding_windows.WINDOWS, default=["gaussian"])
     cli.add_argument("--noise", type=float, default=0.03, help="wedge3d: standard deviation, of the maximum")
     cli.add_argument("--prior", action="store_true", help="wedge3d: the flow prior, too, on its own grid: slow")
     cli.add_argument("--csv", default="runs/scunet.csv")
@@ -103,32 +111,32 @@ def main() -> None:
     networks = {path: checkpoint.load(path, kind="scunet") for path in args.ckpt}
     prior = checkpoint.load(Path(__file__).parent.parent / "weights" / "hdit_tiny.pt", kind="hdit") if args.prior else None
     maps = (real(args.data) if args.data.is_dir() else
-            simulated(args.task, data.read_structures(args.data), args.extent, args.count, args.noise))
+            simulated(args.task, atoms.read_structures(args.data), args.extent, args.count, args.noise))
     rows = []
-    for label, observed, wanted, atoms, R, grid in maps:
+    for label, observed, wanted, model, R, grid in maps:
         begin, answers = time.perf_counter(), {"input": observed}
-        v = fsc.triple(grid["voxel_size"])[2]
+        v = fourier.triple(grid["voxel_size"])[2]
         if args.task == "wedge3d":
             measured = region(observed.shape)
-            answers["POCS"] = sampling.pocs(observed, measured)
+            answers["POCS"] = posterior.pocs(observed, measured)
         else:
             answers["B-factor"] = b_factor_sharpened(observed, R, v)
-        x, scale = data.normalise(observed, 0, 1)
+        x, scale = volume.normalise(observed, 0, 1)
         for path, network in networks.items():
             for fusion in args.fusion:
-                answer = sampling.sliding_windows(network.net, x, network.box, args.stride, fusion)
-                answers[name := f"{path} {fusion}"] = data.denormalise(answer, scale)
+                answer = sliding_windows.sliding_windows(network.net, x, network.box, args.stride, fusion)
+                answers[name := f"{path} {fusion}"] = volume.denormalise(answer, scale)
                 if args.task == "wedge3d":
-                    answers[f"{name}, kept"] = sampling.put_back(answers[name], observed, measured)
+                    answers[f"{name}, kept"] = fourier.put_back(answers[name], observed, measured)
         if prior:                                        # as sampling.py does with --method prior
-            work = data.resample(data.Map(observed, v), prior.voxel_size).density
-            there = region(work.shape) & sampling.below_nyquist(work.shape, observed.shape)
-            sample, = sampling.wedge_samples(prior, work, there, "prior", samples=1, seed=0, noise=args.noise * float(observed.max()))
-            answers["flow prior, one sample"] = data.fourier_resample(sample, observed.shape)
-            answers["flow prior, kept"] = sampling.put_back(answers["flow prior, one sample"], observed, measured)
+            work = mrc.resample_map(mrc.Map(observed, v), prior.voxel_size).density
+            there = region(work.shape) & fourier.below_nyquist(work.shape, observed.shape)
+            sample, = posterior.wedge_samples(prior, work, there, "prior", samples=1, seed=0, noise=args.noise * float(observed.max()))
+            answers["flow prior, one sample"] = fourier.resample(sample, observed.shape)
+            answers["flow prior, kept"] = fourier.put_back(answers["flow prior, one sample"], observed, measured)
         seconds = time.perf_counter() - begin
         for name, answer in answers.items():
-            numbers = against_truth(answer, wanted, ~measured) if args.task == "wedge3d" else against_model(answer, atoms, R, grid)
+            numbers = against_truth(answer, wanted, ~measured) if args.task == "wedge3d" else against_model(answer, model, R, grid)
             rows.append({"map": label, "resolution": R, "answer": name, **numbers})
             print(f"{label:28} {R:5.2f} Å  {name:60}" + "".join(f" {k} {n:.3f}" for k, n in numbers.items()), flush=True)
         print(f"  {seconds:.0f} s", flush=True)

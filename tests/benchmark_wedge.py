@@ -20,36 +20,40 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import atoms  # noqa: E402
 import checkpoint  # noqa: E402
-import data  # noqa: E402
 import degrade  # noqa: E402
+import fourier  # noqa: E402
+import mrc  # noqa: E402
+import posterior  # noqa: E402
 import sampling  # noqa: E402
+import volume  # noqa: E402
 from fsc import auc, fsc, resolution  # noqa: E402
 
 BOX, VOXEL_SIZE, RESOLUTION = 64, 1.5, 3.0
 
 
-def truth_of(structure: data.Structure) -> torch.Tensor:
+def truth_of(structure: atoms.Structure) -> torch.Tensor:
     """The clip-normalised density of a structure, centred in the box."""
-    density = degrade.molmap(torch.from_numpy(structure.xyz), structure.atomic_number, RESOLUTION, voxel_size=VOXEL_SIZE,
+    density = atoms.molmap(torch.from_numpy(structure.xyz), structure.atomic_number, RESOLUTION, voxel_size=VOXEL_SIZE,
                              shape=(BOX,) * 3, origin=-VOXEL_SIZE * (BOX // 2))[0]
-    return data.normalise(density, 0.0, 1.0)[0]
+    return volume.normalise(density, 0.0, 1.0)[0]
 
 
 def real_maps(folder: Path, args: argparse.Namespace) -> None:
     print(f"{'map':34}{'voxels':>14}{'Å':>7}{'method':>8}{'s':>6}   FSC_AUC in the missing wedge: POCS, restored")
     for path in sorted(p for p in folder.iterdir() if ".mrc" in p.name):
-        truth = data.read_map(path)
+        truth = mrc.read_map(path)
         measured = degrade.wedge_mask(truth.density.shape, voxel_size=truth.voxel_size)
         with tempfile.TemporaryDirectory() as work:
             degraded, out = Path(work) / "degraded.mrc", Path(work) / "out.mrc"
-            data.write_map(degraded, replace(truth, density=degrade.apply_fourier(truth.density, measured)))
+            mrc.write_map(degraded, replace(truth, density=fourier.apply_fourier(truth.density, measured)))
             sampling.main([str(degraded), "-o", str(out), "--truth", str(path), "--ckpt", args.ckpt, "--quiet",
                            "--samples", str(args.samples)])
-            report, after = json.loads(out.with_suffix(".json").read_text()), data.read_map(out)
+            report, after = json.loads(out.with_suffix(".json").read_text()), mrc.read_map(out)
             for name in ("voxel_size", "origin", "nstart"):
                 assert getattr(after, name) == getattr(truth, name), f"{path}: {name} changed"
-            error = (degrade.apply_fourier(after.density - truth.density, measured)).abs().max() / truth.density.abs().max()
+            error = (fourier.apply_fourier(after.density - truth.density, measured)).abs().max() / truth.density.abs().max()
             assert error < 1e-5, f"{path}: measured coefficients changed by {error:.1e} of the maximum"
         score = report["fsc"]
         print(f"{path.name.split('.')[0]:34}{'x'.join(map(str, truth.density.shape)):>14}{truth.voxel_size[2]:7.2f}"
@@ -64,7 +68,7 @@ def main() -> None:
     cli.add_argument("--count", type=int, default=32, help="structures, from the first on")
     cli.add_argument("--first", type=int, default=0)
     cli.add_argument("--noise", type=float, nargs="+", default=[0, 0.03, 0.1])
-    cli.add_argument("--method", default="prior", choices=sampling.METHODS)
+    cli.add_argument("--method", default="prior", choices=posterior.METHODS)
     cli.add_argument("--steps", type=int)
     cli.add_argument("--samples", type=int, default=8)
     cli.add_argument("--write", metavar="FOLDER", help="only write the degraded maps and their truths, as sampling.py wants them")
@@ -73,8 +77,8 @@ def main() -> None:
     if Path(args.structures).is_dir():
         return real_maps(Path(args.structures), args)
     prior = checkpoint.load(args.ckpt, kind="hdit")
-    structures = data.read_structures(args.structures)[args.first:args.first + args.count]
-    measured = degrade.hermitian_part(degrade.wedge_mask((BOX,) * 3))
+    structures = atoms.read_structures(args.structures)[args.first:args.first + args.count]
+    measured = fourier.hermitian_part(degrade.wedge_mask((BOX,) * 3))
     Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     table = {}
     with open(args.csv, "w", newline="") as file:
@@ -84,20 +88,20 @@ def main() -> None:
             for i, structure in enumerate(structures, args.first):
                 truth = truth_of(structure)
                 g = torch.Generator().manual_seed(i)
-                y = degrade.apply_fourier(truth + noise * torch.randn(truth.shape, generator=g), measured)
+                y = fourier.apply_fourier(truth + noise * torch.randn(truth.shape, generator=g), measured)
                 if args.write:
                     for end, density in (("", y), ("_truth", truth)):
-                        m = data.Map(density, VOXEL_SIZE, origin=-VOXEL_SIZE * (BOX // 2))
-                        data.write_map(Path(args.write) / f"{structure.label}_noise{noise}{end}.mrc", m)
+                        m = mrc.Map(density, VOXEL_SIZE, origin=-VOXEL_SIZE * (BOX // 2))
+                        mrc.write_map(Path(args.write) / f"{structure.label}_noise{noise}{end}.mrc", m)
                     continue
                 begin = time.perf_counter()
-                results = {"zeros in the wedge": y, "POCS": sampling.pocs(y, measured)}
+                results = {"zeros in the wedge": y, "POCS": posterior.pocs(y, measured)}
                 total = torch.zeros_like(y)
-                for k, sample in enumerate(sampling.wedge_samples(prior, y, measured, args.method, samples=args.samples, seed=0,
+                for k, sample in enumerate(posterior.wedge_samples(prior, y, measured, args.method, samples=args.samples, seed=0,
                                                                   steps=args.steps), 1):
                     total += sample
                     if k in (1, 4, 8):
-                        results[f"mean of {k}, kept"] = sampling.put_back(total / k, y, measured)
+                        results[f"mean of {k}, kept"] = fourier.put_back(total / k, y, measured)
                         results[f"mean of {k}"] = total / k
                 seconds = time.perf_counter() - begin
                 for name, x in results.items():

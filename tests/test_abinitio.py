@@ -2,6 +2,7 @@
 import functools
 import gzip
 import json
+import math
 from pathlib import Path
 
 import mrcfile
@@ -10,15 +11,26 @@ import pytest
 import torch
 
 import abinitio
+import atoms
+import augment
 import checkpoint
-import data
 import degrade
+import fourier
 import fsc
+import mrc
+import posterior
 import sampling
+import volume
 from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
+
+def rotation_angle(a, b):
+    """Angle in degrees of the rotation that takes a to b; (..., 3, 3) each, broadcast: |a - b| = 2 sqrt 2 sin(angle / 2)."""
+    d = (a - b).double().flatten(-2).norm(dim=-1)
+    return torch.rad2deg(2 * torch.asin((d / math.sqrt(8)).clamp(max=1)))
+
 
 
 def rng(seed=0):
@@ -27,7 +39,7 @@ def rng(seed=0):
 
 def rotations(n, seed=0):
     g = rng(seed)
-    return torch.stack([data.random_rotation(g) for _ in range(n)]).float()
+    return torch.stack([augment.random_rotation(g) for _ in range(n)]).float()
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +48,8 @@ def density():
     path = SHARED / "data" / "models" / "val.npz"
     if not path.exists():
         pytest.skip(f"needs {path}, which is not part of the project")
-    s = data.read_structures(path)[0]                           # 1A74
-    return degrade.molmap(s.xyz, s.atomic_number, 8.0, voxel_size=3.0, shape=(32,) * 3, origin=-48.0)[0]
+    s = atoms.read_structures(path)[0]                           # 1A74
+    return atoms.molmap(s.xyz, s.atomic_number, 8.0, voxel_size=3.0, shape=(32,) * 3, origin=-48.0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +80,15 @@ def test_losses_equal_their_formulae_and_psi_sg_pushes_the_norm_which_psi_cor_do
 def test_poses_of_clean_projections_are_found(density, stack):
     images, R, shift = stack
     found, moved, _ = abinitio.find_poses(density, images, max_shift=2, radius=12)
-    angle = degrade.rotation_angle(found, R)
+    angle = rotation_angle(found, R)
     assert float(angle.median()) < 1.5 and float((moved - shift).norm(dim=1).median()) < 0.1
     assert float((angle < 3).float().mean()) >= 0.9
 
 
 def test_a_search_is_the_argmin_of_psi_cor_over_all_poses_of_the_grid(density, stack):
-    images, k = stack[0][:3], degrade.frequencies(5)
-    grid, shifts = degrade.so3_grid(0).float(), abinitio.shift_grid(2, 1)
-    found, moved, value = abinitio.search(density, degrade.coefficients(images, k), k, grid, shifts)
+    images, k = stack[0][:3], abinitio.frequencies(5)
+    grid, shifts = abinitio.so3_grid(0).float(), abinitio.shift_grid(2, 1)
+    found, moved, value = abinitio.search(density, abinitio.coefficients(images, k), k, grid, shifts)
 
     def low(x):                                                 # low-passed without mean, in real space
         X, r = torch.fft.fft2(x), torch.fft.fftfreq(32) * 32
@@ -95,8 +107,8 @@ def test_a_search_is_the_argmin_of_psi_cor_over_all_poses_of_the_grid(density, s
 
 def test_a_density_comes_back_from_projections_of_known_pose(density, stack):
     images, R, shift = stack
-    k = degrade.frequencies(12)
-    y = degrade.coefficients(images, k) * degrade.phase(k, -shift, 32)
+    k = abinitio.frequencies(12)
+    y = abinitio.coefficients(images, k) * abinitio.phase(k, -shift, 32)
     x = abinitio.fit(torch.zeros_like(density), R, y, k, iterations=30)
     assert float(fsc.fsc(x, density)[1:12].min()) > 0.97 and float(x.min()) >= 0
     inside = density > 0.1 * density.max()
@@ -105,7 +117,7 @@ def test_a_density_comes_back_from_projections_of_known_pose(density, stack):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_align_undoes_a_turn_a_shift_and_a_mirror(density, mirrored):
-    moved = data.rotate(data.fourier_resample(density, (64,) * 3), rotations(1, 7)[0])[::2, ::2, ::2].roll((2, -1, 1), (0, 1, 2))
+    moved = volume.rotate(fourier.resample(density, (64,) * 3), rotations(1, 7)[0])[::2, ::2, ::2].roll((2, -1, 1), (0, 1, 2))
     found = abinitio.align(moved.flip(1) if mirrored else moved, density)
     assert found.mirrored == mirrored and found.correlation > 0.99
     assert float(fsc.fsc(found.density, density)[:11].min()) > 0.95
@@ -130,14 +142,14 @@ def test_algorithm_3_descends_the_loss_of_its_poses(monkeypatch, density, stack)
 
 @pytest.mark.parametrize("method", ["prior", "paper"])
 def test_sample_i_depends_on_seed_and_i_alone_however_many_are_drawn_at_once(stack, method, monkeypatch):
-    images = data.fourier_resample(stack[0][:12], (12, 24, 24))
+    images = fourier.resample(stack[0][:12], (12, 24, 24))
     net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4)).requires_grad_(False)
     torch.nn.init.normal_(net.patch_out.proj.weight, std=0.05, generator=rng())                    # untrained it would be 0
     prior = Prior(net=net, kind="hdit", voxel_size=4.0, box=24, mean=0.05, std=0.13, sha256="")
     monkeypatch.setattr(abinitio, "align", lambda x, frame: abinitio.Aligned(x, False, 1.0))
     monkeypatch.setattr(abinitio, "reconstruct", lambda images, g, **k: (torch.rand(24, 24, 24, generator=rng(5)), rotations(12),
                                                                         torch.zeros(12, 3), None))
-    velocity = lambda x, t, generators: sampling.tiled_velocity(prior, x, t, generators)
+    velocity = lambda x, t, generators: posterior.tiled_velocity(prior, x, t, generators)
     draw = lambda per_call: torch.stack([x for name, x in abinitio.samples_of(
         velocity, prior, images, method, samples=3, seed=1, max_shift=1, steps={"prior": 6, "paper": 2}[method], samples_per_call=per_call) if name == method])
     together, apart = draw(3), draw(1)
@@ -160,7 +172,7 @@ def test_a_stack_is_read_with_its_background_at_zero(tmp_path):
     x = torch.rand(3, 24, 24, generator=rng())
     x[:, 8:16, 8:16] += 5
     for path in (write(tmp_path / "a.mrcs", x + 7), write(tmp_path / "b.mrc", x + 7, group=0, mz=1)):
-        stack = abinitio.read_stack(path)
+        stack = mrc.read_stack(path)
         outside = ~abinitio.ball(24)[12]
         assert stack.voxel_size == (3.0,) * 3 and float(stack.density[:, outside].mean(1).abs().max()) < 1e-5
         torch.testing.assert_close(stack.density - stack.density.mean((1, 2), True), x - x.mean((1, 2), True), atol=1e-5, rtol=0)
@@ -180,19 +192,19 @@ def test_a_stack_is_read_with_its_background_at_zero(tmp_path):
 def test_a_stack_that_cannot_be_used_is_one_clear_line(tmp_path, name, array, options, says):
     path = write(tmp_path / name, array, **options)
     with pytest.raises(ValueError, match=says) as error:
-        abinitio.read_stack(path)
+        mrc.read_stack(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 def test_no_file_and_no_mrc_file_are_one_clear_line(tmp_path):
     with pytest.raises(OSError, match="no such file"):
-        abinitio.read_stack(tmp_path / "none.mrcs")
+        mrc.read_stack(tmp_path / "none.mrcs")
     (tmp_path / "text.mrcs").write_text("not a stack" * 200)
     whole = gzip.compress(write(tmp_path / "good.mrcs", np.random.rand(4, 24, 24)).read_bytes())
     (tmp_path / "cut.mrcs.gz").write_bytes(whole[:len(whole) // 2])
     for name in ("text.mrcs", "cut.mrcs.gz"):
         with pytest.raises(ValueError, match=f"{name}: ") as error:
-            abinitio.read_stack(tmp_path / name)
+            mrc.read_stack(tmp_path / name)
         assert "\n" not in str(error.value)
 
 
@@ -202,15 +214,15 @@ def test_the_program_writes_a_density_on_the_images_grid_and_says_which_hand_it_
     blobs = torch.zeros(24, 24, 24)
     for z, y, x in ((8, 9, 14), (15, 8, 10), (12, 16, 15), (13, 12, 7)):        # four balls, no symmetry
         blobs[z, y, x] = 1 + x / 10
-    truth = degrade.lowpass(blobs, 12.0, 3.0).clamp(min=0)
+    truth = fourier.lowpass(blobs, 12.0, 3.0).clamp(min=0)
     write(tmp_path / "in.mrcs", degrade.project(truth, rotations(20)))
-    data.write_map(tmp_path / "in_truth.mrc", data.Map(truth, 3.0))
+    mrc.write_map(tmp_path / "in_truth.mrc", mrc.Map(truth, 3.0))
     net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4))             # untrained: v = 0
     checkpoint.save(tmp_path / "p.pt", net, voxel_size=3.0, box=24, mean=0.05, std=0.13)
     monkeypatch.setitem(abinitio.METHODS, "prior", abinitio.METHODS["prior"] | {"steps": 1, "t_start": 0.05})
     monkeypatch.setattr(abinitio, "anneal", functools.partial(abinitio.anneal, iterations=20))
     sampling.main(["--task", "abinitio", str(tmp_path / "in.mrcs"), "--samples", "1", "--ckpt", str(tmp_path / "p.pt")])
-    report, out = json.loads((tmp_path / "in_abinitio.json").read_text()), data.read_map(tmp_path / "in_abinitio.mrc")
+    report, out = json.loads((tmp_path / "in_abinitio.json").read_text()), mrc.read_map(tmp_path / "in_abinitio.mrc")
     assert out.density.shape == (24,) * 3 and out.voxel_size == (3.0,) * 3 and report["projections"] == 20
     aligned = abinitio.align(out.density, truth)
     assert report["mirrored"]["restored"] == aligned.mirrored

@@ -14,7 +14,10 @@ import pytest
 import torch
 from mrcfile.dtypes import HEADER_DTYPE
 
-import data
+import augment
+import fourier
+import mrc
+import volume
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 AXIS_ORDERS = list(itertools.permutations((1, 2, 3)))
@@ -72,7 +75,7 @@ def test_oracle_files_are_read_in_canonical_order_and_written_back_with_their_he
     for file in files:
         want = {key: expected[f"{file.name.split('.')[0]}/{key}"]
                 for key in ("data_zyx", "voxel_xyz", "origin_xyz_header", "nstart_xyz", "first_voxel_xyz_angstrom")}
-        map = data.read_map(file)
+        map = mrc.read_map(file)
         assert map.density.dtype == torch.float32
         np.testing.assert_array_equal(map.density, want["data_zyx"].astype(np.float32))
         np.testing.assert_allclose(map.voxel_size[::-1], want["voxel_xyz"], rtol=1e-6)
@@ -81,7 +84,7 @@ def test_oracle_files_are_read_in_canonical_order_and_written_back_with_their_he
         first = [o + s * v for o, s, v in zip(map.origin, map.nstart, map.voxel_size)]       # (1)
         np.testing.assert_allclose(first[::-1], want["first_voxel_xyz_angstrom"], rtol=1e-6)
 
-        data.write_map(tmp_path / file.name, map)
+        mrc.write_map(tmp_path / file.name, map)
         assert mrcfile.validate(tmp_path / file.name)
         with mrcfile.open(file) as before, mrcfile.open(tmp_path / file.name) as after:
             np.testing.assert_array_equal(before.data, after.data)                           # stored order
@@ -97,7 +100,7 @@ def test_every_real_map_is_read_with_the_voxel_size_of_its_table():
     assert len(rows) == 20
     for row in rows[1:]:
         line = dict(zip(rows[0], row))
-        map = data.read_map(folder / line["file"])
+        map = mrc.read_map(folder / line["file"])
         assert "x".join(str(n) for n in map.density.shape) == line["shape_zyx"]
         assert map.voxel_size == pytest.approx((float(line["voxel_A"]),) * 3, rel=1e-3)
         assert map.origin[::-1] == pytest.approx([float(o) for o in line["origin_xyz_A"].split(",")], abs=0.01)
@@ -110,15 +113,15 @@ def test_every_real_map_is_read_with_the_voxel_size_of_its_table():
 def test_every_axis_and_byte_order_is_read_alike_and_kept_in_the_file(tmp_path, axes, order):
     values = positions()
     path = make_file(tmp_path / "in.mrc", values, axes=axes, order=order, extended=b"x" * 80, exttyp=b"SERI")
-    map = data.read_map(path)
+    map = mrc.read_map(path)
     np.testing.assert_array_equal(map.density, values)
     assert map.voxel_size == pytest.approx((1.3, 1.2, 1.1))
     assert map.origin == (3.5, -2.5, 1.5) and map.nstart == (30, 20, 10)
 
     changed = torch.from_numpy(values).flip(0).float() * 2 - 7                               # other values, same grid
-    data.write_map(tmp_path / "out.mrc", replace(map, density=changed))
+    mrc.write_map(tmp_path / "out.mrc", replace(map, density=changed))
     assert mrcfile.validate(tmp_path / "out.mrc")
-    np.testing.assert_array_equal(data.read_map(tmp_path / "out.mrc").density, changed)
+    np.testing.assert_array_equal(mrc.read_map(tmp_path / "out.mrc").density, changed)
     with mrcfile.open(path) as before, mrcfile.open(tmp_path / "out.mrc") as after:
         for name in set(before.header.dtype.names) - {"dmin", "dmax", "dmean", "rms"}:
             assert before.header[name].tobytes() == after.header[name].tobytes(), name
@@ -135,7 +138,7 @@ def test_every_axis_and_byte_order_is_read_alike_and_kept_in_the_file(tmp_path, 
 def test_modes_keep_their_extreme_values(tmp_path, mode, kind, values, order):
     array = np.zeros((3, 4, 5))
     array[0, 0, :2] = values
-    map = data.read_map(make_file(tmp_path / "in.mrc", array, mode=mode, kind=kind, order=order))
+    map = mrc.read_map(make_file(tmp_path / "in.mrc", array, mode=mode, kind=kind, order=order))
     np.testing.assert_array_equal(map.density, array.astype(np.float32))
 
 
@@ -148,61 +151,61 @@ def test_imod_bytes_are_signed_only_where_its_flag_says_so(tmp_path, order, flag
     array[1, 2, 3] = 200 if value == 200 else -56                                            # the same byte
     kind = "u1" if value == 200 else "i1"
     path = make_file(tmp_path / "in.mrc", array, mode=0, kind=kind, order=order, extra2=extra.tobytes())
-    assert data.read_map(path).density[1, 2, 3] == value
+    assert mrc.read_map(path).density[1, 2, 3] == value
 
 
 def test_compression_is_told_by_content_when_reading_and_by_name_when_writing(tmp_path):
     values = positions()
     for i, pack in enumerate((bytes, gzip.compress, bz2.compress)):
-        map = data.read_map(make_file(tmp_path / f"{i}.mrc", values, pack=pack))             # all named .mrc
+        map = mrc.read_map(make_file(tmp_path / f"{i}.mrc", values, pack=pack))             # all named .mrc
         np.testing.assert_array_equal(map.density, values)
     for name, magic in (("o.map", None), ("o.CCP4", None), ("o.mrc.gz", b"\x1f\x8b"), ("o.map.bz2", b"BZh")):
-        data.write_map(tmp_path / name, map)
+        mrc.write_map(tmp_path / name, map)
         assert magic is None or (tmp_path / name).read_bytes().startswith(magic)
         with mrcfile.open(tmp_path / name) as file:
             np.testing.assert_array_equal(file.data, values)
-    data.write_map(tmp_path / "other.mrc.gz", map)
+    mrc.write_map(tmp_path / "other.mrc.gz", map)
     assert (tmp_path / "o.mrc.gz").read_bytes() == (tmp_path / "other.mrc.gz").read_bytes()
     assert (tmp_path / "o.mrc.gz").read_bytes()[3:8] == bytes(5)                             # no name, no time inside
 
 
 def test_space_group_0_is_a_volume_unless_mz_is_1(tmp_path):
     values = positions()
-    map = data.read_map(make_file(tmp_path / "tomogram.mrc", values, ispg=0))
+    map = mrc.read_map(make_file(tmp_path / "tomogram.mrc", values, ispg=0))
     np.testing.assert_array_equal(map.density, values)
-    data.write_map(tmp_path / "out.mrc", map)
+    mrc.write_map(tmp_path / "out.mrc", map)
     with mrcfile.open(tmp_path / "out.mrc") as file:
         assert file.header.ispg == 0 and file.header.mz == 4
     with pytest.raises(ValueError, match="stack of 4 images"):
-        data.read_map(make_file(tmp_path / "stack.mrc", values, ispg=0, mz=1))
+        mrc.read_map(make_file(tmp_path / "stack.mrc", values, ispg=0, mz=1))
     with pytest.raises(ValueError, match="stack of 4 images"):
-        data.read_map(make_file(tmp_path / "named.mrcs.gz", values, pack=gzip.compress))
+        mrc.read_map(make_file(tmp_path / "named.mrcs.gz", values, pack=gzip.compress))
 
 
 def test_a_given_voxel_size_replaces_the_header_s_and_reaches_the_file(tmp_path):
     path = make_file(tmp_path / "in.mrc", positions(), cella=(0, 0, 0))
     with pytest.raises(ValueError, match="--voxel-size"):
-        data.read_map(path)
-    data.write_map(tmp_path / "out.mrc", data.read_map(path, voxel_size=1.5))
+        mrc.read_map(path)
+    mrc.write_map(tmp_path / "out.mrc", mrc.read_map(path, voxel_size=1.5))
     with mrcfile.open(tmp_path / "out.mrc") as file:
         assert file.voxel_size.tolist() == (1.5, 1.5, 1.5)
         assert file.header.cella.tolist() == (9.0, 7.5, 6.0)
         assert file.header.origin.tolist() == (1.5, -2.5, 3.5)
     with pytest.raises(ValueError, match="positive"):
-        data.read_map(path, voxel_size=-1)
+        mrc.read_map(path, voxel_size=-1)
 
 
 def test_the_oracles_without_voxel_size_or_right_angles_are_refused():
     with pytest.raises(ValueError, match="--voxel-size"):
-        data.read_map(shared("oracles/mrc/voxel_zero.mrc"))
+        mrc.read_map(shared("oracles/mrc/voxel_zero.mrc"))
     with pytest.raises(ValueError, match="orthogonal"):
-        data.read_map(shared("oracles/mrc/cell_angle_100.mrc"))
+        mrc.read_map(shared("oracles/mrc/cell_angle_100.mrc"))
 
 
 def test_a_map_on_a_part_of_its_unit_cell_keeps_cell_and_sampling(tmp_path):
-    map = data.read_map(make_file(tmp_path / "in.mrc", positions(), mx=60, my=50, mz=40, cella=(66, 60, 52)))
+    map = mrc.read_map(make_file(tmp_path / "in.mrc", positions(), mx=60, my=50, mz=40, cella=(66, 60, 52)))
     assert map.voxel_size == pytest.approx((1.3, 1.2, 1.1))
-    data.write_map(tmp_path / "out.mrc", map)
+    mrc.write_map(tmp_path / "out.mrc", map)
     with mrcfile.open(tmp_path / "out.mrc") as file:
         assert file.header.cella.tolist() == (66, 60, 52)
         assert [field(file.header, name) for name in ("mx", "my", "mz")] == [60, 50, 40]
@@ -211,15 +214,15 @@ def test_a_map_on_a_part_of_its_unit_cell_keeps_cell_and_sampling(tmp_path):
 def test_headers_older_than_mrc2014_come_out_valid(tmp_path):
     label = [b"first", b"", b"third"] + [b""] * 7                                            # a gap, a wrong count
     path = make_file(tmp_path / "in.mrc", positions(), nversion=0, machst=(0, 0, 0, 0), nlabl=7, label=label)
-    data.write_map(tmp_path / "out.mrc", data.read_map(path))
+    mrc.write_map(tmp_path / "out.mrc", mrc.read_map(path))
     assert mrcfile.validate(tmp_path / "out.mrc")
     with mrcfile.open(tmp_path / "out.mrc") as file:
         assert file.get_labels() == ["first", "third"]
 
 
 def test_a_map_made_here_is_written_with_its_own_voxel_size_and_origin(tmp_path):
-    map = data.Map(random(4, 5, 6), (3.0, 2.0, 1.0), origin=(30.0, 20.0, 10.0))
-    data.write_map(tmp_path / "out.mrc", map)
+    map = mrc.Map(random(4, 5, 6), (3.0, 2.0, 1.0), origin=(30.0, 20.0, 10.0))
+    mrc.write_map(tmp_path / "out.mrc", map)
     assert mrcfile.validate(tmp_path / "out.mrc")
     with mrcfile.open(tmp_path / "out.mrc") as file:
         assert file.voxel_size.tolist() == (1.0, 2.0, 3.0) and file.header.origin.tolist() == (10.0, 20.0, 30.0)
@@ -263,42 +266,42 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path, name):
     make, kind, words = BAD[name]
     path = make(tmp_path / "in.mrc")
     with pytest.raises(kind, match=words) as error:
-        data.read_map(path)
+        mrc.read_map(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_nothing_is_overwritten_unless_asked_and_the_input_never(tmp_path):
     path = make_file(tmp_path / "in.mrc", positions())
-    map, before = data.read_map(path), path.read_bytes()
+    map, before = mrc.read_map(path), path.read_bytes()
     (tmp_path / "link.mrc").symlink_to(path)
     for name in ("in.mrc", "link.mrc"):
         with pytest.raises(FileExistsError, match="input"):
-            data.write_map(tmp_path / name, map, overwrite=True)
-    data.write_map(tmp_path / "out.mrc", map)
+            mrc.write_map(tmp_path / name, map, overwrite=True)
+    mrc.write_map(tmp_path / "out.mrc", map)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        data.write_map(tmp_path / "out.mrc", replace(map, density=-map.density))
-    np.testing.assert_array_equal(data.read_map(tmp_path / "out.mrc").density, map.density)
-    data.write_map(tmp_path / "out.mrc", replace(map, density=-map.density), overwrite=True)
-    np.testing.assert_array_equal(data.read_map(tmp_path / "out.mrc").density, -map.density)
+        mrc.write_map(tmp_path / "out.mrc", replace(map, density=-map.density))
+    np.testing.assert_array_equal(mrc.read_map(tmp_path / "out.mrc").density, map.density)
+    mrc.write_map(tmp_path / "out.mrc", replace(map, density=-map.density), overwrite=True)
+    np.testing.assert_array_equal(mrc.read_map(tmp_path / "out.mrc").density, -map.density)
     with pytest.raises(ValueError, match=".ccp4"):
-        data.write_map(tmp_path / "out.png", map)
+        mrc.write_map(tmp_path / "out.png", map)
     with pytest.raises(OSError, match="no such folder"):
-        data.write_map(tmp_path / "nowhere" / "out.mrc", map)
+        mrc.write_map(tmp_path / "nowhere" / "out.mrc", map)
     with pytest.raises(ValueError, match="NaN"):
-        data.write_map(tmp_path / "nan.mrc", replace(map, density=map.density / 0))
+        mrc.write_map(tmp_path / "nan.mrc", replace(map, density=map.density / 0))
     assert path.read_bytes() == before
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    map = data.read_map(make_file(tmp_path / "in.mrc", positions()))
-    data.write_map(tmp_path / "out.mrc", map)
+    map = mrc.read_map(make_file(tmp_path / "in.mrc", positions()))
+    mrc.write_map(tmp_path / "out.mrc", map)
     before = (tmp_path / "out.mrc").read_bytes()
 
     def full_disk(*args):
         raise OSError("no space left on device")
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
-        data.write_map(tmp_path / "out.mrc", replace(map, density=-map.density), overwrite=True)
+        mrc.write_map(tmp_path / "out.mrc", replace(map, density=-map.density), overwrite=True)
     assert (tmp_path / "out.mrc").read_bytes() == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in.mrc", "out.mrc"]
 
@@ -324,7 +327,7 @@ def test_fourier_resampling_equals_the_direct_sum(old, new):
     want = trigonometric(x, new + 1)
     want = trigonometric(want.transpose(-1, -2), new).transpose(-1, -2)
     want = trigonometric(want.transpose(-1, -3), old).transpose(-1, -3)
-    torch.testing.assert_close(data.fourier_resample(x, (old, new, new + 1)), want, rtol=0, atol=1e-13)
+    torch.testing.assert_close(fourier.resample(x, (old, new, new + 1)), want, rtol=0, atol=1e-13)
 
 
 def test_fourier_resampling_equals_the_oracle():
@@ -333,16 +336,16 @@ def test_fourier_resampling_equals_the_oracle():
     assert len(names) == 4
     for name in names:
         target = torch.from_numpy(oracle[name + "_target"])
-        got = data.fourier_resample(torch.from_numpy(oracle[name + "_source"]), target.shape)
+        got = fourier.resample(torch.from_numpy(oracle[name + "_source"]), target.shape)
         assert (got - target).abs().max() < 1e-6 * target.abs().max()
 
 
 def test_a_finer_grid_and_back_returns_the_map():
     for shape in ((8, 9, 10), (7, 7, 6)):
         x = random(*shape, dtype=torch.float64)
-        fine = data.fourier_resample(x, (12, 10, 17))
-        torch.testing.assert_close(data.fourier_resample(fine, shape), x, rtol=0, atol=1e-14)
-    assert data.fourier_resample(x.bfloat16(), (12, 10, 17)).dtype == torch.float32
+        fine = fourier.resample(x, (12, 10, 17))
+        torch.testing.assert_close(fourier.resample(fine, shape), x, rtol=0, atol=1e-14)
+    assert fourier.resample(x.bfloat16(), (12, 10, 17)).dtype == torch.float32
 
 
 def test_a_resampled_map_stays_where_it_was():
@@ -356,24 +359,24 @@ def test_a_resampled_map_stays_where_it_was():
         return torch.cos(phase[0][:, None, None] + phase[1][:, None] + phase[2])
 
     for nstart, want in (((0, 0, 0), (0, 0, 0)), ((6, -10, 16), (3, -7, 15)), ((1, 2, 3), (0, 0, 0))):
-        map = data.Map(torch.zeros(shape, dtype=torch.float64), voxel, origin=(4.0, -3.0, 2.5), nstart=nstart)
+        map = mrc.Map(torch.zeros(shape, dtype=torch.float64), voxel, origin=(4.0, -3.0, 2.5), nstart=nstart)
         map = replace(map, density=wave(map))
-        new = data.resample(map, 2.1)
+        new = mrc.resample_map(map, 2.1)
         assert new.density.shape == (6, 14, 15)                                              # 5.7, 14.3, 15.2
         assert new.voxel_size == pytest.approx((12 / 6, 30 / 14, 32 / 15))                   # same box
         assert new.nstart == want                                                            # whole, or in the origin
         torch.testing.assert_close(new.density, wave(new), rtol=0, atol=1e-12)
-    assert data.resample(map, voxel) is map
+    assert mrc.resample_map(map, voxel) is map
     with pytest.raises(ValueError, match="positive"):
-        data.resample(map, 0)
+        mrc.resample_map(map, 0)
 
 
 def test_a_resampled_map_is_written_with_its_new_cell(tmp_path):
-    map = data.resample(data.read_map(make_file(tmp_path / "in.mrc", positions(), axes=(3, 1, 2))), 0.55)
+    map = mrc.resample_map(mrc.read_map(make_file(tmp_path / "in.mrc", positions(), axes=(3, 1, 2))), 0.55)
     assert map.density.shape == (9, 11, 12)
-    data.write_map(tmp_path / "out.mrc", map)
+    mrc.write_map(tmp_path / "out.mrc", map)
     assert mrcfile.validate(tmp_path / "out.mrc")
-    back = data.read_map(tmp_path / "out.mrc")
+    back = mrc.read_map(tmp_path / "out.mrc")
     np.testing.assert_array_equal(back.density, map.density)
     assert back.voxel_size == pytest.approx(map.voxel_size) and back.origin == pytest.approx(map.origin)
     assert back.header["cella"].tolist() == pytest.approx((6 * 1.1, 5 * 1.2, 4 * 1.3))
@@ -385,15 +388,15 @@ def test_normalise_is_equation_4_and_denormalise_its_inverse_but_for_clipping():
     x = random(30, 31, 32)
     top = np.percentile(x.double().numpy(), 99.9)
     want = (np.clip(x.double().numpy(), 0, top) / top - 0.04) / 0.09
-    y, scale = data.normalise(x, 0.04, 0.09, percentile=99.9)
+    y, scale = volume.normalise(x, 0.04, 0.09, percentile=99.9)
     assert scale.maximum == pytest.approx(top, rel=1e-6)
     np.testing.assert_allclose(y, want, atol=2e-6)
-    torch.testing.assert_close(data.denormalise(y, scale), x.clamp(0, scale.maximum), rtol=0, atol=1e-5)
+    torch.testing.assert_close(volume.denormalise(y, scale), x.clamp(0, scale.maximum), rtol=0, atol=1e-5)
     for q in (0, 50, 99.999, 100):
-        _, scale = data.normalise(x + 10, 0, 1, percentile=q)
+        _, scale = volume.normalise(x + 10, 0, 1, percentile=q)
         assert scale.maximum == pytest.approx(np.percentile(x.numpy() + 10, q), rel=1e-6)
     with pytest.raises(ValueError, match="must be positive"):
-        data.normalise(-x.abs(), 0.04, 0.09)
+        volume.normalise(-x.abs(), 0.04, 0.09)
 
 
 # ---- Crops, rotations ------------------------------------------------------------------------------
@@ -401,19 +404,19 @@ def test_normalise_is_equation_4_and_denormalise_its_inverse_but_for_clipping():
 def test_center_crop_and_pad_keep_the_middle_and_undo_each_other():
     for n, box in itertools.product((4, 5), (7, 8)):
         x = random(2, n, n, n)
-        padded = data.pad(x, box, value=-1.5)
+        padded = volume.pad(x, box, value=-1.5)
         assert padded.shape[-3:] == (box,) * 3 and (padded == -1.5).sum() == 2 * (box**3 - n**3)
         assert torch.equal(padded[:, box // 2, box // 2, box // 2], x[:, n // 2, n // 2, n // 2])
-        assert torch.equal(data.center_crop(padded, n), x)
+        assert torch.equal(volume.center_crop(padded, n), x)
     x = random(3, 9, 6)
-    assert torch.equal(data.pad(x, 6)[2:5], x) and data.pad(x, 6).shape == (6, 9, 6)   # only short sides grow
+    assert torch.equal(volume.pad(x, 6)[2:5], x) and volume.pad(x, 6).shape == (6, 9, 6)   # only short sides grow
     with pytest.raises(ValueError, match="pad it first"):
-        data.center_crop(x, 6)
+        volume.center_crop(x, 6)
 
 
 def test_random_crops_reach_every_position_and_nothing_else():
     x, rng = torch.arange(3 * 4 * 5).view(3, 4, 5), torch.Generator().manual_seed(0)
-    corners = {int(data.random_crop(x, 3, rng)[0, 0, 0]) for _ in range(100)}
+    corners = {int(augment.random_crop(x, 3, rng)[0, 0, 0]) for _ in range(100)}
     assert corners == {20 * z + 5 * y + x for z in range(1) for y in range(2) for x in range(3)}
 
 
@@ -421,15 +424,15 @@ def test_the_random_crop_is_centred_on_a_voxel_of_the_mask():
     x, rng = torch.arange(20**3).view(20, 20, 20), torch.Generator().manual_seed(0)
     mask = torch.zeros(20, 20, 20, dtype=torch.bool)
     mask[5, 10, 14] = mask[10, 10, 10] = mask[0, 19, 3] = True
-    middles = {int(data.random_crop(x, 6, rng, mask)[3, 3, 3]) for _ in range(60)}
+    middles = {int(augment.random_crop(x, 6, rng, mask)[3, 3, 3]) for _ in range(60)}
     assert middles == {int(x[5, 10, 14]), int(x[10, 10, 10]), int(x[3, 17, 3])}              # moved inside
     with pytest.raises(ValueError, match="threshold"):
-        data.random_crop(x, 6, rng, mask & False)
+        augment.random_crop(x, 6, rng, mask & False)
 
 
 def test_the_density_mask_is_all_within_three_voxels_of_density():
     density = (random(12, 13, 14).abs() > 2.9).float() * 0.2 + 0.05
-    mask, above = data.density_mask(density), (density > 0.1).nonzero()
+    mask, above = volume.density_mask(density), (density > 0.1).nonzero()
     assert 1 <= len(above) <= 20
     for voxel in itertools.product(range(12), range(13), range(14)):
         near = (above - torch.tensor(voxel)).abs().max(1).values.min() <= 3
@@ -440,16 +443,16 @@ def test_rot24_draws_all_rotations_of_the_cube_and_no_reflection():
     x, rng = random(5, 5, 5), torch.Generator().manual_seed(0)
     proper = [torch.tensor(np.eye(3)[list(p)] * s, dtype=torch.float32)
               for p in itertools.permutations(range(3)) for s in itertools.product((1, -1), repeat=3)]
-    proper = [data.rotate(x, r) for r in proper if torch.linalg.det(r) > 0]
+    proper = [volume.rotate(x, r) for r in proper if torch.linalg.det(r) > 0]
     assert len(proper) == 24
     seen = set()
     for _ in range(200):
-        y = data.rot24(x, rng)
+        y = augment.rot24(x, rng)
         distance = torch.stack([(y - turned).abs().max() for turned in proper])
         assert distance.min() < 1e-5
         seen.add(int(distance.argmin()))
     assert len(seen) == 24
-    assert data.rot24(random(2, 1, 4, 4, 4), rng).shape == (2, 1, 4, 4, 4)
+    assert augment.rot24(random(2, 1, 4, 4, 4), rng).shape == (2, 1, 4, 4, 4)
 
 
 def test_rotate_samples_the_map_at_R_r():
@@ -457,22 +460,22 @@ def test_rotate_samples_the_map_at_R_r():
     shape, slope = (9, 12, 11), torch.tensor([0.3, -0.7, 0.5])                               # slope along x, y, z
     z, y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in shape), indexing="ij")
     r = torch.stack((x, y, z), -1)
-    R = data.random_rotation(torch.Generator().manual_seed(3))
+    R = augment.random_rotation(torch.Generator().manual_seed(3))
     turned = r @ R.T
     inside = (turned.abs() <= (torch.tensor(shape[::-1]) - 1) / 2).all(-1)
     assert 0.2 < inside.float().mean() < 0.9
-    out = data.rotate((r @ slope).expand(2, 1, *shape), R)
+    out = volume.rotate((r @ slope).expand(2, 1, *shape), R)
     want = (turned @ slope).expand(2, 1, *shape)
     torch.testing.assert_close(out[..., inside], want[..., inside], rtol=0, atol=1e-5)
 
 
 def test_rotate_turns_a_batch_as_its_maps_and_shows_the_middle_of_the_whole_turn():
     x, rng = random(3, 2, 13, 13, 13), torch.Generator().manual_seed(0)
-    R = torch.stack([data.random_rotation(rng) for _ in range(3)])
+    R = torch.stack([augment.random_rotation(rng) for _ in range(3)])
     for cubic in (False, True):
-        whole = torch.stack([data.rotate(a, b, cubic=cubic) for a, b in zip(x, R)])
-        torch.testing.assert_close(data.rotate(x, R, cubic=cubic), whole, rtol=0, atol=1e-5)
-        torch.testing.assert_close(data.rotate(x, R, box=7, cubic=cubic), whole[..., 3:10, 3:10, 3:10], rtol=0, atol=1e-5)
+        whole = torch.stack([volume.rotate(a, b, cubic=cubic) for a, b in zip(x, R)])
+        torch.testing.assert_close(volume.rotate(x, R, cubic=cubic), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(volume.rotate(x, R, box=7, cubic=cubic), whole[..., 3:10, 3:10, 3:10], rtol=0, atol=1e-5)
 
 
 def b_spline(x):
@@ -482,7 +485,7 @@ def b_spline(x):
 
 
 def test_cubic_rotation_equals_the_direct_sum_over_all_splines():
-    shape, R = (6, 8, 7), data.random_rotation(torch.Generator().manual_seed(1)).double()
+    shape, R = (6, 8, 7), augment.random_rotation(torch.Generator().manual_seed(1)).double()
     x = random(*shape, dtype=torch.float64)
     i = [torch.arange(n, dtype=torch.float64) for n in shape]
     inverse = [torch.linalg.inv(b_spline(k - k[:, None])) for k in i]
@@ -491,17 +494,17 @@ def test_cubic_rotation_equals_the_direct_sum_over_all_splines():
     place = ((grid @ R.T).flip(-1) + torch.tensor([(n - 1) / 2 for n in shape])).view(-1, 3)                 # z, y, x
     taps = [b_spline(place[:, axis, None] - i[axis]) for axis in range(3)]
     want = torch.einsum("pa,pb,pc,abc->p", *taps, c).view(shape)
-    torch.testing.assert_close(data.rotate(x, R, cubic=True), want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(data.rotate(x, torch.eye(3), cubic=True), x, rtol=0, atol=1e-12)              # voxels stay
+    torch.testing.assert_close(volume.rotate(x, R, cubic=True), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(volume.rotate(x, torch.eye(3), cubic=True), x, rtol=0, atol=1e-12)              # voxels stay
 
 
 def test_random_rotations_are_uniform_over_SO3():
     rng = torch.Generator().manual_seed(0)
-    R = torch.stack([data.random_rotation(rng) for _ in range(4000)]).double()
+    R = torch.stack([augment.random_rotation(rng) for _ in range(4000)]).double()
     torch.testing.assert_close(R @ R.mT, torch.eye(3, dtype=R.dtype).expand_as(R), rtol=0, atol=1e-6)
     assert torch.linalg.det(R).min() > 0.999
     # Uniform: the angle has the distribution (a - sin a) / pi, and R times any fixed rotation too.
-    turn = data.random_rotation(rng).double()
+    turn = augment.random_rotation(rng).double()
     for sample in (R, R @ turn):
         angle = torch.acos(((sample.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1)).sort().values
         gap = ((angle - angle.sin()) / math.pi - torch.arange(4000) / 4000).abs().max()
@@ -513,18 +516,18 @@ def test_random_rotations_are_uniform_over_SO3():
 @pytest.mark.parametrize("shape, tile, stride", [((13, 17, 10), 8, 5), ((8, 8, 8), 8, 3), ((16, 9, 11), 4, 4)])
 def test_tiles_blend_back_to_the_map_they_came_from(shape, tile, stride):
     x = random(2, *shape)
-    corners = data.tile_starts(shape, tile, stride)
+    corners = volume.tile_starts(shape, tile, stride)
     assert len(set(corners)) == len(corners)
     assert len(corners) == math.prod(math.ceil((n - tile) / stride) + 1 for n in shape)
-    tiles = data.cut(x, corners, tile)
-    torch.testing.assert_close(data.blend(tiles, corners, shape), x, rtol=0, atol=2e-6)
-    torch.testing.assert_close(data.blend(iter(tiles), corners, shape), x, rtol=0, atol=2e-6)
+    tiles = volume.cut_tiles(x, corners, tile)
+    torch.testing.assert_close(volume.blend_tiles(tiles, corners, shape), x, rtol=0, atol=2e-6)
+    torch.testing.assert_close(volume.blend_tiles(iter(tiles), corners, shape), x, rtol=0, atol=2e-6)
 
 
 def test_blending_is_the_weighted_mean_of_every_tile_over_a_voxel():
-    corners = data.tile_starts((7, 6, 5), 4, 2)
-    tiles, window = random(len(corners), 4, 4, 4), data.gaussian_window(4)
-    got = data.blend(tiles, corners, (7, 6, 5))
+    corners = volume.tile_starts((7, 6, 5), 4, 2)
+    tiles, window = random(len(corners), 4, 4, 4), volume.gaussian_window(4)
+    got = volume.blend_tiles(tiles, corners, (7, 6, 5))
     for voxel in itertools.product(range(7), range(6), range(5)):
         inner = [tuple(v - c for v, c in zip(voxel, corner)) for corner in corners]
         over = [(float(window[i]), float(tile[i])) for tile, i in zip(tiles, inner) if all(0 <= a < 4 for a in i)]
@@ -533,7 +536,7 @@ def test_blending_is_the_weighted_mean_of_every_tile_over_a_voxel():
 
 
 def test_the_blending_window_is_a_gaussian_between_1_and_3():
-    w = data.gaussian_window(9)
+    w = volume.gaussian_window(9)
     assert w[4, 4, 4] == 3 and w[0, 0, 8] == 1
     gauss = lambda z, y, x: math.exp(-((z - 4)**2 + (y - 4)**2 + (x - 4)**2) / (2 * 2.25**2))
     want = 1 + 2 * (gauss(3, 6, 5) - gauss(0, 0, 0)) / (1 - gauss(0, 0, 0))
@@ -542,6 +545,6 @@ def test_the_blending_window_is_a_gaussian_between_1_and_3():
 
 def test_tiles_that_cannot_cover_the_box_are_refused():
     with pytest.raises(ValueError, match="cannot cover"):
-        data.tile_starts((20, 64, 64), 32, 16)
+        volume.tile_starts((20, 64, 64), 32, 16)
     with pytest.raises(ValueError, match="cannot cover"):
-        data.tile_starts((64, 64, 64), 32, 33)
+        volume.tile_starts((64, 64, 64), 32, 33)

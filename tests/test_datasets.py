@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+import atoms
+import augment
 import data
+import data_chains
+import mrc
+import volume
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 PEAK, SOLVENT = (1 - 0.05) / 0.13, -0.05 / 0.13         # 1 and 0 in network scale
@@ -29,10 +34,10 @@ def gaussians(shape, *centres, sigma=2.0):
 
 
 def write(folder, name, density, voxel_size=1.5):
-    data.write_map(folder / name, data.Map(density, voxel_size))
+    mrc.write_map(folder / name, mrc.Map(density, voxel_size))
 
 
-def volume(density, label="a"):
+def one_map(density, label="a"):
     return data.Volume(label, density / density.max())
 
 
@@ -40,7 +45,7 @@ def volume(density, label="a"):
 def test_random_crops_show_the_map_around_a_voxel_of_the_molecule(cubic, atol):
     # A round blob looks the same at every orientation, so a crop must be the blob, shifted.
     box, crop, sigma = 21, 16, 2.0                       # odd: the blob's top is a voxel
-    items = data.MapCrops([volume(gaussians((box,) * 3, (0, 0, 0), sigma=sigma))], crop=crop, crops=2, cubic=cubic, **SCALE)
+    items = data.MapCrops([one_map(gaussians((box,) * 3, (0, 0, 0), sigma=sigma))], crop=crop, crops=2, cubic=cubic, **SCALE)
     offsets = []
     for x in torch.cat([items[i] for i in range(12)])[:, 0]:
         assert x.shape == (crop,) * 3
@@ -61,7 +66,7 @@ def test_random_crops_show_the_map_around_a_voxel_of_the_molecule(cubic, atol):
 
 
 def test_crops_beyond_a_map_are_filled_up_with_solvent():
-    items = data.MapCrops([volume(gaussians((9, 9, 9), (0, 0, 0)))], crop=16, crops=4, **SCALE)
+    items = data.MapCrops([one_map(gaussians((9, 9, 9), (0, 0, 0)))], crop=16, crops=4, **SCALE)
     for x in items[0][:, 0]:
         assert x.max() < PEAK + 1e-5 and x.min() == pytest.approx(SOLVENT)
         assert int((x > SOLVENT + 1e-6).sum()) <= 11 ** 3
@@ -70,7 +75,7 @@ def test_crops_beyond_a_map_are_filled_up_with_solvent():
 @pytest.mark.parametrize("box, crop", [(15, 24), (40, 24)])            # padded, cropped
 def test_centre_crops_are_the_middle_of_the_map_in_every_orientation(box, crop):
     far = (0.0, 3.0, 4.0)                                # 5 voxels from the middle
-    one = volume(gaussians((box,) * 3, far, sigma=1.2))
+    one = one_map(gaussians((box,) * 3, far, sigma=1.2))
     items, directions = data.MapCrops([one], crop=crop, crops=2, center=True, **SCALE), []
     for x in torch.cat([items[i] for i in range(8)])[:, 0]:
         assert x.shape == (crop,) * 3 and x.max() <= PEAK + 1e-5 and x.min() == pytest.approx(SOLVENT)
@@ -87,19 +92,19 @@ def test_centre_crops_are_the_middle_of_the_map_in_every_orientation(box, crop):
 
 def test_random_centres_are_uniform_over_the_density_mask():
     x = gaussians((17, 19, 21), (4, 0, 0), (-8, 2, 10), sigma=1.0)
-    mask, count, g = data.density_mask(x), torch.zeros(17, 19, 21), torch.Generator().manual_seed(0)
+    mask, count, g = volume.density_mask(x), torch.zeros(17, 19, 21), torch.Generator().manual_seed(0)
     for _ in range(4000):
-        count[tuple(data.random_centre(x.numpy(), g))] += 1
+        count[tuple(augment.random_centre(x.numpy(), g))] += 1
     assert not count[~mask].any()
     expected = 4000 / int(mask.sum())
     chi_square = float(((count[mask] - expected) ** 2 / expected).sum()) / (int(mask.sum()) - 1)
     assert chi_square == pytest.approx(1, abs=0.25)      # 1 +- sqrt(2 / 700) where uniform
     with pytest.raises(ValueError, match="leave this map out"):
-        data.random_centre(np.zeros((2, 2, 2), np.float32), g, tries=100)
+        augment.random_centre(np.zeros((2, 2, 2), np.float32), g, tries=100)
 
 
 def test_what_a_gpu_finishes_is_what_a_worker_would_have():
-    volumes = [volume(gaussians((20,) * 3, (0, 0, c)).half().float(), str(c)) for c in (1, -3)]
+    volumes = [one_map(gaussians((20,) * 3, (0, 0, c)).half().float(), str(c)) for c in (1, -3)]
     for settings in (dict(cubic=True), dict(cubic=False), dict(center=True)):
         here, later = (data.MapCrops(volumes, crop=8, crops=2, finished=finished, **settings, **SCALE)
                        for finished in (True, False))
@@ -108,8 +113,8 @@ def test_what_a_gpu_finishes_is_what_a_worker_would_have():
 
 
 def test_an_item_is_a_function_of_seed_and_index():
-    volumes = [volume(gaussians((12,) * 3, (0, 0, c)), name) for name, c in (("a", 1), ("b", -3))]
-    chains = data.ProceduralChains(seed=4)
+    volumes = [one_map(gaussians((12,) * 3, (0, 0, c)), name) for name, c in (("a", 1), ("b", -3))]
+    chains = data_chains.ProceduralChains(seed=4)
     for make in (lambda seed: data.MapCrops(volumes, crop=8, crops=2, seed=seed, **SCALE),
                  lambda seed: data.MapCrops(volumes, crop=8, crops=2, center=True, seed=seed, **SCALE),
                  lambda seed: data.SimulatedCrops(chains, crop=8, crops=2, box=16, seed=seed, **SCALE)):
@@ -150,7 +155,7 @@ def test_folders_of_maps_are_read_on_one_grid_and_bad_files_named(tmp_path):
 
 def structure(xyz, z=6.0, b=0.0, label="a"):
     xyz = np.asarray(xyz, dtype=np.float32)
-    return data.Structure(label, xyz, np.full(len(xyz), z, np.float32), np.full(len(xyz), b, np.float32))
+    return atoms.Structure(label, xyz, np.full(len(xyz), z, np.float32), np.full(len(xyz), b, np.float32))
 
 
 def moments(density, voxel_size):
@@ -208,15 +213,15 @@ def test_archives_and_pdb_files_hold_the_same_structures(tmp_path):
     xyz = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9.25], [-1, 0, 1]])
     np.savez(tmp_path / "a.npz", label=["one", "two"], atom_start=[0, 3, 4], xyz=np.int16(100 * xyz),
              element=np.uint8([6, 7, 8, 16]), bfactor=np.uint8([1, 2, 3, 4]))
-    one, two = data.read_structures(tmp_path / "a.npz")
+    one, two = atoms.read_structures(tmp_path / "a.npz")
     assert (one.label, two.label) == ("one", "two") and two.atomic_number.tolist() == [16]
     np.testing.assert_allclose(one.xyz, xyz[:3], atol=1e-6)
     lines = [f"ATOM  {i + 1:5d}  {e:<3} ALA A{i + 1:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00{i + 1:6.2f}          {e:>2}"
              for i, (e, (x, y, z)) in enumerate(zip("CNO", xyz))]
     (tmp_path / "one.pdb").write_text("\n".join(lines))
     (tmp_path / "notes.txt").write_text("not a model")
-    read, = data.read_structures(tmp_path)               # a folder: of models, not of archives
-    again, = data.read_structures(tmp_path / "one.pdb")
+    read, = atoms.read_structures(tmp_path)               # a folder: of models, not of archives
+    again, = atoms.read_structures(tmp_path / "one.pdb")
     for model in (read, again):
         assert model.label == "one"
         np.testing.assert_allclose(model.xyz, xyz[:3] - xyz[:3].mean(0), atol=1e-5)
@@ -228,13 +233,13 @@ def test_archives_that_are_none_are_refused_in_one_line(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, label=["a"], xyz=np.zeros((1, 3)))
     with pytest.raises(ValueError, match="a.npz: no archive of structures, atom_start, bfactor, element missing"):
-        data.read_structures(path)
+        atoms.read_structures(path)
     for content in (b"", b"junk", path.read_bytes()[:-20]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="a.npz: not an .npz archive, or a truncated one"):
-            data.read_structures(path)
+            atoms.read_structures(path)
     with pytest.raises(FileNotFoundError, match="none.npz: no such file"):
-        data.read_structures(tmp_path / "none.npz")
+        atoms.read_structures(tmp_path / "none.npz")
 
 
 # ---- Structures built by rule ----------------------------------------------------------------------
@@ -258,9 +263,9 @@ def length(a, b):
 def chains(count=12):
     """(N, CA, C, O), each (R, 3), and "HHHCCEE..." of some chains."""
     for i in range(count):
-        ca, towards_o, kinds = data.fold(np.random.default_rng(i))
+        ca, towards_o, kinds = data_chains.fold(np.random.default_rng(i))
         assert len(kinds) == len(ca) == len(towards_o) + 1
-        yield data.backbone(ca, towards_o).transpose(1, 0, 2), kinds[1:-1]
+        yield data_chains.backbone(ca, towards_o).transpose(1, 0, 2), kinds[1:-1]
 
 
 def inside(kinds, kind, width=4):
@@ -296,7 +301,7 @@ def test_helices_are_right_handed_with_the_rise_turn_and_hydrogen_bonds_of_alpha
         np.testing.assert_allclose(length(o[i], n[i + 4]), 2.9, atol=0.25)                              # O...H-N
         # 1.5 Å of rise per residue: along the axis, the cross product of two second differences.
         second = ca[i] - 2 * ca[i + 1] + ca[i + 2], ca[i + 1] - 2 * ca[i + 2] + ca[i + 3]
-        axis = data.unit(np.cross(*second))
+        axis = data_chains.unit(np.cross(*second))
         np.testing.assert_allclose(np.sum((ca[i + 2] - ca[i + 1]) * axis, -1), 1.5, atol=0.01)
     assert seen > 200
 
@@ -324,8 +329,8 @@ def test_strands_lie_4_8_apart_joined_by_hydrogen_bonds():
 def test_side_chains_make_l_amino_acids_without_overlaps():
     left = right = residues = 0
     for (n, ca, c, o), kinds in chains(6):
-        xyz, number = data.side_chains(np.stack([n, ca, c, o], 1), np.random.default_rng(0))
-        d = data.distances(xyz, xyz) + 9 * np.eye(len(xyz))
+        xyz, number = data_chains.side_chains(np.stack([n, ca, c, o], 1), np.random.default_rng(0))
+        d = data_chains.distances(xyz, xyz) + 9 * np.eye(len(xyz))
         assert d.min() > 1.1                             # the shortest bond, C=O, has 1.23 Å
         assert np.sort(d, 1)[:, 0].max() < 1.7           # and every atom has a bond
         # CB of an L amino acid from N, CA, C: the formula of ideal tetrahedral geometry (Dunbrack & Karplus 1993).
@@ -333,7 +338,7 @@ def test_side_chains_make_l_amino_acids_without_overlaps():
         a_ = np.cross(b_, c_)
         for sign in (1, -1):
             cb = -0.58273431 * sign * a_ + 0.56802827 * b_ - 0.54067466 * c_ + ca
-            found = (data.distances(cb, xyz).min(1) < 0.5).sum()
+            found = (data_chains.distances(cb, xyz).min(1) < 0.5).sum()
             left, right = left + found * (sign > 0), right + found * (sign < 0)
         residues += len(ca)
     assert left > 0.85 * residues                        # 7 % are glycines
@@ -350,8 +355,8 @@ def packing(xyz):
 
 
 def test_chains_are_as_big_dense_and_compact_as_proteins():
-    models = [data.ProceduralChains()[i] for i in range(24)]
-    residues = [len(data.fold(np.random.default_rng((0, i)))[2]) - 2 for i in range(24)]
+    models = [data_chains.ProceduralChains()[i] for i in range(24)]
+    residues = [len(data_chains.fold(np.random.default_rng((0, i)))[2]) - 2 for i in range(24)]
     density, gyration = np.array([packing(m.xyz) for m in models]).T
     assert min(residues) >= 60 and max(residues) <= 400 and max(residues) > 2 * min(residues)
     np.testing.assert_allclose([len(m.xyz) / n for m, n in zip(models, residues)], 7.6, atol=0.6)
@@ -367,14 +372,14 @@ def test_chains_are_as_big_dense_and_compact_as_proteins():
 
 
 def test_chains_are_as_dense_as_experimental_structures():
-    models = [m for m in data.read_structures(shared("data/models/val.npz")) if 600 < len(m.xyz) < 3000]
+    models = [m for m in atoms.read_structures(shared("data/models/val.npz")) if 600 < len(m.xyz) < 3000]
     experimental = np.mean([packing(m.xyz)[0] for m in models])
-    ours = np.mean([packing(data.ProceduralChains()[i].xyz)[0] for i in range(12)])
+    ours = np.mean([packing(data_chains.ProceduralChains()[i].xyz)[0] for i in range(12)])
     assert ours == pytest.approx(experimental, rel=0.1)
 
 
 def test_a_chain_is_a_function_of_seed_and_index():
-    a, again, other, next_one = (data.ProceduralChains(seed)[i] for seed, i in ((0, 3), (0, 3), (1, 3), (0, 4)))
+    a, again, other, next_one = (data_chains.ProceduralChains(seed)[i] for seed, i in ((0, 3), (0, 3), (1, 3), (0, 4)))
     np.testing.assert_array_equal(a.xyz, again.xyz)
     np.testing.assert_array_equal(a.atomic_number, again.atomic_number)
     for b in (other, next_one):

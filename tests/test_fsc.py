@@ -8,9 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+import fourier
 import fsc as fsc_module
-from fsc import (auc, correct_for_mask, direction_grid, directional_fsc, fsc, guinier_b_factor, local_resolution,
-                 main, masked_fsc, randomise_phases, resolution, sharpen, shells, sphericity)
+import fsc_half_maps
+from fsc import auc, fsc, resolution, shells
+from fsc_half_maps import (
+    correct_for_mask,
+    direction_grid,
+    directional_fsc,
+    guinier_b_factor,
+    local_resolution,
+    masked_fsc,
+    randomise_phases,
+    sharpen,
+    sphericity,
+)
+from fsc_score import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -88,7 +101,7 @@ def test_curves_areas_and_resolutions_of_every_convention_equal_the_fixture(case
 
 def test_fsc_in_the_missing_wedge_equals_the_fixture():
     f = fixture("pocs_wedge.npz")
-    kz, _, kx = fsc_module.freq_grid(f["truth"].shape)
+    kz, _, kx = fourier.freq_grid(f["truth"].shape)
     measured = (kz.abs() <= kx.abs() * math.tan(math.pi / 3)).expand(f["truth"].shape)
     curve = fsc(f["truth"], f["pocs_50"], ~measured)
     assert curve[0].isnan()                             # no coefficient there
@@ -189,7 +202,7 @@ def test_sharpened_map_equals_relions_postprocess():
 def test_the_weight_is_zero_from_the_first_worthless_shell_on():
     curve = torch.tensor([-1.0, 0.8, 0.5, -0.1, 0.4])   # the zero frequency says nothing
     expected = torch.tensor([1, (1.6 / 1.8) ** 0.5, (1 / 1.5) ** 0.5, 0, 0])
-    torch.testing.assert_close(fsc_module.fsc_weight(curve), expected)
+    torch.testing.assert_close(fsc_half_maps.fsc_weight(curve), expected)
 
 
 def test_guinier_fit_returns_the_b_factor_that_blurred_a_point():

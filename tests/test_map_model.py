@@ -10,9 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from fsc import (ATOMIC_NUMBER, atom_radius, cc_per_residue, correlation, main, map_model_cc, map_model_resolution,
-                 model_map, molecular_mask, q_score, read_model, scattering_factor, structure_factors, trilinear,
-                 voxels_near)
+from atoms import ATOMIC_NUMBER, read_model
+from fsc_model import (
+    atom_radius,
+    cc_per_residue,
+    correlation,
+    map_model_cc,
+    map_model_resolution,
+    model_map,
+    molecular_mask,
+    q_score,
+    scattering_factor,
+    structure_factors,
+    trilinear,
+    voxels_near,
+)
+from fsc_score import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -1,7 +1,6 @@
 """What natten3d.py promises. The oracle is attention over all pairs of tokens under an explicit mask, in float64."""
 
 import importlib.util
-import itertools
 import os
 import subprocess
 import sys

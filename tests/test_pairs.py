@@ -1,14 +1,20 @@
 """What CryoLVM is fine-tuned on promises: degrade.deposited and data.py's pairs, simulated and real."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import atoms
+import augment
 import data
+import data_chains
+import data_pairs
 import degrade
+import fourier
 import fsc
+import fsc_model
+import mrc
 
 GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
 
@@ -16,14 +22,14 @@ GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
 @pytest.fixture(scope="module")
 def structure():
     """A rule-built chain, cut to what fits a box of 48 Å."""
-    s = data.ProceduralChains(0)[0]
+    s = data_chains.ProceduralChains(0)[0]
     near = np.abs(s.xyz - s.xyz[0]).max(1) < 18
-    return data.Structure("a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near])
+    return atoms.Structure("a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near])
 
 
 def deposits(structure, resolution, count=12):
     xyz, b = torch.from_numpy(structure.xyz), torch.zeros(len(structure.xyz))
-    return [degrade.deposited(xyz, structure.atomic_number, resolution, b_factor=b, generator=data.item_generator(0, i), **GRID)
+    return [data_pairs.deposited(xyz, structure.atomic_number, resolution, b_factor=b, generator=augment.item_generator(0, i), **GRID)
             for i in range(count)]
 
 
@@ -31,7 +37,7 @@ def deposits(structure, resolution, count=12):
 
 def test_a_deposited_map_agrees_with_its_model_up_to_its_resolution(structure):
     xyz = torch.from_numpy(structure.xyz)
-    clean = degrade.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0]
+    clean = atoms.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0]
     curves = torch.stack([fsc.fsc(x, clean) for x in deposits(structure, 4.0)])
     shell = round(48 / 4.0)
     # Signal as strong as noise correlates with the truth by 0.71; the smooth B-factors leave that a little lower.
@@ -53,10 +59,10 @@ def test_a_deposited_map_holds_nothing_beyond_its_resolution_but_what_its_mask_s
 def test_amplitudes_of_a_deposited_map_fall_by_e_to_3_at_its_resolution_at_most(structure, monkeypatch):
     # Without noise, solvent and sharpening (the draw from 0 to 8); molmap at 1.8 Å has a decay of its own.
     monkeypatch.setattr(degrade, "add_spectral_noise", lambda x, power, generator: x)
-    draw = degrade.uniform
-    monkeypatch.setattr(degrade, "uniform", lambda low, high, generator: draw(low, 0 if high == 8 else high, generator))
+    draw = augment.uniform
+    monkeypatch.setattr(augment, "uniform", lambda low, high, generator: draw(low, 0 if high == 8 else high, generator))
     xyz = torch.from_numpy(structure.xyz)
-    clean = degrade.radial_power(degrade.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0])
+    clean = degrade.radial_power(atoms.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0])
     shell = 11                                           # just below 1 / 4 Å: floor shells
     fall = [float((degrade.radial_power(x)[shell] / clean[shell] / (degrade.radial_power(x)[1] / clean[1])).sqrt())
             for x in deposits(structure, 4.0)]
@@ -66,7 +72,7 @@ def test_amplitudes_of_a_deposited_map_fall_by_e_to_3_at_its_resolution_at_most(
 def test_a_sharpened_deposited_map_is_the_other_with_each_coefficient_raised_by_the_b_factor(structure, monkeypatch):
     def deposit(b):                                      # 0 to 1: noise exponent, no preferred views, sharpened, not cut out
         draws = iter([0.5, 0.9, 0.1, 0.9])
-        monkeypatch.setattr(degrade, "uniform", lambda low, high, generator: next(draws) if high == 1 else b if high == 8 else high)
+        monkeypatch.setattr(augment, "uniform", lambda low, high, generator: next(draws) if high == 1 else b if high == 8 else high)
         return torch.fft.fftn(deposits(structure, 4.0, 1)[0].double())
     shell = fsc.radius((48,) * 3)
     inside = shell < 48 / 4.0 - 1.5                      # before the low-pass begins to fall
@@ -87,25 +93,25 @@ def test_the_observed_half_of_a_wedge_pair_lacks_just_the_wedge(structure, monke
     monkeypatch.setattr(data, "uniform", lambda low, high, generator: low)           # ±50 degrees, no noise
     xyz = torch.from_numpy(structure.xyz)
     grid = dict(voxel_size=4.0, shape=(24,) * 3, origin=-48.0)
-    observed, wanted = data.simulated_pair("wedge3d", xyz, structure.atomic_number, None, 10.0, torch.Generator(), missing=missing,
+    observed, wanted = data_pairs.simulated_pair("wedge3d", xyz, structure.atomic_number, None, 10.0, torch.Generator(), missing=missing,
                                            **grid)
     region = {"wedge": degrade.wedge_mask((24,) * 3, (-50, 50)), "cone": degrade.cone_mask((24,) * 3, 50)}[missing]
-    torch.testing.assert_close(observed, degrade.FourierOperator(region)(wanted))
-    torch.testing.assert_close(wanted, degrade.molmap(xyz, structure.atomic_number, 10.0, **grid)[0])
+    torch.testing.assert_close(observed, fourier.apply_fourier(wanted, region))
+    torch.testing.assert_close(wanted, atoms.molmap(xyz, structure.atomic_number, 10.0, **grid)[0])
 
 
 @pytest.mark.parametrize("task, resolution", [("sharpen", 4.0), ("superres", 1.8)])
 def test_what_is_wanted_is_molmap_at_the_same_resolution_or_at_the_fine_one(structure, task, resolution):
     xyz, b = torch.from_numpy(structure.xyz), torch.zeros(len(structure.xyz))
-    wanted = data.simulated_pair(task, xyz, structure.atomic_number, b, 4.0, torch.Generator().manual_seed(0), **GRID)[1]
-    torch.testing.assert_close(wanted, degrade.molmap(xyz, structure.atomic_number, resolution, **GRID)[0])
+    wanted = data_pairs.simulated_pair(task, xyz, structure.atomic_number, b, 4.0, torch.Generator().manual_seed(0), **GRID)[1]
+    torch.testing.assert_close(wanted, atoms.molmap(xyz, structure.atomic_number, resolution, **GRID)[0])
 
 
 def test_a_crop_shows_both_halves_of_a_pair_alike_on_0_to_1_in_its_molecule(structure, monkeypatch):
     # Observed is what is wanted: whatever is done to crops, they stay equal.
-    same = lambda task, xyz, z, b, R, g, *, missing, **grid: (degrade.molmap(xyz, z, R, **grid)[0],) * 2
-    monkeypatch.setattr(data, "simulated_pair", same)
-    pairs = data.SimulatedPairs([structure], task="sharpen", crop=16, crops=3, box=32, voxel_size=1.0, resolution=(3, 4))
+    same = lambda task, xyz, z, b, R, g, *, missing, **grid: (atoms.molmap(xyz, z, R, **grid)[0],) * 2
+    monkeypatch.setattr(data_pairs, "simulated_pair", same)
+    pairs = data_pairs.SimulatedPairs([structure], task="sharpen", crop=16, crops=3, box=32, voxel_size=1.0, resolution=(3, 4))
     for i in range(4):
         x = pairs[i]
         assert x.shape == (3, 2, 16, 16, 16) and torch.equal(x[:, 0], x[:, 1])
@@ -116,14 +122,14 @@ def test_a_crop_shows_both_halves_of_a_pair_alike_on_0_to_1_in_its_molecule(stru
 def test_half_of_the_crops_are_cut_anywhere_so_that_solvent_is_learnt_too():
     pair = torch.zeros(2, 64, 64, 64)
     pair[:, 4:8, 30:34, 50:54] = 1                        # cut anywhere, fewer than 1 crop of 16^3 in 60 shows it
-    crops = data.pair_crops(pair, 16, 400, torch.Generator().manual_seed(0))
+    crops = data_pairs.pair_crops(pair, 16, 400, torch.Generator().manual_seed(0))
     assert 170 < sum(float(x.max()) > 0 for x in crops) < 235
 
 
 def test_crops_of_a_wedge_pair_keep_their_orientation_for_the_wedge_has_one(structure, monkeypatch):
     ramp = torch.arange(1.0, 33.0)[:, None, None].expand(32, 32, 32)            # rises along z
-    monkeypatch.setattr(data, "simulated_pair", lambda *args, **grid: (ramp, ramp))
-    make = lambda task: torch.cat([data.SimulatedPairs([structure], task=task, crop=16, crops=4, box=32, voxel_size=4.0,
+    monkeypatch.setattr(data_pairs, "simulated_pair", lambda *args, **grid: (ramp, ramp))
+    make = lambda task: torch.cat([data_pairs.SimulatedPairs([structure], task=task, crop=16, crops=4, box=32, voxel_size=4.0,
                                                        resolution=(8, 9))[i] for i in range(4)])
     rises = lambda x: (x.diff(dim=2) >= 0).all() and x.diff(dim=2).sum() > 0
     assert all(rises(x[None]) for x in make("wedge3d")) and not all(rises(x[None]) for x in make("sharpen"))
@@ -131,7 +137,7 @@ def test_crops_of_a_wedge_pair_keep_their_orientation_for_the_wedge_has_one(stru
 
 def test_crops_come_in_all_48_orientations_of_a_cube():
     x, g = torch.arange(8.0).view(2, 2, 2), torch.Generator().manual_seed(0)
-    seen = {tuple(data.mirror_or_not(x, g).flatten().tolist()) for _ in range(600)}
+    seen = {tuple(augment.mirror_or_not(x, g).flatten().tolist()) for _ in range(600)}
     assert len(seen) == 48 and all(sorted(s) == list(range(8)) for s in seen)
     corners = lambda s: torch.tensor(s).view(2, 2, 2)    # neighbours stay neighbours: 0 and 7 lie on a diagonal
     for s in seen:
@@ -153,23 +159,23 @@ def folder(tmp_path):
     """A map that is molmap of its model at 4 Å, off the origin; and the list of pairs."""
     xyz = torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) * 20
     write_pdb(tmp_path / "a.pdb", xyz, torch.tensor([100.0, -20.0, 7.0]))
-    model = fsc.read_model(tmp_path / "a.pdb")
-    density, voxel_size, origin = degrade.molmap(model.xyz, model.atomic_number, 4.0, voxel_size=1.0, shape=(50, 45, 40))
-    data.write_map(tmp_path / "a.mrc", data.Map(density, voxel_size, origin))
+    model = atoms.read_model(tmp_path / "a.pdb")
+    density, voxel_size, origin = atoms.molmap(model.xyz, model.atomic_number, 4.0, voxel_size=1.0, shape=(50, 45, 40))
+    mrc.write_map(tmp_path / "a.mrc", mrc.Map(density, voxel_size, origin))
     (tmp_path / "pairs.csv").write_text("map,model,resolution\na.mrc,a.pdb,4.0\n")
     return tmp_path
 
 
 def test_real_pairs_lie_on_one_grid_in_one_frame(folder):
-    (pair,) = data.read_pairs(folder, "sharpen", 1.0)
+    (pair,) = data_pairs.read_pairs(folder, "sharpen", 1.0)
     assert pair.label == "a" and pair.maps.shape == (2, 50, 45, 40)
     torch.testing.assert_close(pair.maps[0], pair.maps[1], rtol=0, atol=1e-3)           # float16
-    crops = data.MapPairs([pair], crop=48, crops=2)[3]                                  # larger than the map on two sides
+    crops = data_pairs.MapPairs([pair], crop=48, crops=2)[3]                                  # larger than the map on two sides
     assert crops.shape == (2, 2, 48, 48, 48)
     torch.testing.assert_close(crops[:, 0], crops[:, 1], rtol=0, atol=1e-3)
-    observed, wanted = data.read_pairs(folder, "sharpen", 1.25)[0].maps.float()         # resampled
-    assert observed.shape == (40, 36, 32) and fsc.correlation(observed, wanted) > 0.99
-    assert fsc.correlation(*data.read_pairs(folder, "superres", 1.0)[0].maps.float()) < 0.8
+    observed, wanted = data_pairs.read_pairs(folder, "sharpen", 1.25)[0].maps.float()         # resampled
+    assert observed.shape == (40, 36, 32) and fsc_model.correlation(observed, wanted) > 0.99
+    assert fsc_model.correlation(*data_pairs.read_pairs(folder, "superres", 1.0)[0].maps.float()) < 0.8
 
 
 @pytest.mark.parametrize("change, says", [
@@ -180,5 +186,5 @@ def test_real_pairs_lie_on_one_grid_in_one_frame(folder):
 def test_a_bad_list_of_pairs_is_one_clear_line(folder, change, says):
     change(folder)
     with pytest.raises((ValueError, OSError), match=says) as error:
-        data.read_pairs(folder, "sharpen", 1.0)
+        data_pairs.read_pairs(folder, "sharpen", 1.0)
     assert "\n" not in str(error.value)

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_data import make_file
 
 import data
+import data_prepare
+import mrc
 import train
-from test_data import make_file
+import train_objectives
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,20 +52,20 @@ def emdb(tmp_path):
         folder = tmp_path / f"emdb/structures/EMD-{number}/map"
         folder.mkdir(parents=True)
         size = (60, 30, 30) if number == 1009 else (30, 30, 30)
-        data.write_map(folder / f"emd_{number}.map.gz", data.Map(5 * gaussian(size, 1.0), 1.0))
+        mrc.write_map(folder / f"emd_{number}.map.gz", mrc.Map(5 * gaussian(size, 1.0), 1.0))
     cut = tmp_path / "emdb/structures/EMD-1010/map/emd_1010.map.gz"
     cut.write_bytes(cut.read_bytes()[:3000])
     other = tmp_path / "emdb/structures/EMD-1001/other"
     other.mkdir()
     for name in ("emd_1001_half_map_1.map.gz", "emd_1001_msk_1.map"):
-        data.write_map(other / name, data.Map(gaussian((30, 30, 30), 1.0), 1.0))
+        mrc.write_map(other / name, mrc.Map(gaussian((30, 30, 30), 1.0), 1.0))
     (tmp_path / "emdb.csv").write_text(METADATA)
     return tmp_path
 
 
 def prepare(folder, out="out", **settings):
     settings = dict(dict(voxel_size=1.5, metadata=folder / "emdb.csv", max_side=40.0), **settings)
-    return data.prepare(folder / "emdb", folder / out, say=lambda _: None, **settings)
+    return data_prepare.prepare(folder / "emdb", folder / out, say=lambda _: None, **settings)
 
 
 def index(folder):
@@ -113,21 +116,21 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(emdb, monkeypatch):
     whole = prepare(emdb, "whole", metadata=None)
     made = []
 
-    def counted(file, *settings, one=data.prepare_one):
+    def counted(file, *settings, one=data_prepare.prepare_one):
         if len(made) == 4:
             raise KeyboardInterrupt
         made.append(file)
         return one(file, *settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "prepare_one", counted)
+        patch.setattr(data_prepare, "prepare_one", counted)
         with pytest.raises(KeyboardInterrupt):
             prepare(emdb, metadata=None)
     with open(emdb / "out/index.csv", "a") as file:                          # killed in the middle of a row
         file.write("emd_1005,,tra")
     (emdb / "out/emd_1004.npy").unlink()                                     # a row whose map is gone
     done, made = made, [None] * 5
-    monkeypatch.setattr(data, "prepare_one", counted)
+    monkeypatch.setattr(data_prepare, "prepare_one", counted)
     prepare(emdb, metadata=None)
     assert {file.name for file in done} & {file.name for file in made[5:]} == {"emd_1004.map.gz"}
     assert sorted(index(emdb / "out").items()) == sorted(index(emdb / "whole").items())
@@ -160,7 +163,7 @@ def test_train_reads_a_prepared_folder_by_its_index(emdb, capsys):
     prepare(emdb)
     (emdb / "out/emd_1.npy").write_bytes(b"of another run")                  # not in the index
     cfg = train.parse(["--model", "tiny", "--data", str(emdb / "out"), "--crop", "16"])
-    first, second = train.datasets(cfg)
+    first, second = train_objectives.datasets(cfg)
     assert sorted(v.label for v in first.volumes + second.volumes) == ["emd_1001", "emd_1002"]
     assert all(isinstance(v.voxels(), np.memmap) for v in first.volumes + second.volumes)
     raw, _ = data.read_volumes(emdb / "emdb/structures/EMD-1001/map", 1.5)
@@ -175,8 +178,8 @@ def test_train_reads_a_prepared_folder_by_its_index(emdb, capsys):
 
 def test_the_split_is_a_function_of_the_entry_and_the_one_train_makes():
     labels = [f"emd_{i}" for i in range(30_000, 34_000)]
-    parts = train.split([data.Volume(label, torch.zeros(1)) for label in labels])
-    assert {v.label for v in parts[1]} == {label for label in labels if data.held_out(label)}
+    parts = train_objectives.split([data.Volume(label, torch.zeros(1)) for label in labels])
+    assert {v.label for v in parts[1]} == {label for label in labels if data_prepare.held_out(label)}
     assert len(parts[1]) == pytest.approx(200, abs=45)                       # binomial: 14
 
 
@@ -193,7 +196,7 @@ def test_bad_input_is_one_clear_line(emdb):
     for folder, kind, match in ((emdb / "none", OSError, "no such folder"),
                                 (emdb / "empty", ValueError, "no map of an EMDB entry")):
         with pytest.raises(kind, match=match):
-            data.prepare(folder, emdb / "out", 1.5)
+            data_prepare.prepare(folder, emdb / "out", 1.5)
     for text, match in (("emdb_id,title\n", "no column half_map_filename, resolution, structure"), ("", "no column emdb_id"),
                         (METADATA.replace("EMD-1003", "1A2B"), "'1a2b' is none"), (METADATA + "\n,\n", "emdb_id '' is none")):
         (emdb / "emdb.csv").write_text(text)
@@ -203,7 +206,7 @@ def test_bad_input_is_one_clear_line(emdb):
     with pytest.raises(ValueError, match="emdb.csv: no text"):
         prepare(emdb)
     with pytest.raises(ValueError, match="--voxel-size 0"):
-        data.prepare(emdb, emdb / "never", 0)
+        data_prepare.prepare(emdb, emdb / "never", 0)
     assert not (emdb / "never").exists()
     done = subprocess.run([sys.executable, str(ROOT / "data.py"), "prepare", str(emdb / "none"), str(emdb / "out")],
                           capture_output=True, text=True, timeout=120)
@@ -211,13 +214,13 @@ def test_bad_input_is_one_clear_line(emdb):
 
 
 def test_the_program_prints_progress_reasons_and_urls(emdb, capsys):
-    data.main(["prepare", str(emdb / "emdb"), str(emdb / "out"), "--metadata", str(emdb / "emdb.csv"), "--max-side", "40",
+    data_prepare.main(["prepare", str(emdb / "emdb"), str(emdb / "out"), "--metadata", str(emdb / "emdb.csv"), "--max-side", "40",
                "--workers", "1"])
     out = capsys.readouterr().out
     assert "11 maps: 7 done or ruled out, 4 to prepare" in out and "ETA 0:00:00  9 skipped" in out
     assert "     2 skipped: resolution not stated" in out and "     1 skipped: unreadable" in out
     assert json.loads((emdb / "out/settings.json").read_text())["voxel_size"] == 1.5
-    data.main(["urls", str(emdb / "emdb.csv")])
+    data_prepare.main(["urls", str(emdb / "emdb.csv")])
     urls = capsys.readouterr().out.split()
     assert [url.split("/")[-1] for url in urls] == [f"emd_{n}.map.gz" for n in (1001, 1002, 1009, 1010, 1011)]
     assert urls[0] == "https://ftp.ebi.ac.uk/pub/databases/emdb/structures/EMD-1001/map/emd_1001.map.gz"

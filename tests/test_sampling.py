@@ -12,11 +12,17 @@ import pytest
 import torch
 from mrcfile.dtypes import HEADER_DTYPE
 
+import atoms
 import checkpoint
-import data
 import degrade
+import fourier
 import fsc
+import fsc_score
+import mrc
+import posterior
 import sampling
+import star
+import volume
 from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
 
@@ -46,7 +52,7 @@ def filtered(x, weights):
 
 
 def wedge(shape, tilt_range=(-60, 60), tilt_axis="y", voxel_size=1.0):
-    return degrade.hermitian_part(degrade.wedge_mask(shape, tilt_range, tilt_axis, voxel_size=voxel_size))
+    return fourier.hermitian_part(degrade.wedge_mask(shape, tilt_range, tilt_axis, voxel_size=voxel_size))
 
 
 def close(a, b, tolerance=1e-5):
@@ -59,32 +65,32 @@ def close(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("shape, tilt_range", [((8, 10, 12), (-60, 60)), ((9, 7, 11), (-60, 60)), ((8, 8, 8), (-40, 60))])
 def test_put_back_takes_measured_coefficients_from_y_and_all_others_from_x(shape, tilt_range):
     x, y, measured = random(shape, 1), random(shape, 2), wedge(shape, tilt_range)
-    once = sampling.put_back(x, y, measured)
+    once = fourier.put_back(x, y, measured)
     assert close(fft(once), torch.where(measured, fft(y), fft(x)))
-    assert close(sampling.put_back(once, y, measured), once)
-    assert close(fft(sampling.put_back(x, y, 0.25 * measured)), torch.where(measured, 0.75 * fft(x) + 0.25 * fft(y), fft(x)))
+    assert close(fourier.put_back(once, y, measured), once)
+    assert close(fft(fourier.put_back(x, y, 0.25 * measured)), torch.where(measured, 0.75 * fft(x) + 0.25 * fft(y), fft(x)))
 
 
 def test_pocs_equals_50_iterations_of_the_oracle_inside_its_support():
     f = fixture("oracles/pocs_wedge.npz")
     shape = tuple(f["shape"].tolist())
     support = torch.from_numpy(np.unpackbits(f["support"].numpy(), count=math.prod(shape)).reshape(shape).astype(bool))
-    kz, _, kx = fsc.freq_grid(shape)
+    kz, _, kx = fourier.freq_grid(shape)
     measured = (kz.abs() <= kx.abs() * math.tan(math.radians(60))).expand(shape)
-    assert close(sampling.pocs(f["degraded"], measured, 50, support), f["pocs_50"])
+    assert close(posterior.pocs(f["degraded"], measured, 50, support), f["pocs_50"])
 
 
 def test_pocs_leaves_alone_a_map_that_needs_nothing():
     measured = wedge((10, 9, 8))
     y = filtered(random((10, 9, 8)), measured)
     y = y - y.min() + 0.1                                       # not negative, nothing in the wedge: a fixed point
-    assert close(sampling.pocs(y, measured, 20), y)
+    assert close(posterior.pocs(y, measured, 20), y)
 
 
 def test_every_pocs_iteration_comes_nearer_to_a_non_negative_truth():
     truth, measured = random((12, 12, 12)).clamp(min=0) ** 2, wedge((12, 12, 12))
     y = filtered(truth, measured)
-    error = [float((sampling.pocs(y, measured, n) - truth).norm()) for n in (0, 1, 2, 5, 10, 30)]
+    error = [float((posterior.pocs(y, measured, n) - truth).norm()) for n in (0, 1, 2, 5, 10, 30)]
     assert all(after < 0.99 * before for before, after in zip(error, error[1:]))
 
 
@@ -99,7 +105,7 @@ def test_a_local_velocity_is_the_same_by_tiles_of_8_whatever_the_map(shape):
     prior = stub(lambda x, t: 3 * x + t[:, None, None, None, None], 8)
     x = random(shape)
     for seed in range(4):
-        assert close(sampling.tiled_velocity(prior, x[None], 0.3, [rng(seed)])[0], 3 * x + 0.3, 1e-6)
+        assert close(posterior.tiled_velocity(prior, x[None], 0.3, [rng(seed)])[0], 3 * x + 0.3, 1e-6)
 
 
 def test_tiles_are_turned_back_as_they_were_turned():
@@ -108,9 +114,9 @@ def test_tiles_are_turned_back_as_they_were_turned():
     prior = stub(lambda x, t: x.roll(1, -3) + 2 * x.roll(1, -2) + 4 * x.roll(1, -1), 4)
     x, seen = random((4, 4, 4)), set()
     wanted = torch.stack([sum(2 ** i * x.roll(sign, axis) for i, (axis, sign) in enumerate(zip(order, signs)))
-                          for order, signs in data.ROTATIONS_24])
+                          for order, signs in volume.ROTATIONS_24])
     for seed in range(200):
-        distance = (sampling.tiled_velocity(prior, x[None], 0.5, [rng(seed)])[0] - wanted).abs().amax((1, 2, 3))
+        distance = (posterior.tiled_velocity(prior, x[None], 0.5, [rng(seed)])[0] - wanted).abs().amax((1, 2, 3))
         assert distance.min() < 1e-5
         seen.add(int(distance.argmin()))
     assert len(seen) == 24
@@ -123,7 +129,7 @@ def test_no_seam_stays_in_one_place():
         return v
 
     calls, p = 400, 1 - (6 / 8) ** 3
-    mean = sum(sampling.tiled_velocity(stub(faces, 8), torch.zeros(1, 8, 8, 8), 0.5, [g])[0] for g in map(rng, range(calls))) / calls
+    mean = sum(posterior.tiled_velocity(stub(faces, 8), torch.zeros(1, 8, 8, 8), 0.5, [g])[0] for g in map(rng, range(calls))) / calls
     assert (mean - p).abs().max() < 5 * math.sqrt(p * (1 - p) / calls)          # five standard errors
 
 
@@ -136,19 +142,19 @@ def test_algorithm_2_goes_through_the_states_of_the_reference(monkeypatch):
         states.append(x[0])
         return 0.8 * x - 1.5 * torch.tanh(x) * (1 - t) + 0.3 * t
 
-    monkeypatch.setattr(sampling, "tiled_velocity", velocity)
+    monkeypatch.setattr(posterior, "tiled_velocity", velocity)
     monkeypatch.setattr(torch, "randn", lambda *a, **k: f["x1"])                # the reference's initial noise
     y = (f["y_wedge"] - f["z_mean"].float()) / f["z_std"].float()
     measured = wedge((8, 8, 8), tilt_axis="z")
     assert torch.equal(measured, torch.fft.ifftshift(f["mask"]))
-    last = sampling.sample_posterior(stub(None, 8), y, measured, torch.zeros_like(y), [rng()], steps=20, t_start=1.0, sigma=0.0,
+    last = posterior.sample_posterior(stub(None, 8), y, measured, torch.zeros_like(y), [rng()], steps=20, t_start=1.0, sigma=0.0,
                                      fresh_noise=False, inner=0)[0]
     assert close(torch.stack(states[1:] + [last]), f["inpaint_x"])
 
 
 def gaussian_prior(monkeypatch):
     """x_0 ~ N(mean, power per Fourier coefficient) on 8^3 voxels; its velocity in place of the network's."""
-    kz, ky, kx = fsc.freq_grid((8, 8, 8), dtype=torch.float32)
+    kz, ky, kx = fourier.freq_grid((8, 8, 8), dtype=torch.float32)
     k2 = kz ** 2 + ky ** 2 + kx ** 2
     power, mean = 0.5 + 2 * torch.exp(-8 * k2), filtered(random((8, 8, 8), 3), 2 * torch.exp(-10 * k2))
 
@@ -156,12 +162,12 @@ def gaussian_prior(monkeypatch):
         expected = mean + filtered(x - (1 - t) * mean, (1 - t) * power / ((1 - t) ** 2 * power + t ** 2))    # E[x_0 | x_t]
         return (x - expected) / t
 
-    monkeypatch.setattr(sampling, "tiled_velocity", velocity)
+    monkeypatch.setattr(posterior, "tiled_velocity", velocity)
     return mean, power
 
 
 def gaussian_samples(y, measured, n, **settings):
-    return sampling.sample_posterior(stub(None, 8), y, measured, y, list(map(rng, range(n))), steps=40, t_start=1.0, inner=0, **settings)
+    return posterior.sample_posterior(stub(None, 8), y, measured, y, list(map(rng, range(n))), steps=40, t_start=1.0, inner=0, **settings)
 
 
 @pytest.mark.parametrize("fresh_noise", [False, True])
@@ -196,13 +202,13 @@ def test_least_rho_lets_in_as_much_noise_as_it_is_told_to():
     times = torch.linspace(0.5, 0, 41)[:-1]
     ratio = times / (1 - times)                                 # r
     white, everywhere = torch.tensor(0.3), torch.ones(8, 8, 8, dtype=bool)      # its worst time is inside: r = sigma rho^(1/2)
-    assert sampling.least_rho(white, everywhere, ratio, 1) == pytest.approx(0.5, rel=0.01)         # 1 / (4 rho) = leak rho
-    assert sampling.least_rho(white, everywhere, ratio, 1 / 8) == 1       # never more
+    assert posterior.least_rho(white, everywhere, ratio, 1) == pytest.approx(0.5, rel=0.01)         # 1 / (4 rho) = leak rho
+    assert posterior.least_rho(white, everywhere, ratio, 1 / 8) == 1       # never more
     half = everywhere.clone()
     half[4:] = False                                            # half the noise: 1 / (8 rho)
-    assert sampling.least_rho(white, half, ratio, 1) == pytest.approx(8 ** -0.5, rel=0.01)
+    assert posterior.least_rho(white, half, ratio, 1) == pytest.approx(8 ** -0.5, rel=0.01)
     few = torch.where(wedge((8, 8, 8)), 50.0, 0.3)              # most coefficients are hopeless: the others are trusted more
-    rho = sampling.least_rho(few, everywhere, ratio, 1 / 8)
+    rho = posterior.least_rho(few, everywhere, ratio, 1 / 8)
     let_in = []
     for r in ratio.tolist():
         w = r ** 2 / (r ** 2 + rho * few.numpy().astype("f8") ** 2)
@@ -216,11 +222,11 @@ def test_missed_is_the_error_that_y_betrays_beyond_its_noise():
     sigma = torch.where(shell == 3, 9.0, 0.5)                   # as good as nothing known of shell 3
     error = filtered(random((2, 16, 16, 16), 2), torch.where((shell == 3) | (shell == 5), 2.0, 0.1))
     y = truth[0] + filtered(random((16, 16, 16), 3), sigma) + filtered(random((16, 16, 16), 4) * 99, ~measured)
-    found = sampling.missed(truth[:1] + error[:1], y, measured, sigma)
+    found = posterior.missed(truth[:1] + error[:1], y, measured, sigma)
     assert found.shape == (1, 16, 16, 16)
     assert float(found[0][shell == 5].mean()) == pytest.approx(4, rel=0.2)      # 2^2, though the noise adds 0.25
     assert not found[0][(shell != 5) & (shell > 0)].any()       # 0.01 in 0.25, or 4 in 81, may be chance; shell 0 is one number
-    two = sampling.missed(truth[0] + error, y, measured, sigma)                 # each sample its own
+    two = posterior.missed(truth[0] + error, y, measured, sigma)                 # each sample its own
     assert close(two[0], found[0], 1e-5) and not close(two[1], found[0], 1e-2)
 
 
@@ -245,26 +251,26 @@ def test_algorithm_1_goes_through_the_states_of_the_reference(monkeypatch, opera
         return 0.8 * x - 1.5 * torch.tanh(x) * (1 - t) + 0.3 * t
 
     drawn = iter([roll(f["x1"]), *map(roll, f["op_noise"])])
-    monkeypatch.setattr(sampling, "tiled_velocity", velocity)
+    monkeypatch.setattr(posterior, "tiled_velocity", velocity)
     monkeypatch.setattr(torch, "randn", lambda *a, **k: next(drawn))
     y = roll((f["y_noisy"] - f["z_mean"].float()) / f["z_std"].float())
     sigma = (roll(f["noise_power"]) / 512).sqrt() / f["z_std"].float()
-    last = sampling.algorithm_1(stub(None, 8), y, torch.ones(8, 8, 8, dtype=bool), [rng()], steps=20, sigma=sigma,
+    last = posterior.algorithm_1(stub(None, 8), y, torch.ones(8, 8, 8, dtype=bool), [rng()], steps=20, sigma=sigma,
                                 operator_noise=operator_noise)[0]
     wanted = f["denoise_with_op_noise_x" if operator_noise else "denoise_no_op_noise_x"]
     assert close(torch.stack(states[1:] + [last]), torch.stack(list(map(roll, wanted))), 1e-4)      # 20 normalised gradients
 
 
 def test_the_weight_of_the_observation_does_not_depend_on_the_steps_where_asked(monkeypatch):
-    monkeypatch.setattr(sampling, "tiled_velocity", lambda prior, x, t, g: 0 * x)
+    monkeypatch.setattr(posterior, "tiled_velocity", lambda prior, x, t, g: 0 * x)
     y, everywhere = random((8, 8, 8), 3), torch.ones(8, 8, 8, dtype=bool)
-    sample = lambda **kw: sampling.algorithm_1(stub(None, 8), y, everywhere, [rng()], sigma=torch.tensor(9.0), lambda_max=0.01, **kw)[0]
+    sample = lambda **kw: posterior.algorithm_1(stub(None, 8), y, everywhere, [rng()], sigma=torch.tensor(9.0), lambda_max=0.01, **kw)[0]
     moved = lambda steps, per_time: float((sample(steps=steps, per_time=per_time) - random((8, 8, 8))).norm())
     assert moved(50, True) == pytest.approx(moved(200, True), rel=0.05)         # 0.01 is always the lesser: 2 in all
     assert moved(200, False) == pytest.approx(4 * moved(50, False), rel=0.05)   # the paper's
 
 
-@pytest.mark.parametrize("settings", [sampling.DENOISE["prior"] | {"steps": 3}, {"steps": 3}])       # and Algorithm 1
+@pytest.mark.parametrize("settings", [posterior.DENOISE["prior"] | {"steps": 3}, {"steps": 3}])       # and Algorithm 1
 def test_samples_drawn_together_are_those_drawn_one_by_one(settings):
     torch.manual_seed(0)
     conv = torch.nn.Conv3d(1, 1, 3, padding=1).requires_grad_(False)
@@ -278,7 +284,7 @@ def test_samples_drawn_together_are_those_drawn_one_by_one(settings):
             return self.conv(x) + t[:, None, None, None, None]
 
     prior, y = stub(Net(), 6), random((9, 8, 7)).abs()
-    draw = lambda per_call: torch.stack(list(sampling.draw_samples(
+    draw = lambda per_call: torch.stack(list(posterior.draw_samples(
         prior, y, torch.ones(y.shape, dtype=bool), y, torch.tensor(0.3), settings, samples=5, seed=1, samples_per_call=per_call)))
     together, alone = draw(4), draw(1)
     assert close(together, alone, 1e-5) and not close(together[0], together[1], 1e-2)
@@ -288,8 +294,8 @@ def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
     shape = (8, 8, 8)
     signal, noise = torch.tensor([9.0, 4.0, 2.0, 0.0]), torch.tensor([1.0, 4.0, 0.5, 2.0])     # per shell
     y, shell = random(shape), degrade.noise_shells(shape).clamp(max=3)
-    assert close(sampling.wiener(y, noise, signal), filtered(y, torch.tensor([0.9, 0.5, 0.8, 0.0])[shell]))
-    assert close(sampling.wiener(y, noise[shell], signal), sampling.wiener(y, noise, signal))
+    assert close(posterior.wiener(y, noise, signal), filtered(y, torch.tensor([0.9, 0.5, 0.8, 0.0])[shell]))
+    assert close(posterior.wiener(y, noise[shell], signal), posterior.wiener(y, noise, signal))
 
 
 def test_trust_in_a_coefficient_follows_its_noise(monkeypatch):
@@ -306,34 +312,34 @@ def test_trust_in_a_coefficient_follows_its_noise(monkeypatch):
 
 # ---- The noise -------------------------------------------------------------------------------------------------------------
 
-def molecule(shape, voxel_size=(1.5, 1.5, 1.5), resolution=3.0, atoms=80, radius=0.3, seed=0):
+def molecule(shape, voxel_size=(1.5, 1.5, 1.5), resolution=3.0, atom_count=80, radius=0.3, seed=0):
     """Random atoms in a ball (radius in shortest sides), simulated, maximum 1: (D, H, W)."""
     side = min(n * v for n, v in zip(shape, voxel_size))
-    direction = torch.nn.functional.normalize(random((atoms, 3), seed), dim=1)
-    xyz = direction * torch.rand(atoms, 1, generator=rng(seed)) ** (1 / 3) * radius * side
-    density = degrade.molmap(xyz, torch.full((atoms,), 7.0), resolution, voxel_size=voxel_size, shape=shape)[0]
+    direction = torch.nn.functional.normalize(random((atom_count, 3), seed), dim=1)
+    xyz = direction * torch.rand(atom_count, 1, generator=rng(seed)) ** (1 / 3) * radius * side
+    density = atoms.molmap(xyz, torch.full((atom_count,), 7.0), resolution, voxel_size=voxel_size, shape=shape)[0]
     return density / density.max()
 
 
 @pytest.mark.parametrize("sd", [0.03, 0.1])
 def test_the_noise_of_a_simulated_molecule_is_estimated_within_15_percent(sd):
     shape = (48, 48, 48)
-    y = filtered(molecule(shape, atoms=500) + sd * random(shape, 1), wedge(shape))
-    assert sampling.estimate_noise(y, wedge(shape)) == pytest.approx(sd, rel=0.15)
+    y = filtered(molecule(shape, atom_count=500) + sd * random(shape, 1), wedge(shape))
+    assert posterior.estimate_noise(y, wedge(shape)) == pytest.approx(sd, rel=0.15)
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------------
 
 def write_mrc(path, density, voxel_size=(1.5, 1.5, 1.5), axes=(1, 2, 3)):
     """A map (z, y, x) in a file whose columns, rows and sections run along `axes` (1 = x, 2 = y, 3 = z)."""
-    with mrcfile.new(path, overwrite=True) as mrc:
-        mrc.set_data(np.ascontiguousarray(density.numpy().transpose([3 - a for a in axes[::-1]])))
-        h = mrc.header
+    with mrcfile.new(path, overwrite=True) as file:
+        file.set_data(np.ascontiguousarray(density.numpy().transpose([3 - a for a in axes[::-1]])))
+        h = file.header
         h["mz"], h["my"], h["mx"] = density.shape
         h["cella"] = tuple(n * v for n, v in zip(density.shape, voxel_size))[::-1]
         h["mapc"], h["mapr"], h["maps"] = axes
         h["nxstart"], h["nystart"], h["nzstart"], h["origin"] = 5, -6, 7, (10.5, -20.0, 30.25)
-        mrc.add_label("made by a test")
+        file.add_label("made by a test")
     return path
 
 
@@ -378,7 +384,7 @@ def names(folder):
 
 
 def values(path):
-    return data.read_map(path).density
+    return mrc.read_map(path).density
 
 
 @pytest.mark.parametrize("shape, voxel_size, axes, tilt_axis", [((20, 24, 28), (1.6, 1.4, 1.5), (2, 3, 1), "y"),
@@ -414,12 +420,12 @@ def test_a_restored_map_is_the_input_with_its_wedge_filled(tmp_path, run, capsys
 
 def test_mean_and_spread_are_those_of_the_samples_and_sample_i_depends_on_seed_and_i_alone(tmp_path, small, run, ckpt):
     y, measured, prior = values(small), wedge((16, 16, 16)), checkpoint.load(ckpt)
-    noise = 0.05 * data.normalise(y, 0, 1)[1].maximum
-    draw = lambda n: list(sampling.wedge_samples(prior, y, measured, "prior", samples=n, seed=4, noise=noise, steps=2))
+    noise = 0.05 * volume.normalise(y, 0, 1)[1].maximum
+    draw = lambda n: list(posterior.wedge_samples(prior, y, measured, "prior", samples=n, seed=4, noise=noise, steps=2))
     samples = torch.stack(draw(3))
     assert close(samples[0], draw(1)[0], 1e-5) and not close(samples[0], samples[1], 1e-2)         # other batches round otherwise
     run(small, "--samples", 3, "--seed", 4, "--noise", 0.05, "--method", "prior")
-    assert close(values(tmp_path / "in_wedge.mrc"), sampling.put_back(samples.mean(0), y, measured))
+    assert close(values(tmp_path / "in_wedge.mrc"), fourier.put_back(samples.mean(0), y, measured))
     assert close(values(tmp_path / "in_wedge_mean.mrc"), samples.mean(0))
     assert close(values(tmp_path / "in_wedge_std.mrc"), samples.std(0))
 
@@ -442,21 +448,21 @@ def test_the_grey_scale_of_the_input_is_kept_whatever_its_unit(tmp_path, small, 
 
 @pytest.mark.parametrize("voxel_size, side", [(1.5, 24), (1.0, 36), (2.0, 18), (2.6, 16)])
 def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_found(tmp_path, run, monkeypatch, voxel_size, side):
-    shape, size, draw, given = (side,) * 3, (voxel_size,) * 3, sampling.wedge_samples, []
-    monkeypatch.setattr(sampling, "wedge_samples", lambda *a, noise, **k: given.append(noise) or draw(*a, noise=noise, **k))
+    shape, size, draw, given = (side,) * 3, (voxel_size,) * 3, posterior.wedge_samples, []
+    monkeypatch.setattr(posterior, "wedge_samples", lambda *a, noise, **k: given.append(noise) or draw(*a, noise=noise, **k))
     y = degraded(molecule(shape, size, 3.0), wedge(shape), noise=0.2)
     write_mrc(tmp_path / "in.mrc", y, size)
     assert run(tmp_path / "in.mrc", "--samples", 1, "--steps", 1, "--method", "prior") == 0
     assert values(tmp_path / "in_wedge.mrc").shape == shape and "in_wedge_std.mrc" not in names(tmp_path)
     report = json.loads((tmp_path / "in_wedge.json").read_text())
-    assert report["noise"] * data.normalise(y, 0, 1)[1].maximum == pytest.approx(0.2, rel=0.25)
+    assert report["noise"] * volume.normalise(y, 0, 1)[1].maximum == pytest.approx(0.2, rel=0.25)
     # Resampling keeps |F|^2 / n^2 of every coefficient, n voxels in all: for white noise, variance / n.
     assert given[0] ** 2 / math.prod(report["box"]) == pytest.approx(0.2 ** 2 / side ** 3, rel=0.5)
 
 
 def test_pocs_is_a_method_and_what_is_left_where_voxels_are_far_too_coarse_for_the_prior(tmp_path, small, run):
     run(small, "--method", "pocs")
-    assert close(values(tmp_path / "in_wedge.mrc"), sampling.pocs(values(small), wedge((16, 16, 16))))
+    assert close(values(tmp_path / "in_wedge.mrc"), posterior.pocs(values(small), wedge((16, 16, 16))))
     run(small, "--voxel-size", 9, "-o", tmp_path / "coarse.mrc")
     assert json.loads((tmp_path / "coarse.json").read_text())["method"] == "pocs"
 
@@ -582,7 +588,7 @@ def test_bad_input_gets_one_clear_line_and_leaves_no_file(tmp_path, small, run, 
 
 def test_the_flag_that_supplies_a_voxel_size_mends_a_header_without_one(tmp_path, small, run):
     run(edited(tmp_path, cella=(0, 0, 0)), "--voxel-size", 1.5, "--method", "pocs")
-    assert data.read_map(tmp_path / "bad_wedge.mrc").voxel_size == pytest.approx((1.5, 1.5, 1.5))
+    assert mrc.read_map(tmp_path / "bad_wedge.mrc").voxel_size == pytest.approx((1.5, 1.5, 1.5))
 
 
 # ---- Half maps, masks, generation, likelihood ----------------------------------------------------------------------------------
@@ -605,10 +611,10 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(tmp_path, run
     prior = checkpoint.load(json.loads((tmp_path / "half1_denoise.json").read_text())["settings"]["ckpt"])
     power, curve = degrade.noise_power(b, a), fsc.fsc(a, b, convention="cryofm")[1:]
     signal = (degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power).clamp(min=0) / 2
-    first = sampling.wiener(b, power, signal * (curve >= 0.05).long().cumprod(0)).clamp(min=0)
-    sigma = (degrade.on_grid(power, b.shape) / b.numel()).sqrt()
-    second = sampling.draw_samples(prior, b, torch.ones(b.shape, dtype=bool), first, sigma,
-                                   sampling.DENOISE["prior"] | {"steps": 2}, samples=2, seed=1 << 32)
+    first = posterior.wiener(b, power, signal * (curve >= 0.05).long().cumprod(0)).clamp(min=0)
+    sigma = (degrade.expand_shells(power, b.shape) / b.numel()).sqrt()
+    second = posterior.draw_samples(prior, b, torch.ones(b.shape, dtype=bool), first, sigma,
+                                   posterior.DENOISE["prior"] | {"steps": 2}, samples=2, seed=1 << 32)
     assert close(torch.stack(list(second)).mean(0), out["_half2"], 1e-4)        # nothing of half 1 but its share of the FSC
 
 
@@ -629,8 +635,8 @@ def test_the_fsc_of_the_halves_gives_the_noise_of_their_mean_whatever_the_box(tm
     a, b = (truth + 0.1 * random(truth.shape, i) for i in (1, 2))
     for name, x in (("a.mrc", a), ("b.mrc", b), ("mean.mrc", (a + b) / 2)):
         write_mrc(tmp_path / name, x)
-    fsc.main([str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"), "-o", str(tmp_path / "curve"), "--quiet"])
-    monkeypatch.setattr(sampling, "noise_and_signal", lambda *x, f=sampling.noise_and_signal: found.append(f(*x)) or found[-1])
+    fsc_score.main([str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"), "-o", str(tmp_path / "curve"), "--quiet"])
+    monkeypatch.setattr(posterior, "noise_and_signal", lambda *x, f=posterior.noise_and_signal: found.append(f(*x)) or found[-1])
     run("--task", "denoise", tmp_path / "mean.mrc", "--noise-from-fsc", tmp_path / "curve.csv", "--method", "wiener")
     (power,), _, _ = found[0]
     # E|F n|^2 of the mean is N 0.1^2 / 2 in every shell; where a shell has enough coefficients the estimate is within 10 %.
@@ -652,8 +658,8 @@ def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(tmp_path
     (tmp_path / "particles.star").write_text(
         "data_optics\n\nloop_\n_rlnVoltage #1\n300\n\ndata_particles\n\nloop_\n_rlnAnglePsi #1\n_rlnAngleTilt #2\n_rlnImageName #3\n"
         "_rlnAngleRot #4\n" + "".join(f"{psi} {tilt} 1@a.mrcs {rot}\n" for rot, tilt, psi in angles) + "\ndata_other\n\n_rlnX 5\n")
-    R = sampling.read_orientations(tmp_path / "angles.txt")
-    assert torch.equal(R, sampling.read_orientations(tmp_path / "particles.star"))
+    R = star.read_orientations(tmp_path / "angles.txt")
+    assert torch.equal(R, star.read_orientations(tmp_path / "particles.star"))
     for (rot, tilt, psi), r in zip(np.deg2rad(angles), R.numpy()):              # the beam, and handedness
         np.testing.assert_allclose(r[:, 2], (np.cos(rot) * np.sin(tilt), np.sin(rot) * np.sin(tilt), np.cos(tilt)), atol=1e-12)
         assert np.linalg.det(r) == pytest.approx(1) and (r.T @ r)[2, :2] == pytest.approx(0)
@@ -698,7 +704,7 @@ def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise(tmp_path,
     source = write_mrc(tmp_path / "in.mrc", 7 * truth)                          # its scale does not matter
     run("--task", "likelihood", source, "--ckpt", tmp_path / "zero.pt")
     report, out = json.loads((tmp_path / "in_likelihood.json").read_text()), values(tmp_path / "in_likelihood.mrc")
-    x = data.normalise(truth, 0.04, 0.09)[0].double()
+    x = volume.normalise(truth, 0.04, 0.09)[0].double()
     log_p = lambda x: float(-0.5 * x.square().sum()) - x.numel() * (0.5 * math.log(2 * math.pi) + math.log(0.09))
     padded = torch.full((16, 32, 16), -0.04 / 0.09).double()
     padded[:, :20] = x

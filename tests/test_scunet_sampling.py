@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 from mrcfile.dtypes import HEADER_DTYPE
+from test_sampling import close, fft, filtered, molecule, names, random, values, wedge, write_mrc
 from torch import nn
 
 import checkpoint
-import data
-import degrade
+import fourier
 import fsc
+import mrc
+import posterior
 import sampling
+import sliding_windows
+import volume
 from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
-from test_sampling import close, fft, filtered, molecule, names, random, values, wedge, write_mrc
-
 
 # ---- Fusion ----------------------------------------------------------------------------------------------------------------
 
@@ -51,7 +53,7 @@ def dense(net, x, box, stride, fusion):
 @pytest.mark.parametrize("shape, box, stride", [((8, 8, 8), 8, 2), ((9, 13, 16), 8, 3), ((11, 8, 10), 8, 8), ((13, 9, 12), 7, 4)])
 def test_fusion_equals_the_dense_sum_of_algorithm_1(shape, box, stride, fusion):
     x = random(shape)
-    fused = sampling.sliding_windows(Uneven(), x, box, stride, fusion)
+    fused = sliding_windows.sliding_windows(Uneven(), x, box, stride, fusion)
     assert close(fused, dense(Uneven(), x, box, stride, fusion))
 
 
@@ -59,12 +61,12 @@ def test_fusion_equals_the_dense_sum_of_algorithm_1(shape, box, stride, fusion):
 @pytest.mark.parametrize("shape", [(8, 8, 8), (5, 6, 7), (1, 8, 19), (16, 3, 9), (13, 17, 21)])
 def test_the_identity_gives_back_any_map(shape, fusion):
     x = random(shape)
-    assert close(sampling.sliding_windows(nn.Identity(), x, 8, 2, fusion), x, 1e-6)
+    assert close(sliding_windows.sliding_windows(nn.Identity(), x, 8, 2, fusion), x, 1e-6)
 
 
 def test_a_map_smaller_than_the_box_is_seen_with_solvent_around_it():
     x, seen = random((3, 8, 5)), []
-    out = sampling.sliding_windows(lambda tiles: (seen.append(tiles), Uneven()(tiles))[1], x, 8, 2)
+    out = sliding_windows.sliding_windows(lambda tiles: (seen.append(tiles), Uneven()(tiles))[1], x, 8, 2)
     wanted = torch.zeros(8, 8, 8)
     wanted[3:6, :, 2:7] = x                                     # voxel n // 2 in the middle, 4
     assert len(seen) == 1 and torch.equal(seen[0][0, 0], wanted)
@@ -75,7 +77,7 @@ def test_nothing_depends_on_how_many_tiles_share_a_call_and_none_goes_alone():
     torch.manual_seed(0)
     net, x, sizes = SCUNet(SMALL).eval(), random((12, 20, 17)).clamp(0, 1), []
     counted = lambda tiles: (sizes.append(len(tiles)), net(tiles))[1]
-    one, two, eight, all_ = (sampling.sliding_windows(counted, x, 12, 4, tiles_per_call=n) for n in (1, 2, 8, 99))
+    one, two, eight, all_ = (sliding_windows.sliding_windows(counted, x, 12, 4, tiles_per_call=n) for n in (1, 2, 8, 99))
     assert sizes == [1] * 9 + [1, 2, 2, 2, 2] + [4, 5] + [9]    # 1 * 3 * 3 tiles
     assert close(one, all_) and close(two, all_) and close(eight, all_)
 
@@ -89,9 +91,9 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm (Linux)")
 def test_tiles_do_not_pile_up_in_memory():
     x, held = torch.ones(96, 64, 64), []                        # 12^2 * 23 tiles of 108 KiB: 350 MiB; a map: 1.5 MiB
-    sampling.sliding_windows(nn.Identity(), x[:30, :30, :30], 30, 3)
+    sliding_windows.sliding_windows(nn.Identity(), x[:30, :30, :30], 30, 3)
     before = resident()
-    sampling.sliding_windows(lambda tiles: (held.append(resident()), tiles + 0)[1], x, 30, 3)
+    sliding_windows.sliding_windows(lambda tiles: (held.append(resident()), tiles + 0)[1], x, 30, 3)
     assert len(held) > 300 and max(held) - before < 64 * 2 ** 20
 
 
@@ -143,14 +145,14 @@ def test_the_network_sees_its_own_voxel_size_and_values_from_0_to_1(tmp_path, ru
     for name, unit in (("in", 1), ("big", 1024)):               # a power of two: the same rounding everywhere
         write_mrc(tmp_path / f"{name}.mrc", unit * y, (2.0,) * 3)
         run("sharpen", tmp_path / f"{name}.mrc", "--stride", 12, net=lambda tiles: (seen.append(tiles), 1 - tiles)[1])
-    fine = clipped(data.fourier_resample(y, (24, 24, 24)))
+    fine = clipped(fourier.resample(y, (24, 24, 24)))
     top = float(fine.max())
     corners = list(itertools.product((0, 12), repeat=3))
     first, second = torch.cat(seen)[:, 0].chunk(2)
-    assert torch.equal(first, second) and close(first, data.cut(fine / top, corners, 12))
-    assert close(values(tmp_path / "in_sharpen.mrc"), data.fourier_resample(top - fine, (12, 12, 12)))
+    assert torch.equal(first, second) and close(first, volume.cut_tiles(fine / top, corners, 12))
+    assert close(values(tmp_path / "in_sharpen.mrc"), fourier.resample(top - fine, (12, 12, 12)))
     assert torch.equal(values(tmp_path / "big_sharpen.mrc"), 1024 * values(tmp_path / "in_sharpen.mrc"))
-    assert data.read_map(tmp_path / "in_sharpen.mrc").voxel_size == (2.0,) * 3
+    assert mrc.read_map(tmp_path / "in_sharpen.mrc").voxel_size == (2.0,) * 3
 
 
 @pytest.mark.parametrize("flags, stride, fusion", [((), 12, "gaussian"), (("--stride", 5, "--fusion", "mean"), 5, "mean")])
@@ -166,12 +168,12 @@ def test_super_resolution_stays_on_the_networks_grid_if_that_is_the_finer_one(tm
     y = molecule((side,) * 3, (voxel_size,) * 3)
     source = write_mrc(tmp_path / "in.mrc", y, (voxel_size,) * 3)
     run("superres", source)
-    before, after, finer = data.read_map(source), data.read_map(tmp_path / "in_superres.mrc"), max(side, networks)
+    before, after, finer = mrc.read_map(source), mrc.read_map(tmp_path / "in_superres.mrc"), max(side, networks)
     assert after.density.shape == (finer,) * 3 and mrcfile.validate(tmp_path / "in_superres.mrc")
     assert after.voxel_size == pytest.approx([v * side / finer for v in before.voxel_size])
     first = lambda m: [o + n * v for o, n, v in zip(m.origin, m.nstart, m.voxel_size)]
     assert first(after) == pytest.approx(first(before))
-    assert close(after.density, data.fourier_resample(clipped(data.fourier_resample(y, (networks,) * 3)), (finer,) * 3), 2e-6)
+    assert close(after.density, fourier.resample(clipped(fourier.resample(y, (networks,) * 3)), (finer,) * 3), 2e-6)
     run("sharpen", source)
     assert values(tmp_path / "in_sharpen.mrc").shape == (side,) * 3
 
@@ -179,19 +181,19 @@ def test_super_resolution_stays_on_the_networks_grid_if_that_is_the_finer_one(tm
 def test_super_resolution_is_scored_on_the_grid_of_the_truth_and_masked_on_its_own(tmp_path, run):
     y, truth = molecule((12, 12, 12), (2.0,) * 3, 5.0), molecule((24, 24, 24), (1.0,) * 3)
     source = write_mrc(tmp_path / "in.mrc", y, (2.0,) * 3)
-    for voxel_size, there in ((1.0, truth), (2.0, data.fourier_resample(truth, (12,) * 3))):
+    for voxel_size, there in ((1.0, truth), (2.0, fourier.resample(truth, (12,) * 3))):
         write_mrc(tmp_path / "truth.mrc", there, (voxel_size,) * 3)
         run("superres", source, "--truth", tmp_path / "truth.mrc", "--overwrite")
         report = json.loads((tmp_path / "in_superres.json").read_text())
         assert report["truth_voxel_size"] == [voxel_size] * 3 and report["voxel_size"] == [1.0] * 3
         for name, x in (("restored", values(tmp_path / "in_superres.mrc")), ("input", y)):
-            curve = fsc.fsc(data.fourier_resample(x, there.shape), there)
+            curve = fsc.fsc(fourier.resample(x, there.shape), there)
             assert report["fsc"][name]["auc"] == pytest.approx(float(fsc.auc(curve)), abs=1e-5)
             assert report["fsc"][name]["fsc_05"] == pytest.approx(float(fsc.resolution(curve, voxel_size, 0.5)), rel=1e-4)
     mask = torch.ones(12, 12, 12)
     mask[0] = 0.5
     run("superres", source, "--mask", write_mrc(tmp_path / "mask.mrc", mask, (2.0,) * 3), "--overwrite", net=torch.zeros_like)
-    soft, fine = data.fourier_resample(mask, (24,) * 3).clamp(0, 1), data.fourier_resample(y, (24,) * 3)
+    soft, fine = fourier.resample(mask, (24,) * 3).clamp(0, 1), fourier.resample(y, (24,) * 3)
     assert close(values(tmp_path / "in_superres.mrc"), (1 - soft) * fine)
 
 
@@ -208,9 +210,9 @@ def test_a_wedge_is_filled_by_the_network_from_the_filtered_map_and_what_was_mea
     k = torch.fft.fftfreq(n) * n
     held = k.abs() < side / 2 if side < n else k == k           # by the map's own grid
     known = wedge((n,) * 3, (-50, 60)) & held[:, None, None] & held[:, None] & held
-    shown = clipped(filtered(data.fourier_resample(y, (n,) * 3), known))
-    network = data.fourier_resample(shown.clamp(max=0.5 * float(shown.max())), shape)
-    assert close(seen[0][0, 0], data.pad(shown / shown.max(), 12)[:12, :12, :12])
+    shown = clipped(filtered(fourier.resample(y, (n,) * 3), known))
+    network = fourier.resample(shown.clamp(max=0.5 * float(shown.max())), shape)
+    assert close(seen[0][0, 0], volume.pad(shown / shown.max(), 12)[:12, :12, :12])
     assert close(values(tmp_path / "in_wedge_network.mrc"), network)
     x = fft(values(tmp_path / "in_wedge.mrc"))
     assert close(x[measured], fft(y)[measured])
@@ -227,9 +229,9 @@ def test_a_wedge_keeps_the_detail_that_the_networks_grid_cannot_hold_from_pocs(t
     measured = wedge(shape)
     y = filtered(molecule(shape, size, 5.0), measured)
     run("wedge", write_mrc(tmp_path / "in.mrc", y, size))
-    kz, ky, kx = fsc.freq_grid(shape)
+    kz, ky, kx = fourier.freq_grid(shape)
     beyond = ~measured & ((kz.abs() > 0.25) | (ky.abs() > 0.25) | (kx.abs() > 0.25))
-    assert close(fft(values(tmp_path / "in_wedge.mrc"))[beyond], fft(sampling.pocs(y, measured))[beyond], 1e-3)
+    assert close(fft(values(tmp_path / "in_wedge.mrc"))[beyond], fft(posterior.pocs(y, measured))[beyond], 1e-3)
 
 
 # ---- The programs, with networks from files ------------------------------------------------------------------------------------

@@ -15,9 +15,15 @@ import torch
 
 import checkpoint
 import data
+import data_chains
 import flow
 import jepa
+import mrc
 import train
+import train_config
+import train_dry_run
+import train_objectives
+import train_optim
 from jepa import JEPAConfig
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
@@ -40,7 +46,7 @@ def test_fairseq_adam_is_that_of_the_release(dtype, atol):
     fixture = shared("parity/fairseq_adam.npz")
     p0, target, curvature = (fixture[key].to(dtype) for key in ("p0", "target", "curvature"))
     p = torch.nn.Parameter(p0.clone())
-    optimizer = train.FairseqAdam([p], 1e-4, (0.9, 0.98), weight_decay=0.01)
+    optimizer = train_optim.FairseqAdam([p], 1e-4, (0.9, 0.98), weight_decay=0.01)
     want = fixture[f"fairseq_adam_{str(dtype).removeprefix('torch.')}"]
     for n in range(1, 11):
         p.grad = curvature * (p.detach() - target)
@@ -55,7 +61,7 @@ def test_muon_is_pytorchs(monkeypatch, bf16, rtol):
     torch.manual_seed(0)
     for shape in ((24, 16), (16, 40)):
         ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-        optimizers = train.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+        optimizers = train_optim.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
         for _ in range(3):
             ours.grad = theirs.grad = torch.randn(shape)
             for optimizer in optimizers:
@@ -66,13 +72,13 @@ def test_muon_is_pytorchs(monkeypatch, bf16, rtol):
 def test_warm_up_is_that_of_the_release():
     fixture = shared("parity/fairseq_adam.npz")
     for step, lr in zip(fixture["warmup_step"].tolist(), fixture["warmup_lr"].tolist()):
-        assert train.lr_at(step, train.PRESETS["s"]) == pytest.approx(lr, rel=1e-12)
+        assert train_optim.lr_at(step, train_config.PRESETS["s"]) == pytest.approx(lr, rel=1e-12)
 
 
 def test_learning_rate_falls_linearly_to_zero_over_the_last_part():
-    cfg = replace(train.PRESETS["s"], steps=1000, warmup=100, decay=0.4, lr=1.0)
-    assert [train.lr_at(n, cfg) for n in (0, 50, 100, 599)] == pytest.approx([0.01, 0.505, 1, 1])
-    assert [train.lr_at(n, cfg) for n in (600, 700, 800, 999)] == pytest.approx([1, 0.75, 0.5, 0.0025])
+    cfg = replace(train_config.PRESETS["s"], steps=1000, warmup=100, decay=0.4, lr=1.0)
+    assert [train_optim.lr_at(n, cfg) for n in (0, 50, 100, 599)] == pytest.approx([0.01, 0.505, 1, 1])
+    assert [train_optim.lr_at(n, cfg) for n in (600, 700, 800, 999)] == pytest.approx([1, 0.75, 0.5, 0.0025])
 
 
 def test_averaged_weights_are_those_of_the_release():
@@ -84,25 +90,25 @@ def test_averaged_weights_are_those_of_the_release():
     for n in range(1, len(fixture["ema_inputs"])):
         net.weight.copy_(fixture["ema_inputs"][n])
         net.freqs.fill_(n)
-        train.update_ema(ema, net, n, 0.99)
+        train_optim.update_ema(ema, net, n, 0.99)
         torch.testing.assert_close(ema.weight[0], fixture["ema_shadow"][n - 1], rtol=0, atol=1e-13)
         assert ema.freqs == n                            # buffers are copied
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_fairseq_adam_all_else():
     net = HDiT(TINY)
-    adam, muon = train.optimizers(net, replace(train.PRESETS["tiny"], optimizer="muon"))
+    adam, muon = train_optim.optimizers(net, replace(train_config.PRESETS["tiny"], optimizer="muon"))
     name_of = {id(p): name for name, p in net.named_parameters()}
     names = [{name_of[id(p)] for group in o.param_groups for p in group["params"]} for o in (adam, muon)]
     assert names[0] | names[1] == set(name_of.values()) and not names[0] & names[1]
     assert {name.split(".", 2)[-1] for name in names[1] if "level" in name and "mid" not in name} == {
         f"0.{part}.weight" for part in ("self_attn.qkv_proj", "self_attn.out_proj", "ff.up_proj", "ff.down_proj")}
     assert {"patch_in.proj.weight", "patch_out.proj.weight", "time_in_proj.weight", "out_norm.scale"} < names[0]
-    assert len(train.optimizers(net, train.PRESETS["s"])) == 1
+    assert len(train_optim.optimizers(net, train_config.PRESETS["s"])) == 1
 
 
 def test_presets_carry_the_papers_numbers():                            # Table 4, appendix B.1, section 4
-    s, l = train.PRESETS["s"], train.PRESETS["l"]
+    s, l = train_config.PRESETS["s"], train_config.PRESETS["l"]
     for cfg in (s, l):
         assert (cfg.batch, cfg.lr, cfg.beta2, cfg.weight_decay, cfg.warmup, cfg.clip) == (128, 1e-4, 0.98, 0.01, 2000, 1.0)
         assert (cfg.mean, cfg.std, cfg.bf16, cfg.optimizer, cfg.decay, cfg.ema_decay) == (0.04, 0.09, True, "adam", 0.0, 0.99)
@@ -115,7 +121,7 @@ def test_presets_carry_the_papers_numbers():                            # Table 
 
 def test_flags_override_the_preset_and_meet_its_checks():
     cfg = train.parse(["--model", "s", "--steps", "7", "--no-bf16", "--data", "maps", "--std", "0.2"])
-    assert cfg == replace(train.PRESETS["s"], steps=7, bf16=False, data="maps", std=0.2)
+    assert cfg == replace(train_config.PRESETS["s"], steps=7, bf16=False, data="maps", std=0.2)
     for flags, match in (("--crop 36", "multiple of 8"), ("--steps 0", "--steps 0: it must be positive"),
                          ("--optimizer sgd", "choose adam or muon"), ("--time-law cosine", "uniform or logit-normal"),
                          ("--resolution-min 5", "at most"), ("--decay 2", "--decay"), ("--crops-per-map -1", "positive")):
@@ -124,26 +130,26 @@ def test_flags_override_the_preset_and_meet_its_checks():
 
 
 def test_a_batch_is_shared_out_to_any_number_of_ranks_that_divides_it():
-    s = train.PRESETS["s"]                               # 128 crops, 2 from each map, at most 16 at once
-    assert [train.split_batch(s, world) for world in (1, 2, 8, 16, 64)] == [(8, 16), (4, 16), (1, 16), (1, 8), (1, 2)]
-    assert train.split_batch(replace(s, micro_batch=13), 1) == (16, 8)
+    s = train_config.PRESETS["s"]                               # 128 crops, 2 from each map, at most 16 at once
+    assert [train_objectives.split_batch(s, world) for world in (1, 2, 8, 16, 64)] == [(8, 16), (4, 16), (1, 16), (1, 8), (1, 2)]
+    assert train_objectives.split_batch(replace(s, micro_batch=13), 1) == (16, 8)
     for world in (3, 128):
         with pytest.raises(ValueError, match=f"--batch 128 must be a multiple of {world} rank"):
-            train.split_batch(s, world)
+            train_objectives.split_batch(s, world)
 
 
 # ---- Data ------------------------------------------------------------------------------------------
 
 def test_a_label_is_held_out_or_trained_on_and_never_both():
     entries = [data.Volume(f"emd_{i % 600}", torch.zeros(1)) for i in range(1000)]      # some labels twice
-    parts = [{entry.label for entry in part} for part in train.split(entries)]
+    parts = [{entry.label for entry in part} for part in train_objectives.split(entries)]
     assert parts[0] | parts[1] == {entry.label for entry in entries} and not parts[0] & parts[1]
     assert len(parts[1]) == pytest.approx(600 / 20, rel=0.3)
-    assert sum(map(len, train.split(entries))) == 1000
+    assert sum(map(len, train_objectives.split(entries))) == 1000
     for count in (2, 3, 5):                              # few: one is held out, and all others trained on
         few = [data.Volume(f"emd_{i}", torch.zeros(1)) for i in range(count)]
-        assert [len(part) for part in train.split(few)] == [count - 1, 1]
-    assert train.split(entries[:1]) == (entries[:1], entries[:1])
+        assert [len(part) for part in train_objectives.split(few)] == [count - 1, 1]
+    assert train_objectives.split(entries[:1]) == (entries[:1], entries[:1])
 
 
 def blob(*centre, box=18, sigma=2.5):
@@ -156,7 +162,7 @@ def maps(tmp_path_factory):
     """A folder of three small maps, each of two blobs."""
     folder = tmp_path_factory.mktemp("maps")
     for i in range(3):
-        data.write_map(folder / f"emd_{i}.mrc", data.Map(blob(0, 0, 0) + blob(i, 3, -3, sigma=1.5), 1.5))
+        mrc.write_map(folder / f"emd_{i}.mrc", mrc.Map(blob(0, 0, 0) + blob(i, 3, -3, sigma=1.5), 1.5))
     return folder
 
 
@@ -165,13 +171,13 @@ PDB = "".join(f"ATOM  {i + 1:5d}  C   ALA A{i + 1:4d}    {3.8 * i:8.3f}{i % 3:8.
 
 
 def test_data_are_told_apart_by_what_the_path_holds(tmp_path, maps, capsys):
-    small = replace(train.PRESETS["tiny"], crop=16, crops_per_map=2)
+    small = replace(train_config.PRESETS["tiny"], crop=16, crops_per_map=2)
 
     def datasets(path, **changes):
-        return train.datasets(replace(small, data=str(path), **changes))
+        return train_objectives.datasets(replace(small, data=str(path), **changes))
 
     first, second = datasets("procedural")
-    assert isinstance(first.structures, data.ProceduralChains) and first.structures.seed != second.structures.seed
+    assert isinstance(first.structures, data_chains.ProceduralChains) and first.structures.seed != second.structures.seed
     assert not torch.equal(*first[0])                    # two crops of one map
     first, second = datasets(maps)
     assert isinstance(first, data.MapCrops) and "0 maps skipped, 3 read" in capsys.readouterr().out
@@ -196,14 +202,14 @@ def test_an_unreadable_map_is_skipped_and_counted_and_more_than_one_in_a_hundred
         (tmp_path / f"emd_{i}.mrc").write_bytes(content)
     for name in ("bad_1.mrc", "bad_2.mrc"):
         (tmp_path / name).write_bytes(content[:5000])
-        cfg = replace(train.PRESETS["tiny"], data=str(tmp_path))
+        cfg = replace(train_config.PRESETS["tiny"], data=str(tmp_path))
         if name == "bad_1.mrc":                          # 1 of 200
-            train.datasets(cfg)
+            train_objectives.datasets(cfg)
             out = capsys.readouterr().out
             assert "1 maps skipped, 199 read" in out and out.count("skipped ") == 1 and "bad_1.mrc: truncated" in out
     (tmp_path / "emd_0.mrc").write_bytes(b"")            # 3 of 201
     with pytest.raises(ValueError, match="3 of 201 maps cannot be used, more than 1 %; .*bad_1.mrc: truncated"):
-        train.datasets(cfg)
+        train_objectives.datasets(cfg)
 
 
 def test_nothing_to_train_on_is_one_clear_line(tmp_path):
@@ -213,15 +219,15 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for path in ("empty", "bad", "notes.txt"):
         with pytest.raises(ValueError, match=f"{path}: nothing to train on; give a folder of maps"):
-            train.datasets(replace(train.PRESETS["tiny"], data=str(tmp_path / path)))
+            train_objectives.datasets(replace(train_config.PRESETS["tiny"], data=str(tmp_path / path)))
     with pytest.raises(OSError, match="none: no such file or folder"):
-        train.datasets(replace(train.PRESETS["tiny"], data=str(tmp_path / "none")))
+        train_objectives.datasets(replace(train_config.PRESETS["tiny"], data=str(tmp_path / "none")))
 
 
 # ---- Runs ------------------------------------------------------------------------------------------
 
 TINY = HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, kernel_size=3, mapping_width=16)
-SMALL = train.TrainConfig(net=TINY, steps=4, batch=4, micro_batch=4, crop=16, crops_per_map=2, mean=0.05, std=0.13, lr=1e-2,
+SMALL = train_config.TrainConfig(net=TINY, steps=4, batch=4, micro_batch=4, crop=16, crops_per_map=2, mean=0.05, std=0.13, lr=1e-2,
                           warmup=2, decay=0.5, bf16=False, workers=0, log_every=1, eval_every=2, save_every=100,
                           held_out_crops=4)
 
@@ -238,7 +244,7 @@ SCUNETS = {"small-jepa": replace(SCUNET, objective="jepa"), "small-mae": replace
 def small(monkeypatch):
     """`--model small` and so on in every test; signal handlers that a run sets are put back."""
     for name, cfg in {"small": SMALL, **SCUNETS}.items():
-        monkeypatch.setitem(train.PRESETS, name, cfg)
+        monkeypatch.setitem(train_config.PRESETS, name, cfg)
     before = {name: signal.getsignal(name) for name in train.STOP_SIGNALS}
     yield
     for name, handler in before.items():
@@ -275,7 +281,7 @@ def log_rows(out):
 @pytest.mark.parametrize("optimizer, signum", [("adam", signal.SIGTERM), ("muon", signal.SIGUSR1), ("adam", signal.SIGINT)])
 def test_resuming_equals_never_stopping(tmp_path, maps, monkeypatch, capsys, optimizer, signum):
     def kill_at(step):
-        def lr_at(now, cfg, lr_at=train.lr_at):
+        def lr_at(now, cfg, lr_at=train_optim.lr_at):
             if now == step:
                 os.kill(os.getpid(), signum)
             return lr_at(now, cfg)
@@ -283,7 +289,7 @@ def test_resuming_equals_never_stopping(tmp_path, maps, monkeypatch, capsys, opt
 
     whole = run(tmp_path / "whole", data=maps, optimizer=optimizer)
     with monkeypatch.context() as patch:                 # as `kill` would, in the middle of the second step
-        patch.setattr(train, "lr_at", kill_at(1))
+        patch.setattr(train_optim, "lr_at", kill_at(1))
         stopped = run(tmp_path / "parts", data=maps, optimizer=optimizer)
     assert stopped["training"]["step"] == 2 and "stopped by a signal after step 2" in capsys.readouterr().out
     with open(tmp_path / "parts/log.csv", "a") as log:   # rows of steps that were lost
@@ -314,7 +320,7 @@ def test_the_first_step_is_the_one_the_equations_say(tmp_path, maps):
     crops, times, noise = [], [], []
     for m in (0, 1):
         g = torch.Generator().manual_seed((5 * 1_000_003 + m) * 268_636_163 % 2 ** 63)
-        crops.append(train.datasets(cfg, lambda _: None)[0][m])
+        crops.append(train_objectives.datasets(cfg, lambda _: None)[0][m])
         times.append(torch.rand(2, generator=g))
         noise.append(torch.randn(crops[-1].shape, generator=g))
     x_0, t, x_1 = (torch.cat(parts) for parts in (crops, times, noise))
@@ -355,11 +361,11 @@ def atoms(tmp_path):
 
 def stop_after(step, patch):
     """A signal at the end of the step before: it is seen in this one, the last."""
-    def update(ema, net, n, cfg, update=train.update_average):
+    def update(ema, net, n, cfg, update=train_optim.update_average):
         if n == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         update(ema, net, n, cfg)
-    patch.setattr(train, "update_average", update)
+    patch.setattr(train_optim, "update_average", update)
 
 
 @pytest.mark.parametrize("model", SCUNETS)
@@ -384,10 +390,10 @@ def test_the_first_step_of_jepa_is_the_one_the_equations_say(tmp_path, atoms):
     torch.manual_seed(0)
     encoder = SCUNet(cfg.net).encoder
     net = jepa.JEPA(encoder, 16, (6, 6, 6), cfg.predictor)
-    target = train.averaged(net, cfg)
+    target = train_optim.averaged(net, cfg)
     decayed = [p for p in net.parameters() if p.ndim > 1 and p.ndim != 4]    # 4: tables of relative positions
     others = [p for p in net.parameters() if p.ndim in (1, 4)]
-    items = train.datasets(cfg, lambda _: None)[0]
+    items = train_objectives.datasets(cfg, lambda _: None)[0]
     for step in range(2):
         g = torch.Generator().manual_seed(step * 268_636_163)
         x = torch.cat([items[2 * step], items[2 * step + 1]])[:, :1]
@@ -422,7 +428,7 @@ def test_fine_tuning_starts_from_the_encoder_of_pre_training_and_a_decoder_of_it
     pretrained = checkpoint.load(tmp_path / "jepa/jepa.pt").net
     cfg = replace(SCUNETS["small-sharpen"], init=str(tmp_path / "jepa/jepa.pt"))
     torch.manual_seed(0)
-    net, fresh = train.build(cfg), SCUNet(cfg.net)
+    net, fresh = train_objectives.build(cfg), SCUNet(cfg.net)
     train.start_from(net, cfg, lambda _: None)
     for name, value in net.encoder.state_dict().items():
         assert torch.equal(value, pretrained.encoder.state_dict()[name])
@@ -441,7 +447,7 @@ def test_fine_tuning_starts_from_the_encoder_of_pre_training_and_a_decoder_of_it
 
 
 def test_the_learning_rate_of_fine_tuning_falls_by_a_tenth_where_the_held_out_loss_does_not(tmp_path, atoms, monkeypatch):
-    monkeypatch.setattr(train, "held_out_losses", lambda *_: [1.0, 1.0, 1.0])
+    monkeypatch.setattr(train_objectives, "held_out_losses", lambda *_: [1.0, 1.0, 1.0])
     run(tmp_path / "run", model="small-sharpen", data=atoms, steps=6)
     rates = [float(row[3]) for row in log_rows(tmp_path / "run")[1:]]
     # Patience 1: the first evaluation is the best one, the second is borne, the third is one too many; so is the fifth.
@@ -449,11 +455,11 @@ def test_the_learning_rate_of_fine_tuning_falls_by_a_tenth_where_the_held_out_lo
 
 
 def test_cryolvms_numbers_are_table_4s():
-    cfg = train.PRESETS["sharpen"]
+    cfg = train_config.PRESETS["sharpen"]
     assert (cfg.optimizer, cfg.lr, cfg.weight_decay, cfg.patience, cfg.batch, cfg.crop, cfg.voxel_size, cfg.mean, cfg.std) == \
         ("adamw", 3e-5, 1e-3, 5, 32, 48, 1.0, 0.0, 1.0)
-    assert sum(p.numel() for p in train.build(cfg).parameters()) == 4_727_676
-    assert train.token_grid(cfg) == (6, 6, 6)            # 216 tokens
+    assert sum(p.numel() for p in train_objectives.build(cfg).parameters()) == 4_727_676
+    assert train_objectives.token_grid(cfg) == (6, 6, 6)            # 216 tokens
 
 
 TWO_RANKS = """
@@ -564,7 +570,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(tmp_path, maps):
 def test_a_gradient_that_is_not_finite_saves_the_weights_of_the_step_before(tmp_path, maps, monkeypatch):
     whole = run(tmp_path / "whole", data=maps)
     with monkeypatch.context() as patch:
-        def lr_at(step, cfg, lr_at=train.lr_at):         # overflows in the backward pass alone, in the last step
+        def lr_at(step, cfg, lr_at=train_optim.lr_at):         # overflows in the backward pass alone, in the last step
             patch.setattr(train.flow, "loss", overflow if step == 3 else loss)
             return lr_at(step, cfg)
 
@@ -573,7 +579,7 @@ def test_a_gradient_that_is_not_finite_saves_the_weights_of_the_step_before(tmp_
             return value + (0 * value).sqrt()            # the slope of a root at 0, times 0
 
         loss = flow.loss
-        patch.setattr(train, "lr_at", lr_at)
+        patch.setattr(train_optim, "lr_at", lr_at)
         with pytest.raises(ValueError, match="step 4: each loss is finite, the gradient is not; saved as it was after step 3"):
             run(tmp_path / "parts", data=maps, save_every=2)
     assert checkpoint.read(tmp_path / "parts/checkpoint_before.pt")["training"]["step"] == 2        # should step 3 have been astray
@@ -605,7 +611,7 @@ def test_samples_are_what_flow_draws_from_the_averaged_weights(tmp_path, maps, m
     prior = checkpoint.load(tmp_path / "checkpoint.pt")
     x_1 = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     for i, x in enumerate(flow.sample(prior.net, x_1, 3)):
-        map = data.read_map(folder / f"step_000004_{i}.mrc")
+        map = mrc.read_map(folder / f"step_000004_{i}.mrc")
         torch.testing.assert_close(map.density, x[0] * 0.13 + 0.05, rtol=0, atol=1e-4)
         assert map.voxel_size == (1.5, 1.5, 1.5)
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
@@ -629,7 +635,7 @@ def test_tensorboard_gets_what_log_csv_holds_or_says_what_to_install(tmp_path, m
 
 @pytest.mark.parametrize("name, box, want", [("s", 64, 410.67), ("l", 128, 458.09)])        # the release's, in 1e9
 def test_multiply_adds_are_those_counted_on_the_release(name, box, want):
-    assert train.multiply_adds(train.PRESETS[name].net, box) / 1e9 == pytest.approx(want, rel=1e-4)
+    assert train_dry_run.multiply_adds(train_config.PRESETS[name].net, box) / 1e9 == pytest.approx(want, rel=1e-4)
 
 
 def test_a_dry_run_says_what_a_run_costs_takes_one_step_and_writes_nothing(tmp_path, maps, capsys):
@@ -642,7 +648,7 @@ def test_a_dry_run_says_what_a_run_costs_takes_one_step_and_writes_nothing(tmp_p
 
 
 def test_days_on_gpus_are_the_arithmetic_of_compute_and_all_reduce():
-    s, flop, parameters = train.PRESETS["s"], 2.5e12, 335e6
+    s, flop, parameters = train_config.PRESETS["s"], 2.5e12, 335e6
     seconds = lambda n: train.step_seconds(n, 1e15, 400e9, s, flop, parameters)
     assert seconds(1) == pytest.approx(128 * 2.5e12 / (0.4 * 1e15))                         # 0.8 s
     assert seconds(8) == pytest.approx(0.1)                                 # one micro-batch; 6 ms hide in its backward pass
@@ -682,12 +688,12 @@ def test_a_run_ends_where_a_data_worker_does(tmp_path, maps, fails, says):
     assert done.returncode == 1 and says in done.stderr and (fails[:2] == "os" or done.stderr.count("\n") == 1), done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name, cfg in train.PRESETS.items() if cfg.objective != "flow"])
+@pytest.mark.parametrize("name", [name for name, cfg in train_config.PRESETS.items() if cfg.objective != "flow"])
 def test_every_preset_of_cryolvm_takes_one_step(tmp_path, atoms, monkeypatch, name):
-    cfg = train.PRESETS[name]
+    cfg = train_config.PRESETS[name]
     net = SCUNetConfig(width=8, depths=(1,) * len(cfg.net.depths), d_head=4)
-    crop = 6 * 2 ** net.levels if cfg.objective in train.PRETRAINING else net.multiple              # blocks to hide want 6^3 cells
-    monkeypatch.setitem(train.PRESETS, name, replace(
+    crop = 6 * 2 ** net.levels if cfg.objective in train_config.PRETRAINING else net.multiple              # blocks to hide want 6^3 cells
+    monkeypatch.setitem(train_config.PRESETS, name, replace(
         cfg, net=net, predictor=SCUNET.predictor, crop=crop, crops_per_map=2, batch=2, micro_batch=2, held_out_crops=2, steps=1,
         warmup=0, lr=1e-3, workers=0))
     run(tmp_path, model=name, data=atoms)
@@ -699,13 +705,13 @@ def test_every_preset_of_cryolvm_takes_one_step(tmp_path, atoms, monkeypatch, na
     assert moved > 1e-6                                  # averaged, and in half precision
 
 
-@pytest.mark.parametrize("name", [name for name, cfg in train.PRESETS.items() if cfg.objective == "flow"])
+@pytest.mark.parametrize("name", [name for name, cfg in train_config.PRESETS.items() if cfg.objective == "flow"])
 def test_every_preset_family_takes_one_step_and_samples(tmp_path, monkeypatch, name):
     # Each preset as it is, but narrow and on the smallest crops its levels allow, from procedural structures.
-    cfg = train.PRESETS[name]
+    cfg = train_config.PRESETS[name]
     net = replace(cfg.net, depths=(1,) * len(cfg.net.depths), widths=(24, 48, 96)[:len(cfg.net.widths)], d_head=12)
     count = 2 * cfg.crops_per_map
-    monkeypatch.setitem(train.PRESETS, name, replace(
+    monkeypatch.setitem(train_config.PRESETS, name, replace(
         cfg, net=net, crop=net.multiple, batch=count, micro_batch=count, steps=1, workers=0))
     run(tmp_path, model=name)
     prior = checkpoint.load(tmp_path / "prior.pt", kind="hdit")
