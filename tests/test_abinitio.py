@@ -24,7 +24,7 @@ import volume
 from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 
 def rotation_angle(a, b):
     """Angle in degrees of the rotation that takes a to b; (..., 3, 3) each, broadcast: |a - b| = 2 sqrt 2 sin(angle / 2)."""
@@ -45,7 +45,7 @@ def rotations(n, seed=0):
 @pytest.fixture(scope="module")
 def density():
     """A val structure in 32^3 voxels of 3 Å, at 8 Å."""
-    path = SHARED / "data" / "models" / "val.npz"
+    path = ORACLES / "data" / "models" / "val.npz"
     if not path.exists():
         pytest.skip(f"needs {path}, which is not part of the project")
     s = atoms.read_structures(path)[0]                           # 1A74

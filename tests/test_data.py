@@ -19,14 +19,12 @@ import fourier
 import mrc
 import volume
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 AXIS_ORDERS = list(itertools.permutations((1, 2, 3)))
 
 
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs {SHARED / name}, which is not part of the project")
-    return SHARED / name
+def oracle(name):
+    return ORACLES / name
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -68,9 +66,9 @@ def make_file(path, values_zyx, *, axes=(1, 2, 3), order="<", kind="f4", mode=2,
 # ---- Reading and writing ---------------------------------------------------------------------------
 
 def test_oracle_files_are_read_in_canonical_order_and_written_back_with_their_header(tmp_path):
-    expected = np.load(shared("oracles/mrc_expected.npz"))
+    expected = np.load(oracle("mrc_expected.npz"))
     refused = ("voxel_zero.mrc", "cell_angle_100.mrc")
-    files = [f for f in sorted(shared("oracles/mrc").iterdir()) if f.name not in refused]
+    files = [f for f in sorted(oracle("mrc").iterdir()) if f.name not in refused]
     assert len(files) == 13
     for file in files:
         want = {key: expected[f"{file.name.split('.')[0]}/{key}"]
@@ -95,7 +93,7 @@ def test_oracle_files_are_read_in_canonical_order_and_written_back_with_their_he
 
 
 def test_every_real_map_is_read_with_the_voxel_size_of_its_table():
-    folder = shared("data/maps")
+    folder = oracle("data/maps")
     rows = [line.split("\t") for line in (folder / "maps.tsv").read_text().splitlines()]
     assert len(rows) == 20
     for row in rows[1:]:
@@ -197,9 +195,9 @@ def test_a_given_voxel_size_replaces_the_header_s_and_reaches_the_file(tmp_path)
 
 def test_the_oracles_without_voxel_size_or_right_angles_are_refused():
     with pytest.raises(ValueError, match="--voxel-size"):
-        mrc.read_map(shared("oracles/mrc/voxel_zero.mrc"))
+        mrc.read_map(oracle("mrc/voxel_zero.mrc"))
     with pytest.raises(ValueError, match="orthogonal"):
-        mrc.read_map(shared("oracles/mrc/cell_angle_100.mrc"))
+        mrc.read_map(oracle("mrc/cell_angle_100.mrc"))
 
 
 def test_a_map_on_a_part_of_its_unit_cell_keeps_cell_and_sampling(tmp_path):
@@ -331,7 +329,7 @@ def test_fourier_resampling_equals_the_direct_sum(old, new):
 
 
 def test_fourier_resampling_equals_the_oracle():
-    oracle = np.load(shared("oracles/fourier_resample.npz"))
+    oracle = np.load(oracle("fourier_resample.npz"))
     names = [key.removesuffix("_source") for key in oracle.files if key.endswith("_source")]
     assert len(names) == 4
     for name in names:

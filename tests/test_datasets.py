@@ -14,15 +14,13 @@ import data_chains
 import mrc
 import volume
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 PEAK, SOLVENT = (1 - 0.05) / 0.13, -0.05 / 0.13         # 1 and 0 in network scale
 SCALE = dict(mean=0.05, std=0.13)
 
 
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs {SHARED / name}, which is not part of the project")
-    return SHARED / name
+def oracle(name):
+    return ORACLES / name
 
 
 # ---- Maps ------------------------------------------------------------------------------------------
@@ -372,7 +370,7 @@ def test_chains_are_as_big_dense_and_compact_as_proteins():
 
 
 def test_chains_are_as_dense_as_experimental_structures():
-    models = [m for m in atoms.read_structures(shared("data/models/val.npz")) if 600 < len(m.xyz) < 3000]
+    models = [m for m in atoms.read_structures(oracle("data/models/val.npz")) if 600 < len(m.xyz) < 3000]
     experimental = np.mean([packing(m.xyz)[0] for m in models])
     ours = np.mean([packing(data_chains.ProceduralChains()[i].xyz)[0] for i in range(12)])
     assert ours == pytest.approx(experimental, rel=0.1)

@@ -14,7 +14,7 @@ from atoms import molmap
 from degrade import project, wedge_mask
 from fourier import apply_fourier, hermitian_part
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 
 def rotation_angle(a, b):
     """Angle in degrees of the rotation that takes a to b; (..., 3, 3) each, broadcast: |a - b| = 2 sqrt 2 sin(angle / 2)."""
@@ -24,9 +24,7 @@ def rotation_angle(a, b):
 
 
 def fixture(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is not here")
-    return np.load(SHARED / name)
+    return np.load(ORACLES / name)
 
 
 def rng(seed=0):
@@ -40,7 +38,7 @@ def fft(x):
 # ---- Atomic models
 
 def test_molmap_equals_chimerax_on_its_default_grid_on_a_given_one_and_without_a_cutoff():
-    f = fixture("oracles/molmap.npz")
+    f = fixture("molmap.npz")
     model = f["coords_xyz"], f["atomic_number"], float(f["resolution"])
     density, voxel_size, origin = molmap(*model)
     assert voxel_size == pytest.approx((float(f["step"]),) * 3)
@@ -107,7 +105,7 @@ def test_molmap_of_atoms_that_all_lie_elsewhere_is_zero():
 # ---- Masks and operators
 
 def test_masks_equal_the_oracles_in_every_shape():
-    f = fixture("oracles/wedge_masks.npz")
+    f = fixture("wedge_masks.npz")
     for key in f:
         box, kind, *numbers = key.split("_")
         shape = tuple(map(int, box.split("x")))
@@ -183,7 +181,7 @@ def test_apply_fourier_equals_the_full_transform(shape):
 
 
 def test_lowpass_equals_the_filter_of_relion_postprocess():
-    f = fixture("oracles/fsc_masked.npz")
+    f = fixture("fsc_masked.npz")
     mean = (torch.from_numpy(f["half1"]).double() + torch.from_numpy(f["half2"])) / 2
     N, apix = len(mean), float(f["apix"])
     freq = np.fft.fftfreq(N)
@@ -309,7 +307,7 @@ def test_orientation_alpha_is_low_only_on_the_slice_that_a_view_measures():
 
 @pytest.mark.parametrize("N", [24, 21])
 def test_projections_equal_the_closed_form(N):
-    f = fixture("oracles/projection.npz")
+    f = fixture("projection.npz")
     volume, R = (torch.from_numpy(f[f"n{N}_{name}"]) for name in ("volume", "rotation_xyz"))
     want = f[f"n{N}_projections"]
     ours = project(volume, R)
@@ -320,7 +318,7 @@ def test_projections_equal_the_closed_form(N):
 
 
 def test_shifts_displace_the_object_in_the_image():
-    f = fixture("oracles/projection.npz")
+    f = fixture("projection.npz")
     volume, R = (torch.from_numpy(f[f"n24_{name}"]) for name in ("volume", "rotation_xyz"))
     shifts = torch.tensor([[2.0, -1.0]] * len(R))               # x, y
     moved, want = project(volume, R, shifts), project(volume, R).roll((-1, 2), (-2, -1))
@@ -337,14 +335,14 @@ def test_projection_gradients_equal_central_differences():
 # ---- Orientations and central slices
 
 def test_euler_angles_and_angles_between_rotations_equal_scipy():
-    f = fixture("oracles/so3.npz")
+    f = fixture("so3.npz")
     R = degrade.euler_matrix(torch.from_numpy(f["euler_zyz_deg"]))
     np.testing.assert_allclose(R.numpy(), f["matrix_intrinsic_ZYZ"], atol=1e-12)
     np.testing.assert_allclose(rotation_angle(R[:, None], R[None]).numpy(), f["geodesic_deg"], atol=1e-5)
 
 
 def test_the_grid_of_rotations_is_healpix_times_in_plane_angles():
-    f = fixture("oracles/so3.npz")
+    f = fixture("so3.npz")
     for nside in (1, 2):
         for ours, name in zip(abinitio.healpix(nside), ("theta", "phi")):
             np.testing.assert_allclose(ours.numpy(), f[f"healpix{nside}_ring_{name}"], atol=1e-12)
@@ -372,7 +370,7 @@ def test_healpix_rings_are_mirror_images_and_every_direction_has_the_same_area(n
 
 @pytest.mark.parametrize("N", [24, 21])
 def test_slices_equal_the_closed_form_of_the_projections(N):
-    f = fixture("oracles/projection.npz")
+    f = fixture("projection.npz")
     volume, R, want = (torch.from_numpy(f[f"n{N}_{name}"]).float() for name in ("volume", "rotation_xyz", "projections"))
     k = abinitio.frequencies(N // 2 - 1)
     ours, want = abinitio.slices(volume, R, k), abinitio.coefficients(want, k)
@@ -396,7 +394,7 @@ def test_dot_products_of_coefficients_are_dot_products_of_low_passed_maps(shape)
 
 
 def test_phase_displaces_an_image_as_project_does():
-    f = fixture("oracles/projection.npz")
+    f = fixture("projection.npz")
     volume, R = (torch.from_numpy(f[f"n24_{name}"]).float() for name in ("volume", "rotation_xyz"))
     shift, k = torch.tensor([[1.5, -0.75]] * len(R)), abinitio.frequencies(8)
     want = abinitio.coefficients(project(volume, R, shift), k)
@@ -405,7 +403,7 @@ def test_phase_displaces_an_image_as_project_does():
 
 
 def test_the_gradient_by_slices_is_the_direct_sum_and_at_low_resolution_the_gradient_in_real_space():
-    f = fixture("oracles/projection.npz")
+    f = fixture("projection.npz")
     volume, R = (torch.from_numpy(f[f"n24_{name}"]).float() for name in ("volume", "rotation_xyz"))
     k, v = abinitio.frequencies(4), volume.clone().requires_grad_()
     y = abinitio.coefficients(torch.randn(len(R), 24, 24, generator=rng()), k)

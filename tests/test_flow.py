@@ -9,14 +9,12 @@ import torch
 
 import flow
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 f64 = torch.float64
 
 
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs {SHARED / name}, which is not part of the project")
-    return {key: torch.tensor(value) for key, value in np.load(SHARED / name).items()}
+def oracle(name):
+    return {key: torch.tensor(value) for key, value in np.load(ORACLES / name).items()}
 
 
 def make_gaussian(n=5, seed=0):
@@ -68,7 +66,7 @@ def test_posterior_mean_undoes_the_path():
 def test_minimiser_of_the_loss_is_the_conditional_expectation():
     """Sigma points carry the exact first and second moments of (x_0, x_1), so that the mean over them
     is the expectation for any affine velocity; there the loss is convex and its minimum flat."""
-    gaussian = shared("oracles/flow_gaussian.npz")
+    gaussian = oracle("flow_gaussian.npz")
     mean, cov, x, n = gaussian["mean"], gaussian["cov"], gaussian["x0"], 6
     z = math.sqrt(2 * n) * torch.eye(2 * n, dtype=f64)
     z = torch.cat([z, -z])
@@ -191,7 +189,7 @@ def test_solvers_visit_the_times_they_document(method, calls, last):
 def test_samplers_equal_the_release_where_its_times_are_whole(method, steps):
     """Left out: N = 7 and the midpoints of 200 steps, times that it truncates (Euler 2e-5, midpoint
     9e-4 apart); its RK4, without the last step; sample_from_fm_euler, with v at each step's end."""
-    release = shared("parity/flow_sampling.npz")
+    release = oracle("parity/flow_sampling.npz")
     name = f"scheduler_euler_N{steps}" if method == "euler" else f"sample_from_fm_{method}_N{steps}"
 
     def velocity(x, t):
@@ -203,7 +201,7 @@ def test_samplers_equal_the_release_where_its_times_are_whole(method, steps):
 
 
 def test_likelihood_equals_the_closed_form_of_the_oracle():
-    gaussian = shared("oracles/flow_gaussian.npz")
+    gaussian = oracle("flow_gaussian.npz")
     velocity = gaussian_velocity(gaussian["mean"], gaussian["cov"])
     for t, v in zip(gaussian["times"], gaussian["velocity_dx_dt"]):             # ours is the oracle's
         torch.testing.assert_close(velocity(gaussian["x0"], t.expand(7)), v, rtol=0, atol=1e-12)

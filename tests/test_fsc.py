@@ -25,11 +25,11 @@ from fsc_half_maps import (
 )
 from fsc_score import main
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 
 
 def fixture(name):
-    path = SHARED / "oracles" / name
+    path = ORACLES / name
     if not path.exists():
         pytest.skip(f"{path} is not here")
     return {k: torch.from_numpy(v) for k, v in np.load(path).items()}

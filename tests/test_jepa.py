@@ -14,13 +14,13 @@ import jepa
 from jepa import JEPA, JEPAConfig
 from model_scunet import SCUNet, SCUNetConfig
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 SMALL = SCUNetConfig(width=8, depths=(1, 2, 1), d_head=4)         # crops of 12^3 have 6^3 tokens of 16 channels
 f64 = torch.float64
 
 
 def fixture():
-    path = SHARED / "oracles/jepa_schedules.npz"
+    path = ORACLES / "jepa_schedules.npz"
     if not path.exists():
         pytest.skip(f"needs {path}, which is not part of the project")
     return np.load(path)

@@ -27,12 +27,12 @@ from fsc_model import (
 )
 from fsc_score import main
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 
 
 @pytest.fixture(scope="module")
 def f():
-    path = SHARED / "oracles" / "map_model.npz"
+    path = ORACLES / "oracles" / "map_model.npz"
     if not path.exists():
         pytest.skip(f"{path} is not here")
     f = dict(np.load(path))

@@ -11,14 +11,12 @@ import checkpoint
 import model_hdit
 from model_hdit import HDiT, HDiTConfig
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 TINY = HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, kernel_size=3, mapping_width=16)
 
 
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs {SHARED / name}, which is not part of the project")
-    return SHARED / name
+def oracle(name):
+    return ORACLES / name
 
 
 def make_net(config=TINY, seed=0, **flags):
@@ -47,7 +45,7 @@ def test_presets_have_the_papers_number_of_parameters(name, count):     # Tables
 
 @pytest.mark.parametrize("name", ["hdit_two_level", "hdit_three_level"])
 def test_output_and_gradient_are_those_of_the_release(name):
-    fixture = torch.load(shared(f"parity/{name}.pt"), weights_only=True)
+    fixture = torch.load(oracle(f"parity/{name}.pt"), weights_only=True)
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in fixture["config"].items()}
     net = HDiT(HDiTConfig(**config))
     net.load_state_dict(fixture["state_dict"], strict=True)
@@ -64,7 +62,7 @@ def test_output_and_gradient_are_those_of_the_release(name):
                                         ("bfloat16", "bfloat16_autocast")])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_time_features_are_those_of_the_release_in_each_precision(phase, key, autocast):
-    fixture = np.load(shared("parity/time_features.npz"))
+    fixture = np.load(oracle("parity/time_features.npz"))
     net = HDiT(HDiTConfig(depths=(1,), widths=(24,), d_head=12, time_phase=phase))
     net.time_emb.weight.copy_(torch.from_numpy(fixture["weight"]))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):       # ours do not depend on autocast

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 import model_scunet
 from model_scunet import FilterResponseNorm, SCUNet, SCUNetConfig, SwinConvBlock, WindowAttention
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 SMALL = SCUNetConfig(width=8, depths=(1, 2, 1), d_head=4)
 
 
 def fixture():
-    path = SHARED / "oracles/scunet3d_block.npz"
+    path = ORACLES / "scunet3d_block.npz"
     if not path.exists():
         pytest.skip(f"needs {path}, which is not part of the project")
     return np.load(path)

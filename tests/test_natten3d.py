@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import natten3d
 from natten3d import na3d
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 GRIDS = [((8, 8, 8), 7), ((9, 2, 10), 7), ((5, 1, 12), 3), ((6, 7, 8), (3, 5, 7)), ((2, 3, 17), 9), ((1, 1, 2), 1),
          ((12, 2, 5), (13, 1, 3)), ((1, 2, 41), 33)]                    # these two: many queries share a window
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if natten3d.INTERPRETED else None     # where Triton can run
@@ -106,9 +106,9 @@ def test_tiled_gradients_are_finite_differences():
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 @pytest.mark.parametrize("case", [0, 1])                                # case 2 is dilated, which na3d is not
 def test_output_equals_natten(case, backend):
-    if not (SHARED / "oracles/natten3d.npz").exists():
-        pytest.skip(f"needs {SHARED}/oracles/natten3d.npz, which is not part of the project")
-    fixture = np.load(SHARED / "oracles/natten3d.npz")
+    if not (ORACLES / "natten3d.npz").exists():
+        pytest.skip(f"needs {ORACLES}/oracles/natten3d.npz, which is not part of the project")
+    fixture = np.load(ORACLES / "natten3d.npz")
     q, k, v, expected = (torch.tensor(fixture[f"case{case}_{name}"])[None] for name in ("q", "k", "v", "out"))
     kernel, scale = fixture[f"case{case}_kernel"].tolist(), float(fixture[f"case{case}_scale"])
     assert (fixture[f"case{case}_dilation"] == 1).all()

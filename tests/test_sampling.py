@@ -26,13 +26,11 @@ import volume
 from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 
 
 def fixture(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs {SHARED / name}, which is not part of the project")
-    return {key: torch.from_numpy(value) for key, value in np.load(SHARED / name).items()}
+    return {key: torch.from_numpy(value) for key, value in np.load(ORACLES / name).items()}
 
 
 def rng(seed=0):
@@ -72,7 +70,7 @@ def test_put_back_takes_measured_coefficients_from_y_and_all_others_from_x(shape
 
 
 def test_pocs_equals_50_iterations_of_the_oracle_inside_its_support():
-    f = fixture("oracles/pocs_wedge.npz")
+    f = fixture("pocs_wedge.npz")
     shape = tuple(f["shape"].tolist())
     support = torch.from_numpy(np.unpackbits(f["support"].numpy(), count=math.prod(shape)).reshape(shape).astype(bool))
     kz, _, kx = fourier.freq_grid(shape)

@@ -29,21 +29,19 @@ from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+ORACLES = Path(__file__).parent / "oracles"
 f64 = torch.float64
 
 
-def shared(name):
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs {SHARED / name}, which is not part of the project")
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(SHARED / name).items()}
+def oracle(name):
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(ORACLES / name).items()}
 
 
 # ---- Optimiser -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, atol", [(f64, 1e-15), (torch.float32, 1.2e-6)])   # ten steps, each rounds twice by up to 6e-8
 def test_fairseq_adam_is_that_of_the_release(dtype, atol):
-    fixture = shared("parity/fairseq_adam.npz")
+    fixture = oracle("parity/fairseq_adam.npz")
     p0, target, curvature = (fixture[key].to(dtype) for key in ("p0", "target", "curvature"))
     p = torch.nn.Parameter(p0.clone())
     optimizer = train_optim.FairseqAdam([p], 1e-4, (0.9, 0.98), weight_decay=0.01)
@@ -70,7 +68,7 @@ def test_muon_is_pytorchs(monkeypatch, bf16, rtol):
 
 
 def test_warm_up_is_that_of_the_release():
-    fixture = shared("parity/fairseq_adam.npz")
+    fixture = oracle("parity/fairseq_adam.npz")
     for step, lr in zip(fixture["warmup_step"].tolist(), fixture["warmup_lr"].tolist()):
         assert train_optim.lr_at(step, train_config.PRESETS["s"]) == pytest.approx(lr, rel=1e-12)
 
@@ -82,7 +80,7 @@ def test_learning_rate_falls_linearly_to_zero_over_the_last_part():
 
 
 def test_averaged_weights_are_those_of_the_release():
-    fixture = shared("parity/fairseq_adam.npz")
+    fixture = oracle("parity/fairseq_adam.npz")
     ema, net = (torch.nn.Linear(4, 1, bias=False, dtype=f64).requires_grad_(False) for _ in range(2))
     for module in (ema, net):
         module.register_buffer("freqs", torch.zeros(1))
