@@ -27,6 +27,7 @@ import degrade
 import fourier
 from checkpoint import Prior
 from degrade import euler_matrix
+from flow import guided_step
 from volume import Scale, denormalise, normalise, rotate
 
 
@@ -348,8 +349,7 @@ def algorithm_3(velocity: Velocity, prior: Prior, images: Tensor, generators: li
         v = velocity(x, t, generators)
         V = (x - t * v) * prior.std + prior.mean         # x_0' as a density
         g, = torch.autograd.grad(V, x, torch.stack([slope(V_k) for V_k in V.detach()]))
-        size = min(lambda_max, t / max(1 - t, 1e-6)) * (200 / steps if per_time else 1)
-        x = (x - v / steps - size * g / torch.linalg.vector_norm(g, dim=fourier.XYZ, keepdim=True)).detach()       # (a5)
+        x = guided_step(x, v, g, t, steps, lambda_max, per_time).detach()                                          # (a5)
         tick()
     fitted, k = [], frequencies(radius, device=x.device)
     for V in x * prior.std + prior.mean:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from files import written_whole
+from files import atomic_write
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 
@@ -57,7 +57,7 @@ def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     content = dict(kind=kind, config=asdict(net.config), weights=weights, voxel_size=float(voxel_size), box=int(box),
                    mean=float(mean), std=float(std), task=task, training=training)
-    with written_whole(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         torch.save(content, file)
 
 

@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import written_whole
+from files import atomic_write
 from mrc import read_map, resample_map
 from volume import cube
 
@@ -117,7 +117,7 @@ def prepare_one(file: Path, out: Path, voxel_size: float, max_side: float) -> di
         x, statistics = cube(map.density)
     except (ValueError, OSError) as error:
         return dict(row, skipped=f"unreadable: {error}")
-    with written_whole(out / f"{label}.npy") as target:
+    with atomic_write(out / f"{label}.npy") as target:
         np.save(target, x.numpy())
     statistics = {name: f"{value:.5g}" for name, value in statistics.items()}
     return dict(row, skipped="", box=len(x), voxel_size=" ".join(f"{v:.5f}" for v in map.voxel_size), **statistics)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path: Path):
+def atomic_write(path: Path):
     """A binary file to write to under a temporary name; on disk, it takes the place of `path`.
 
     A crash or kill -9 at any byte leaves what `path` was. The temporary name is always the same, so

@@ -24,6 +24,7 @@ Departure 3: N steps always cover the whole path, in equal steps, see `sample`.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -70,7 +71,11 @@ def evaluate(velocity: Velocity, x: Tensor, t: Tensor | float) -> Tensor:
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the hardware computes in bfloat16. Where it does not, torch does so in software: a forward
-    pass of "tiny" took 2.6 s in bfloat16 and 0.24 s in float32 on a CPU with AVX2 alone."""
+    pass of "tiny" took 2.6 s in bfloat16 and 0.24 s in float32 on a CPU with AVX2 alone.
+    CRYO_BF16=0 or 1 in the environment forces the answer, so that tests can run both ways on any machine."""
+    forced = os.environ.get("CRYO_BF16", "")
+    if forced in ("0", "1"):
+        return forced == "1"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -81,7 +86,7 @@ def autocast(device: torch.device, bf16: bool = True) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device))
 
 
-def home(generator: torch.Generator | None, device) -> torch.device:
+def draw_device(generator: torch.Generator | None, device) -> torch.device:
     """Where to draw: with a CPU generator a GPU run sees the numbers that a CPU run sees."""
     return device if generator is None else generator.device
 
@@ -94,9 +99,9 @@ def sample_t(n: int, law: str = "uniform", generator: torch.Generator | None = N
     Esser et al. 2024 (arXiv:2403.03206) §3.1. Neither is in the paper; both as the authors'
     release has them. Raises ValueError for any other law."""
     if law == "uniform":
-        t = torch.rand(n, generator=generator, device=home(generator, device))
+        t = torch.rand(n, generator=generator, device=draw_device(generator, device))
     elif law == "logit-normal":
-        z = torch.randn(n, generator=generator, device=home(generator, device))
+        z = torch.randn(n, generator=generator, device=draw_device(generator, device))
         # Stretched by 2 % at both ends and clamped, so that 0 and 1 occur; in whole thousandths.
         t = (torch.sigmoid(z) * 1040 - 20).floor().clamp(0, 1000) / 1000
     else:
@@ -116,7 +121,7 @@ def loss(velocity: Velocity, x_0: Tensor, *, t: Tensor | None = None, x_1: Tenso
         t = sample_t(len(x_0), law, generator, x_0.device)
     if x_1 is None:
         x_1 = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype,
-                          device=home(generator, x_0.device)).to(x_0.device)
+                          device=draw_device(generator, x_0.device)).to(x_0.device)
     v = evaluate(velocity, interpolate(x_0, x_1, t), t)
     error = (v - (x_1 - x_0)).square().flatten(1).mean(1)                       # (B,)  (2), (3)
     return error if per_sample else error.mean()
@@ -176,6 +181,17 @@ def sample(velocity: Velocity, x_1: Tensor, steps: int, method: str = "euler", *
     return x
 
 
+def guided_step(x: Tensor, v: Tensor, gradient: Tensor, t: float, steps: int, lambda_max: float,
+                per_time: bool = False) -> Tensor:
+    """One step of CryoFM's Algorithms 1 and 3: x_t - v / N - lambda_t g / |g|, lambda_t = min(lambda_max, t / (1 - t)).
+
+    x, v, gradient: (K, D, H, W), each map with its own |g|. per_time multiplies lambda_t by 200 / N, so that the sum of
+    all lambda does not depend on the number of steps N."""
+    size = min(lambda_max, t / max(1 - t, 1e-6)) * (200 / steps if per_time else 1)
+    norm = torch.linalg.vector_norm(gradient, dim=(-3, -2, -1), keepdim=True)
+    return x - v / steps - size * gradient / norm
+
+
 def log_likelihood(velocity: Velocity, x_0: Tensor, *, probes: int = 8, rtol: float = 1e-5,
                    atol: float = 1e-5, std: float = 1.0, return_error: bool = False,
                    generator: torch.Generator | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -200,7 +216,7 @@ def log_likelihood(velocity: Velocity, x_0: Tensor, *, probes: int = 8, rtol: fl
         # Departure 2: with S the symmetric part of dv/dx, z^T S z varies by 2 |S|^2 for Gaussian z
         # and by 2 |S - diag S|^2 for signs; near t = 1 S is almost the identity. One z per path, as
         # in Grathwohl et al. 2019 (arXiv:1810.01367) §3.1.
-        z = torch.randint(2, (probes, n), generator=generator, device=home(generator, x_0.device))
+        z = torch.randint(2, (probes, n), generator=generator, device=draw_device(generator, x_0.device))
         z = 2 * z.to(x_0) - 1
     z = z.reshape(-1, 1, *x_0.shape[1:])                                        # (P, 1, ...)
 

@@ -57,6 +57,16 @@ def freq_grid(shape, *, half: bool = False, dtype=torch.float64, device=None) ->
     return kz[:, None, None], ky[None, :, None], kx[None, None, :]
 
 
+def wavenumber(shape, voxel_size=1.0, *, half: bool = False, device=None) -> Tensor:
+    """|k| of every coefficient of a box (D, H, W): float64 (D, H, W), or (D, H, W//2 + 1) with `half`.
+
+    In cycles per voxel, or in 1/Å where voxel_size (one number or z, y, x) is in Å.
+    """
+    axes = zip(freq_grid(shape, half=half, device=device), triple(voxel_size))
+    z, y, x = ((k / v) ** 2 for k, v in axes)
+    return (z + y + x).sqrt()
+
+
 def rfft3(x: Tensor) -> Tensor:
     return torch.fft.rfftn(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(-3, -2, -1))
 

@@ -36,7 +36,7 @@ import torch
 from mrcfile.dtypes import HEADER_DTYPE
 from torch import Tensor
 
-from files import written_whole
+from files import atomic_write
 from fourier import resample, triple
 
 Triple = tuple[float, float, float]                     # (z, y, x)
@@ -205,7 +205,7 @@ def write_map(path: str | Path, map: Map, overwrite: bool = False) -> None:
     header = _header_for(map, density)
     data = density.numpy().transpose([3 - a for a in _file_axes(header)])
     data = np.ascontiguousarray(data, dtype=header["rms"].dtype)      # float32 in its byte order
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         stream = contextlib.nullcontext(file)
         if packing == ".gz":                            # no name, no time: equal maps, equal files
             stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)

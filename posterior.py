@@ -187,8 +187,7 @@ def algorithm_1(prior: Prior, y: Tensor, measured: Tensor, generators: list[Gene
         residual = torch.fft.fftn(estimate - y, dim=fourier.XYZ)
         loss = torch.where(measured, residual.abs() ** 2 / (2 * y.numel() * sigma ** 2), 0).mean(fourier.XYZ)
         g, = torch.autograd.grad(loss.sum(), x)          # each sample's own: no sample's loss knows another
-        size = min(lambda_max, t / max(1 - t, 1e-6)) * (200 / steps if per_time else 1)
-        x = (x - v / steps - size * g / torch.linalg.vector_norm(g, dim=fourier.XYZ, keepdim=True)).detach()      # (9)
+        x = flow.guided_step(x, v, g, t, steps, lambda_max, per_time).detach()                                     # (9)
         tick()
     return x
 
