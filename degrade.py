@@ -213,6 +213,7 @@ def add_spectral_noise(
 
 def euler_matrix(angles: Tensor) -> Tensor:
     """R of (5) from intrinsic ZYZ Euler angles in degrees: (..., 3) -> (..., 3, 3)."""
+    # Write the product of the three rotations out, row by row.
     angles = torch.deg2rad(angles)
     cos_rot, cos_tilt, cos_psi = torch.cos(angles).unbind(-1)
     sin_rot, sin_tilt, sin_psi = torch.sin(angles).unbind(-1)

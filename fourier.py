@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-XYZ = (-3, -2, -1)  # the spatial axes of (..., D, H, W)
+XYZ = (-3, -2, -1)  # the spatial axes of (..., D, H, W), in any order
 
 
 # Grids
@@ -41,6 +41,7 @@ def freq_grid(shape, voxel_size=1.0, *, half: bool = False, device=None) -> list
     kx is the axis of rfftn, (1, 1, W//2 + 1). All are float64, so that ties between shells and
     edges of a wedge fall as they do in numpy.
     """
+    # Frequencies along each axis, shaped to be broadcast.
     D, H, W = shape
     options = {"dtype": torch.float64, "device": device}
     last_axis = torch.fft.rfftfreq if half else torch.fft.fftfreq
@@ -132,6 +133,7 @@ def apply_fourier(x: Tensor, weights: Tensor) -> Tensor:
         )
     if weights.dtype == torch.bool:
         weights = hermitian_part(weights)
+    # The stored half of a spectrum stands for all of it, because x and A x are real.
     x = at_least_float32(x)
     X = rfft3(x) * stored_half(weights).to(x.dtype)  # (1)
     return irfft3(X, shape)
@@ -164,6 +166,7 @@ def lowpass(density: Tensor, resolution: float, voxel_size, *, edge: float = 2.0
             f"lowpass: resolution {resolution} Å, voxel size {voxel} Å and edge {edge} shells must "
             "be positive"
         )
+    # Frequencies beyond the cutoff, counted in shells.
     shape = density.shape[-3:]
     longest_side = max(n * v for n, v in zip(shape, voxel))
     shell = 1 / longest_side  # 1/Å

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fourier import mirror, rfft3, stored_half, triple, wavenumber
 
-CONVENTIONS = ("ours", "relion", "cryofm")
+# How each convention rounds a radius to a shell (`shells`).              Departure 1
+CONVENTIONS = {"ours": "nearest", "relion": "nearest", "cryofm": "up"}
 
 
 # Shells
@@ -37,7 +38,7 @@ def shell_side(shape, voxel_size=1.0, convention: str = "ours") -> tuple[int, fl
     Its voxels are called box below. The shells are 0 .. box//2, and shell k is at
     k / (box * voxel size) in 1/Å. With convention "cryofm" it is always the x axis.
     """
-    sides = list(zip(shape[-3:], triple(voxel_size)))
+    sides = list(zip(shape, triple(voxel_size)))
     if convention == "cryofm":
         return sides[2]
     return min(sides, key=lambda side: side[0] * side[1])
@@ -81,6 +82,7 @@ def shell_sum(x: Tensor, shell: Tensor, n: int) -> Tensor:
 
     shell: int64, 0 .. n. What lies in shell n is left out, so clamp(max=n) drops the corners.
     """
+    # One flat axis of coefficients, and one more shell for what is left out.
     x = x.flatten(-shell.ndim).to(torch.float64)
     total = x.new_zeros(*x.shape[:-1], n + 1)
     total.index_add_(-1, shell.flatten(), x)
@@ -92,11 +94,12 @@ def half_weight(
 ) -> Tensor:
     """How often a full sum meets each coefficient that `rfft3` stores: float32, to be broadcast.
 
-    Twice for 0 < x < W/2, because these stand for their mirror images too. Once for x = 0 and for
-    an even box's Nyquist plane. Convention "relion" counts every stored coefficient once.
+    Twice where a coefficient stands for its mirror image, too, otherwise once. Convention "relion"
+    counts every stored coefficient once.
     region: (D, H, W), the coefficients to count. Raises ValueError if it has another shape.
     """
     W = shape[-1]
+    # Planes along x: 0 and W/2 are their own mirror images, all between stand for two.
     weight = torch.ones(1, 1, W // 2 + 1, device=device)
     if convention != "relion":
         weight[..., 1 : (W + 1) // 2] = 2
@@ -128,6 +131,7 @@ def correlate_shells(A: Tensor, B: Tensor, shell: Tensor, weight, n: int) -> Ten
 
     A, B: (..., *shell.shape). weight: how often each coefficient counts, as `half_weight` gives it.
     """
+    # Numerator and denominator of (1), shell by shell.
     cross = shell_sum(real_dot(A, B).mul_(weight), shell, n)
     power_a = shell_sum(real_dot(A, A).mul_(weight), shell, n)
     power_b = shell_sum(real_dot(B, B).mul_(weight), shell, n)
@@ -163,7 +167,7 @@ def fsc(
     shape = a.shape[-3:]
     box, _ = shell_side(shape, voxel_size, convention)
     n = box // 2 + 1
-    rounding = "up" if convention == "cryofm" else "nearest"  # Departure 1
+    rounding = CONVENTIONS[convention]
     shell = shells(shape, voxel_size, half=True, rounding=rounding, device=a.device)
     weight = half_weight(shape, region, convention=convention, device=a.device)
 

@@ -89,11 +89,13 @@ def masked_fsc(
             f"mask: shape {tuple(mask.shape)}, values {low:g} to {high:g}; "
             f"want {tuple(shape)}, values from 0 to 1"
         )
+
+    # The curves of the maps as they are.
     settings = {"convention": convention, "voxel_size": voxel_size}
     unmasked = fsc(half_map_1, half_map_2, **settings)
     masked = fsc(half_map_1 * mask, half_map_2 * mask, **settings)
 
-    # The first shell that the half maps share too little of.
+    # Find the first shell that the half maps share too little of.
     below = (k for k, value in enumerate(unmasked.tolist()) if k > 0 and value < 0.8)
     start = next(below, len(unmasked))
 
@@ -118,15 +120,16 @@ def fsc_weight(curve: Tensor) -> Tensor:
     return torch.where(good > 0, 2 * curve / (1 + curve), 0).sqrt()  # (2)
 
 
-def guinier_b_factor(density: Tensor, curve: Tensor, voxel_size: float, resolution: float) -> float:
+def guinier_b_factor(density: Tensor, curve: Tensor, voxel_size: float, d_min: float) -> float:
     """-B of (3) in Å², the value that `sharpen` needs to undo the decay of the amplitudes.
 
     The sign is RELION's: negative means that the map will be sharpened. We fit a straight line to
-    ln<|F|> of the map weighted by (2) against s^2, from 10 Å (LOWEST) to `resolution` Å.
-    density: (D, H, W), the mean of the half maps. curve: (n,), their FSC.
+    ln<|F|> of the map weighted by (2) against s^2, from 10 Å (LOWEST) to d_min.
+    density: (D, H, W), the mean of the half maps. curve: (n,), their FSC. d_min: their resolution
+    in Å.
     Raises ValueError with fewer than 3 shells in that range.
     """
-    # Mean amplitude of each shell.
+    # Mean amplitude of each shell, weighted.
     n = len(curve)
     device = density.device
     shell = shells(density.shape, half=True, device=device).clamp_(max=n)
@@ -137,26 +140,27 @@ def guinier_b_factor(density: Tensor, curve: Tensor, voxel_size: float, resoluti
     # Choose the shells to fit.
     side = min(density.shape) * voxel_size
     s2 = (torch.arange(n, dtype=torch.float64, device=device) / side) ** 2
-    fit = (s2 >= LOWEST**-2) & (s2 <= resolution**-2) & log.isfinite()
+    fit = (s2 >= LOWEST**-2) & (s2 <= d_min**-2) & log.isfinite()
     if fit.sum() < 3:
         raise ValueError(
-            f"only {int(fit.sum())} shells between {LOWEST:g} and {resolution:g} Å: too few for a "
+            f"only {int(fit.sum())} shells between {LOWEST:g} and {d_min:g} Å: too few for a "
             "Guinier fit; give the B-factor"
         )
 
-    # Straight line: the slope is -B / 4.
+    # The slope of the straight line through them is -B / 4.
     x = s2[fit] - s2[fit].mean()
     slope = (x * log[fit]).sum() / (x * x).sum()
     return 4 * float(slope)  # (3)
 
 
 def sharpen(
-    density: Tensor, curve: Tensor, voxel_size: float, b_factor: float, resolution: float
+    density: Tensor, curve: Tensor, voxel_size: float, b_factor: float, d_min: float
 ) -> Tensor:
     """The mean of two half maps, weighted by (2) and sharpened by exp(-b_factor s^2 / 4).
 
     density: (D, H, W). curve: (n,), the half maps' FSC. b_factor: in Å², negative sharpens
-    (`guinier_b_factor`). resolution: in Å. A raised cosine two shells wide about it ends the map.
+    (`guinier_b_factor`). d_min: the map's resolution in Å. A raised cosine two shells wide about
+    it ends the map.
     Raises ValueError if the curve is not the map's.
     """
     box = min(density.shape)
@@ -173,7 +177,7 @@ def sharpen(
     weight = weight[r.add(0.5).long().clamp_(max=n)]
 
     # B-factor, and the low pass at the shell of the resolution.
-    last = math.floor(side / resolution + 0.5)
+    last = math.floor(side / d_min + 0.5)
     low_pass = raised_cosine((r - (last - 1)) / 2)
     gain = weight * torch.exp(-b_factor / 4 * (r / side) ** 2) * low_pass * (r <= box / 2)
     return irfft3(rfft3(density) * gain.to(density.dtype), density.shape)
@@ -186,10 +190,10 @@ def direction_grid(n: int = 10) -> Tensor:
     """Unit vectors (x, y, z) on a hemisphere: (n, 4n, 3), row i at (i + 1/2) / n of 90 degrees."""
     rows = torch.arange(n, dtype=torch.float64) + 0.5
     columns = torch.arange(4 * n, dtype=torch.float64)
-    theta = rows[:, None] / n * torch.pi / 2
-    phi = columns[None] / (4 * n) * 2 * torch.pi
-    sin = theta.sin()
-    return torch.stack([sin * phi.cos(), sin * phi.sin(), theta.cos().expand(n, 4 * n)], -1)
+    theta = rows / n * torch.pi / 2
+    phi = columns / (4 * n) * 2 * torch.pi
+    theta, phi = torch.meshgrid(theta, phi, indexing="ij")
+    return torch.stack([theta.sin() * phi.cos(), theta.sin() * phi.sin(), theta.cos()], -1)
 
 
 def directional_fsc(
@@ -205,6 +209,7 @@ def directional_fsc(
     a, b: (D, H, W). directions: (..., 3) as (x, y, z), default `direction_grid()`.
     Returns (..., n), n = box//2 + 1.
     """
+    # Unit vectors (..., 3).
     if directions is None:
         directions = direction_grid()
     directions = torch.as_tensor(directions, dtype=torch.float64)
@@ -230,12 +235,12 @@ def directional_fsc(
     return torch.stack(curves).view(*directions.shape[:-1], n)
 
 
-def sphericity(resolution: Tensor) -> float:
+def sphericity(resolutions: Tensor) -> float:
     """(4) of the surface 1 / resolution(direction): 1 for a sphere.
 
-    resolution: (n, 4n), in Å, on the directions of `direction_grid(n)`.
+    resolutions: (n, 4n), in Å, on the directions of `direction_grid(n)`.
     """
-    r = 1 / resolution.double()
+    r = 1 / resolutions.double()
     n, m = r.shape
     step = torch.pi / 2 / n  # of both angles
 
@@ -271,9 +276,9 @@ def windows_about_voxels(x: Tensor, side: int) -> Tensor:
     return padded.unfold(0, side, 1).unfold(1, side, 1).unfold(2, side, 1)
 
 
-def soft_window(side: int, device=None) -> Tensor:
+def soft_window(side: int) -> Tensor:
     """A soft ball in a cube of `side` voxels: a raised cosine of the radius, (side, side, side)."""
-    axis = torch.arange(side, device=device) - side // 2
+    axis = torch.arange(side) - side // 2
     distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
     return raised_cosine(distance / (side / 2))
 
@@ -293,8 +298,8 @@ def local_resolution(
     centres the result is interpolated. Windows without density get the coarsest resolution,
     window * voxel_size. Raises ValueError if the window does not fit.
     """
+    # The default window depends on the resolution of the whole map.
     shape = half_map_1.shape
-    device = half_map_1.device
     if window is None:
         overall = float(resolution(fsc(half_map_1, half_map_2), voxel_size, box=min(shape)))
         window = max(10, min(round(7 * overall / voxel_size), min(shape)))
@@ -312,9 +317,9 @@ def local_resolution(
     # Resolution in the windows, 64 at a time.
     windows_1 = windows_about_voxels(half_map_1, window)
     windows_2 = windows_about_voxels(half_map_2, window)
-    soft = soft_window(window, device)
+    soft = soft_window(window).to(half_map_1.device)
     values = []
-    for batch in torch.cartesian_prod(*centres).to(device).split(64):
+    for batch in torch.cartesian_prod(*centres).split(64):
         z, y, x = batch.T
         curves = fsc(windows_1[z, y, x] * soft, windows_2[z, y, x] * soft)
         values.append(resolution(curves, voxel_size, 0.5, box=window))
@@ -332,24 +337,28 @@ def local_resolution(
 def read_fsc(path: str, box: int, voxel_size: float) -> Tensor:
     """FSC of half maps in the shells 1 .. box//2 of a map's noise power (degrade.py): float64.
 
-    path: a .csv of fsc.py, whose curve without a mask is read at each shell's middle, or a text
-    file with one number per line, from shell 1 on. box, voxel_size: voxels and Å along the x axis.
-    The values are clamped to be inside 0 .. 1. Raises ValueError for any other file.
+    path: a .csv of fsc.py for half maps, whose curve without a mask is read at each shell's middle,
+    or a text file with one number per line, from shell 1 on. box, voxel_size: voxels and Å along
+    the x axis. The values are clamped to lie inside 0 .. 1. Raises ValueError for any other file.
     """
     n = box // 2
-    lines = [line.split(",") for line in Path(path).read_text().splitlines() if line.strip()]
     try:
+        # Split the file into cells. A file that is no text raises a ValueError, too.
+        text = Path(path).read_text()
+        lines = [line.split(",") for line in text.splitlines() if line.strip()]
         if lines[0][0] == "shell":
-            header = lines.pop(0)
-            column = header.index("unmasked") if "unmasked" in header else 3
-            frequency = [float(line[1]) for line in lines]
-            curve = [float(line[column]) for line in lines]
+            # A table: take the curve without a mask at the middle of each shell.
+            header, *rows = lines
+            column = header.index("unmasked")
+            frequency = [float(row[1]) for row in rows]
+            curve = [float(row[column]) for row in rows]
             middle = (np.arange(n) + 0.5) / (2 * n * voxel_size)
             curve = np.interp(middle, frequency, curve)
         else:
-            curve = np.array([float(line) for (line,) in lines])
+            curve = np.array([float(number) for (number,) in lines])
     except (ValueError, IndexError):
-        raise ValueError(f"{path}: neither a .csv of fsc.py nor one FSC value per line") from None
+        message = f"{path}: neither half maps' .csv of fsc.py nor one FSC value per line"
+        raise ValueError(message) from None
     if len(curve) != n or not np.isfinite(curve).all():
         raise ValueError(f"{path}: {len(curve)} shells; a box of {box} needs shells 1 to {n}")
     return torch.from_numpy(curve).clamp(1e-6, 1 - 1e-6)
