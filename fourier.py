@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-XYZ = (-3, -2, -1)  # the spatial axes of (..., D, H, W), in any order
+XYZ = (-3, -2, -1)  # the spatial axes (z, y, x) of (..., D, H, W)
 
 
 # Grids
