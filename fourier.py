@@ -1,157 +1,202 @@
 """Fourier grids, operators that are diagonal in Fourier space, and resampling.
 
-(Equations and departures of the file that this one came from; keep what belongs here.)
-What the microscope does to a density map: blur, missing wedge, spectral noise, projection at any orientation.
+    A x = F^-1[w F x],  w real,  w(-k) = w(k)                                 (1)
+    put_back(x, y) = F^-1[F x + w (F y - F x)]                                (2)
+    x(r) = sum_k (F x)(k) exp(2 pi i k r),  |k| below both Nyquist limits     (3)
 
-    rho(r) = sum_a Z_a (2 pi s_a^2)^-3/2 exp(-|r - r_a|^2 / 2 s_a^2)                         (1)
-             s_a^2 = (resolution / (pi sqrt 2))^2 + B_a / (8 pi^2)
-    wedge: measured where  min <= atan2(sign(kx) kz, |kx|) <= max,  and on the tilt axis     (2)
-    cone:  measured where  |kz| <= sqrt(kx^2 + ky^2) tan(angle)                              (3)
-    A x = F^-1[w F x],  w real, w(-k) = w(k):  A = A^T, and A A = A where w is a mask        (4)
-    y = V + noise,  E|F noise|^2 = P(|k|),  P = P_y / (1 + SNR),  SNR = FSC / (1 - FSC)      (5)
-    P(k) = alpha(k) P(|k|) / mean of alpha over the shell                                    (6)
-    image(x, y) = integral dz V(R (x, y, z)^T)                                               (7)
-    (F image)(kx, ky) = (F V)(R (kx, ky, 0)^T),  R = Rz(rot) Ry(tilt) Rz(psi)                (8)
-    deposited = lowpass(e^(B |k|^2 / 4) (rho + solvent + n)),  E|F n|^2 = alpha(k) S(1/R) (R |k|)^-u     (9)
+(1) is its own transpose, A = A^T. It is a projection, A A = A, where w is a mask. This is the
+operator of CryoFM (arXiv:2410.08631), appendix E.1 and Algorithm 2. (2) replaces coefficients of x
+by those of y, each by the share w (Algorithm 2, line 3, for a mask w). (3) resamples a map.
 
-(1): ChimeraX `molmap`, with B-factors. (2): Dynamo, IMOD, IsoNet2, RELION 5. (3): CryoLVM, the
-formula as printed. (4): CryoFM (arXiv:2410.08631) appendix E.1, Algorithm 2's A. (5): CryoFM eq. 3
-and appendix D.1. (6): CryoFM 5.2 and D.2. (7): CryoFM 5.4 and E.2. (8): the central
-slice theorem (DeRosier & Klug 1968); RELION's Euler angles. (9): ours, what CryoLVM learns from where no
-pairs of a deposited map and its model are given; S is the power of rho per shell, R the resolution.
-F is the unnormalised FFT in `fftfreq` layout (zero frequency first), float32 or wider; powers are
-|F|^2. Volumes are (D, H, W) = (z, y, x); triples of a grid (shape, voxel_size, origin) are in that
-order too, positions of atoms and directions are x, y, z.
+F is the unnormalised FFT, zero frequency first (the layout of `fftfreq`), in float32 or wider.
+Volumes are (..., D, H, W) = (z, y, x). Triples that belong to a grid (shape, voxel_size) have the
+same order. D, H, W are sides in voxels. Frequencies are in cycles per voxel unless 1/Å is stated.
 
-Departure 1: (3) is a missing cone (91 % measured at 60 degrees); the CryoLVM paper calls it a wedge.
-Departure 2: an even box has no +Nyquist plane, so (2) with an asymmetric range is not mirror
-symmetric there; operators use the part that is (`hermitian_part`), or A A = A would not hold.
-Departure 3: eq. 3 adds real numbers to a complex transform, which leaves no real map; noise is added
-to the real Hartley transform, as in the release, and E|F noise|^2 is P all the same.
-Departure 4: 5.2 prints alpha times the noise, D.2 alpha times its power; we follow D.2 and the release.
+Departure 1: an even box has -Nyquist but no +Nyquist plane, so a mask need not have a mirror image
+there. Operators use the part of a mask that has one (`hermitian_part`), or A A = A would not hold.
 """
+
 import math
 from collections.abc import Iterable
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
-XYZ = (-3, -2, -1)                                              # the spatial axes of (..., D, H, W)
+XYZ = (-3, -2, -1)  # the spatial axes (z, y, x) of (..., D, H, W)
+
+
+# Grids
 
 
 def triple(value) -> tuple[float, float, float]:
-    """One number for all three axes, or three (z, y, x)."""
-    return tuple(torch.as_tensor(value, dtype=torch.float64).expand(3).tolist())
+    """One number for all three axes, or three (z, y, x): returns three."""
+    value = torch.as_tensor(value, dtype=torch.float64)
+    return tuple(value.expand(3).tolist())
 
 
-def freq_grid(shape, *, half: bool = False, dtype=torch.float64, device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """The Fourier grid of a box (D, H, W): kz, ky, kx in cycles per voxel, in `fftfreq` layout.
+def freq_grid(shape, voxel_size=1.0, *, half: bool = False, device=None) -> list[Tensor]:
+    """The Fourier grid kz, ky, kx of a box (D, H, W): shapes (D, 1, 1), (1, H, 1), (1, 1, W).
 
-    Shapes (D, 1, 1), (1, H, 1), (1, 1, W), to be broadcast: |k| is (kz**2 + ky**2 + kx**2).sqrt(). With `half`, kx is
-    the axis of rfftn, (1, 1, W//2 + 1). float64, so that ties between shells and edges of a wedge fall as in numpy.
+    The unit is cycles per voxel, or 1/Å with voxel_size in Å (one number or z, y, x). With `half`,
+    kx is the axis of rfftn, (1, 1, W//2 + 1). All are float64, so that ties between shells and
+    edges of a wedge fall as they do in numpy.
     """
+    # Frequencies along each axis, shaped to be broadcast.
     D, H, W = shape
-    kz, ky = (torch.fft.fftfreq(n, dtype=dtype, device=device) for n in (D, H))
-    kx = (torch.fft.rfftfreq if half else torch.fft.fftfreq)(W, dtype=dtype, device=device)
-    return kz[:, None, None], ky[None, :, None], kx[None, None, :]
+    options = {"dtype": torch.float64, "device": device}
+    last_axis = torch.fft.rfftfreq if half else torch.fft.fftfreq
+    kz = torch.fft.fftfreq(D, **options).view(-1, 1, 1)
+    ky = torch.fft.fftfreq(H, **options).view(1, -1, 1)
+    kx = last_axis(W, **options).view(1, 1, -1)
+    return [k / voxel for k, voxel in zip((kz, ky, kx), triple(voxel_size))]
 
 
 def wavenumber(shape, voxel_size=1.0, *, half: bool = False, device=None) -> Tensor:
-    """|k| of every coefficient of a box (D, H, W): float64 (D, H, W), or (D, H, W//2 + 1) with `half`.
+    """|k| of every coefficient: float64 (D, H, W), or (D, H, W//2 + 1) with `half`.
 
-    In cycles per voxel, or in 1/Å where voxel_size (one number or z, y, x) is in Å.
+    Units and arguments are those of `freq_grid`.
     """
-    axes = zip(freq_grid(shape, half=half, device=device), triple(voxel_size))
-    z, y, x = ((k / v) ** 2 for k, v in axes)
-    return (z + y + x).sqrt()
+    kz, ky, kx = freq_grid(shape, voxel_size, half=half, device=device)
+    return (kz**2 + ky**2 + kx**2).sqrt_()
+
+
+def below_nyquist(shape, old_shape) -> Tensor:
+    """Coefficients of a box that another grid over the same box has, too: boolean (D, H, W).
+
+    shape: the grid whose coefficients are asked for; old_shape: the other grid.
+    """
+    kept = torch.tensor(True)
+    for k, new, old in zip(freq_grid(shape), shape, old_shape):
+        # Whole numbers compare exactly. Without round, k = 5 of 25 counts as less than 10 / 2.
+        cycles = (k * new).round().abs()
+        kept = kept & ((2 * cycles < old) | (old >= new))
+    return kept
+
+
+# Transforms
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fft3(x: Tensor) -> Tensor:
+    """F x over the last three axes."""
+    return torch.fft.fftn(at_least_float32(x), dim=XYZ)
 
 
 def rfft3(x: Tensor) -> Tensor:
-    return torch.fft.rfftn(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(-3, -2, -1))
+    """The half of F x that is stored for a real map: (..., D, H, W) -> (..., D, H, W//2 + 1)."""
+    return torch.fft.rfftn(at_least_float32(x), dim=XYZ)
+
+
+def stored_half(weights: Tensor) -> Tensor:
+    """Weights on the full grid (..., D, H, W) -> on the half that `rfft3` stores."""
+    return weights[..., : weights.shape[-1] // 2 + 1]
+
+
+def irfft3(X: Tensor, shape) -> Tensor:
+    """The real maps of a box `shape` (D, H, W) from the half spectrum of `rfft3`."""
+    return torch.fft.irfftn(X, s=shape, dim=XYZ)
+
+
+def hartley(x: Tensor) -> Tensor:
+    """Hartley transform Re F - Im F of (..., D, H, W): real, and its own inverse times D H W."""
+    X = fft3(x)
+    return X.real - X.imag
+
+
+# Operators
 
 
 def mirror(weights: Tensor) -> Tensor:
-    """w(k) -> w(-k) on a grid in `fftfreq` layout, (..., D, H, W)."""
+    """w(k) -> w(-k) on a full grid (..., D, H, W)."""
     return weights.flip(XYZ).roll((1, 1, 1), XYZ)
 
 
 def hermitian_part(mask: Tensor) -> Tensor:
-    """The coefficients of a boolean mask (..., D, H, W) whose mirror image -k is in it too (Departure 2)."""
-    return mask & mirror(mask)
+    """The coefficients k of a boolean mask (..., D, H, W) for which -k is in it too."""
+    return mask & mirror(mask)  # Departure 1
 
 
 def apply_fourier(x: Tensor, weights: Tensor) -> Tensor:
-    """F^-1[weights F x], (4). x: (..., D, H, W) real; weights: (D, H, W) or as x, in `fftfreq` layout.
+    """A x, (1), for real maps x (..., D, H, W), in float32 or wider whatever autocast says.
 
-    weights are a boolean mask, of which the Hermitian part is used, or real with w(-k) = w(k).
-    Runs in float32 (float64 for float64 x), whatever autocast says. Raises ValueError if the boxes differ.
+    weights: a boolean mask, of which the Hermitian part is used, or real and even in k; (D, H, W)
+    or x's shape. Raises ValueError if the boxes differ.
     """
     shape = x.shape[-3:]
-    if weights.shape[-3:] != shape:
-        raise ValueError(f"weights for a box {tuple(weights.shape[-3:])}, but the map is {tuple(shape)}")
+    box = weights.shape[-3:]
+    if box != shape:
+        raise ValueError(
+            f"weights for a box {tuple(box)}, but the map is {tuple(shape)}; give both one shape"
+        )
     if weights.dtype == torch.bool:
         weights = hermitian_part(weights)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    half = weights[..., :shape[-1] // 2 + 1].to(x.dtype)
-    return torch.fft.irfftn(torch.fft.rfftn(x, dim=XYZ) * half, s=shape, dim=XYZ)
+    # The stored half of a spectrum stands for all of it, because x and A x are real.
+    x = at_least_float32(x)
+    X = rfft3(x) * stored_half(weights).to(x.dtype)  # (1)
+    return irfft3(X, shape)
 
 
 def put_back(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """(3) on maps x (..., D, H, W), y (D, H, W); weights (D, H, W) in `fftfreq` layout, even in k. Float32, outside autocast."""
-    X, Y = torch.fft.rfftn(x, dim=XYZ), torch.fft.rfftn(y)
-    return torch.fft.irfftn(X + weights[..., :x.shape[-1] // 2 + 1] * (Y - X), s=y.shape, dim=XYZ)
+    """x with y's coefficients, (2): x (..., D, H, W), y (D, H, W), weights (D, H, W), even in k."""
+    X = rfft3(x)
+    Y = rfft3(y)
+    X = X + stored_half(weights) * (Y - X)  # (2)
+    return irfft3(X, y.shape)
+
+
+def raised_cosine(distance: Tensor) -> Tensor:
+    """A soft edge: 1 where distance <= 0, falling to 0 at distance 1 and beyond."""
+    return 0.5 + 0.5 * torch.cos(math.pi * distance.clamp(0, 1))
 
 
 def lowpass(density: Tensor, resolution: float, voxel_size, *, edge: float = 2.0) -> Tensor:
     """Low-pass filter: 1 below 1/resolution, 0 above, a raised cosine `edge` shells wide between.
 
-    density: (..., D, H, W); resolution in Å; voxel_size in Å, one number or (z, y, x). A shell is
-    1 / (longest side of the box in Å) wide; edge = 0 cuts sharply and keeps 1/resolution itself.
-    RELION's filter (`lowPassFilterMap`, edge 2), but the cutoff is not rounded to a whole shell.
-    Raises ValueError unless resolution and voxel_size are positive and edge is not negative.
+    density: (..., D, H, W). resolution: in Å. voxel_size: in Å, one number or (z, y, x). A shell is
+    1 / (longest side of the box in Å) wide. This is RELION's filter (`lowPassFilterMap`, edge 2),
+    but we do not round the cutoff to a shell.
+    Raises ValueError unless resolution, voxel_size and edge are positive.
     """
     voxel = triple(voxel_size)
-    if not (resolution > 0 and min(voxel) > 0 and edge >= 0):
-        raise ValueError(f"lowpass: resolution {resolution} Å and voxel size {voxel} Å must be positive, "
-                         f"edge {edge} at least 0")
+    if not min(resolution, edge, *voxel) > 0:
+        raise ValueError(
+            f"lowpass: resolution {resolution} Å, voxel size {voxel} Å and edge {edge} shells must "
+            "be positive"
+        )
+    # Frequencies beyond the cutoff, counted in shells.
     shape = density.shape[-3:]
-    kz, ky, kx = (k / v for k, v in zip(freq_grid(shape, device=density.device), voxel))
-    s = (kz ** 2 + ky ** 2 + kx ** 2).sqrt()                            # 1/Å
-    shell = 1 / max(n * v for n, v in zip(shape, voxel))
-    beyond = (s - 1 / resolution) / shell                               # in shells
-    ramp = (beyond / edge + 0.5).clamp(0, 1) if edge else (beyond > 1e-9).double()
-    return apply_fourier(density, 0.5 + 0.5 * torch.cos(math.pi * ramp))
+    longest_side = max(n * v for n, v in zip(shape, voxel))
+    shell = 1 / longest_side  # 1/Å
+    frequency = wavenumber(shape, voxel, device=density.device)
+    beyond = (frequency - 1 / resolution) / shell
+    return apply_fourier(density, raised_cosine(beyond / edge + 0.5))
 
 
-def hartley(x: Tensor) -> Tensor:
-    """Hartley transform Re F - Im F, (..., D, H, W) -> the same: real, and its own inverse times D H W."""
-    X = torch.fft.fftn(x.to(torch.promote_types(x.dtype, torch.float32)), dim=XYZ)
-    return X.real - X.imag
+# Resampling
 
 
 def resample(x: Tensor, shape: Iterable[int]) -> Tensor:
-    """Band-limited interpolation (3) of x (..., D, H, W) to (..., *shape), axis after axis.
+    """Band-limited interpolation (3) of x (..., D, H, W) to (..., *shape), in float32 or wider.
 
-    Exact for functions below both Nyquist frequencies; to a finer grid and back returns x. Voxel 0,
-    the mean and the amplitudes stay. float32 or wider.
+    Exact for functions below both Nyquist frequencies: to a finer grid and back returns x. Voxel 0
+    stays in place, and so do the mean and the amplitudes.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    steps = zip((-3, -2, -1), x.shape[-3:], shape, strict=True)
-    for dim, old, new in sorted(steps, key=lambda step: step[2] / step[1]):   # shrink first: leaner
+    x = at_least_float32(x)
+    steps = list(zip(XYZ, x.shape[-3:], shape, strict=True))
+    # Shrink first, because the other axes then have less to transform.
+    steps.sort(key=lambda step: step[2] / step[1])
+    for dim, old, new in steps:
         if old == new:
             continue
+        # Keep the frequencies that both grids have. irfft pads with zeros.
         short = min(old, new)
-        f = torch.fft.rfft(x, dim=dim, norm="forward").narrow(dim, 0, short // 2 + 1)
+        X = torch.fft.rfft(x, dim=dim, norm="forward").narrow(dim, 0, short // 2 + 1)
         if short % 2 == 0:
-            # The short grid's Nyquist coefficient is k = +n/2 and -n/2 in one, apart in the long one.
-            f.narrow(dim, short // 2, 1).mul_(2 if new < old else 0.5)
-        x = torch.fft.irfft(f, n=new, dim=dim, norm="forward")                # (3), pads with zeros
+            # k = +n/2 and -n/2 are one coefficient of the short grid and two of the long one.
+            nyquist = X.narrow(dim, short // 2, 1)
+            nyquist.mul_(2 if new < old else 0.5)
+        x = torch.fft.irfft(X, n=new, dim=dim, norm="forward")  # (3)
     return x
-
-
-def below_nyquist(shape, old_shape) -> Tensor:
-    """Coefficients of the grid `shape` that the grid `old_shape` over the same box also had: boolean, `fftfreq` layout."""
-    kept = [(torch.fft.fftfreq(n) * n).abs() < m / 2 if m < n else torch.ones(n, dtype=torch.bool)
-            for n, m in zip(shape, old_shape)]
-    return kept[0][:, None, None] & kept[1][:, None] & kept[2]

@@ -1,154 +1,226 @@
-"""Fourier shell correlation.
+"""Fourier shell correlation (FSC): how far two maps agree at each resolution.
 
-(Equations and departures of the file that this one came from; keep what belongs here.)
-Fourier shell correlation, and every other number that says how good a map is.
+    FSC(k) = Re sum_k A conj(B) / sqrt(sum_k |A|^2 sum_k |B|^2)      sums over shell k      (1)
+    FSC_AUC = mean of FSC(k) over the shells 1 .. box//2                                    (2)
+    resolution = 1 / (the spatial frequency where the FSC first falls below a threshold)    (3)
 
-    FSC(k) = Re sum_k A conj(B) / sqrt(sum_k |A|^2 sum_k |B|^2)         sums over shell k                     (1)
-    FSC_true = (FSC_masked - FSC_random) / (1 - FSC_random)             the mask's own correlation taken out  (2)
-    C = sqrt(2 FSC / (1 + FSC))                                         weight of the mean of two half maps   (3)
-    ln <|F|>(s) = ln F_0 - B s^2 / 4                                    Guinier plot, s in 1/Å                (4)
-    sphericity = pi^(1/3) (6 V)^(2/3) / A                               V, A of the surface |s| = s_0.143     (5)
-    F(s) = sum_j n_j f_j(s) exp(-B_j s^2 / 4) exp(-2 pi i s . x_j)      an atomic model's structure factors   (6)
-    f(s) = sum_i a_i exp(-b_i s^2 / 4)                                  electron scattering by one atom       (7)
-    Q = corr(density on shells of radius R about an atom, exp(-R^2 / (2 sigma^2)))                            (8)
+A and B are the Fourier coefficients of the two maps. Shell k holds the frequencies that round to
+k / box cycles per voxel, where box is the shortest side. Each coefficient of the full transform
+counts once. Radii are physical, so a shell is a sphere in 1/Å for voxels of any shape. A filter
+that multiplies each shell of A by one number cannot change (1), so no B-factor and no Wiener filter
+changes an FSC. Voxel sizes are in Å, one number or (z, y, x).
 
-Shell k holds the frequencies that round to k / box cycles per voxel, box the shortest side, each coefficient of the
-full transform counted once. A radial filter multiplies A on a shell by one number: it cannot change (1), so no
-B-factor or Wiener step moves an FSC. Voxel sizes and origins are those of data.Map, one number or (z, y, x);
-positions of atoms are (x, y, z).
-(1): Harauz & van Heel 1986, Optik 73:146. (2): Chen et al. 2013, Ultramicroscopy 135:24. (3), (4): Rosenthal &
-Henderson 2003, J. Mol. Biol. 333:721. (5): Tan et al. 2017, Nat. Methods 14:793. (6), map-model correlations and
-d_model: Afonine et al. 2018, Acta Cryst. D74:814. (7): Int. Tables C, table 4.3.2.2. (8): Pintilie et al. 2020,
-Nat. Methods 17:328. CryoFM's FSC_AUC and FSC_0.5: its appendix C.1.
-Departure 1: CryoFM's release bins by ceil(radius) and leaves out the zero frequency; we round. Binning alone moves
-FSC_AUC by up to 0.05, so `fsc` and what calls it take convention="ours", "relion" or "cryofm".
-Departures 2 and 3, from exactness and from cctbx: `structure_factors`, `_crossing`.
+(1): Harauz & van Heel 1986, Optik 73:146. (2), and (3) at 0.5: CryoFM (arXiv:2410.08631), appendix
+C.1. The threshold 0.143: Rosenthal & Henderson 2003, J. Mol. Biol. 333:721.
+Departure 1: CryoFM's release bins by ceil(radius) and leaves out the zero frequency. We round. The
+binning alone moves FSC_AUC by up to 0.05, so `fsc` and the functions that call it take
+convention="ours", "relion" or "cryofm".
 """
+
 import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from fourier import freq_grid, rfft3, triple
+from fourier import mirror, rfft3, stored_half, triple, wavenumber
 
-CONVENTIONS = ("ours", "relion", "cryofm")
+# How each convention rounds a radius to a shell (`shells`).              Departure 1
+CONVENTIONS = {"ours": "nearest", "relion": "nearest", "cryofm": "up"}
+
+
+# Shells
 
 
 def shell_side(shape, voxel_size=1.0, convention: str = "ours") -> tuple[int, float]:
-    """(box, voxel size in Å) of the side that makes the shells 0 .. box//2: k is k / (box * voxel size) in 1/Å.
+    """(voxels, voxel size in Å) of the side that makes the shells: the shortest one.
 
-    The shortest side; "cryofm": the x axis.
+    Its voxels are called box below. The shells are 0 .. box//2, and shell k is at
+    k / (box * voxel size) in 1/Å. With convention "cryofm" it is always the x axis.
     """
-    sides = list(zip(shape[-3:], triple(voxel_size)))
-    return sides[2] if convention == "cryofm" else min(sides, key=lambda side: side[0] * side[1])
+    sides = list(zip(shape, triple(voxel_size)))
+    if convention == "cryofm":
+        return sides[2]
+    return min(sides, key=lambda side: side[0] * side[1])
 
 
 def radius(shape, voxel_size=1.0, *, half: bool = False, device=None) -> Tensor:
     """|k| in shells, not rounded: float64 (D, H, W), or (D, H, W//2 + 1) with `half`."""
     box, voxel = shell_side(shape, voxel_size)
-    axes = zip(freq_grid(shape, half=half, device=device), triple(voxel_size))
-    z, y, x = ((k * (voxel / v)) ** 2 for k, v in axes)   # cycles per voxel of the shortest side
-    return (z + y + x).sqrt_().mul_(box)
+    # Relative voxel sizes are exactly 1 for cubes. Ties between two shells then stay exact.
+    relative = [v / voxel for v in triple(voxel_size)]
+    return wavenumber(shape, relative, half=half, device=device).mul_(box)
 
 
-def shells(shape, voxel_size=1.0, *, half: bool = False, convention: str = "ours", device=None) -> Tensor:
+def shells(
+    shape, voxel_size=1.0, *, half: bool = False, rounding: str = "nearest", device=None
+) -> Tensor:
     """The shell of every Fourier coefficient: int64 (D, H, W), or (D, H, W//2 + 1) with `half`.
 
-    "ours", "relion": round(radius). "cryofm": shell k holds (k - 1) / W < |k| <= k / W, as many as the x axis has.
+    rounding "nearest" gives round(radius). CryoFM's release has two more, both in shells of the x
+    axis (W) whatever the voxel size: shell k of "up" (its FSC) holds (k - 1) / W < |k| <= k / W,
+    and shell k of "down" (its noise power) holds k / W <= |k| < (k + 1) / W.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention is {convention!r}; want one of {', '.join(CONVENTIONS)}")
-    if convention != "cryofm":
+    if rounding == "nearest":
         return radius(shape, voxel_size, half=half, device=device).add_(0.5).long()
-    kz, ky, kx = freq_grid(shape, half=half, device=device)
-    nyquist = shape[-1] // 2 / shape[-1]                # edges and |k| differ in the last bit, and so do the ties,
-    edges = torch.arange(shape[-1] // 2 + 1, dtype=torch.float64, device=device) * (nyquist / (shape[-1] // 2))
-    return torch.searchsorted(edges, (kz**2 + ky**2 + kx**2).sqrt())      # just as in the release
 
+    W = shape[-1]
+    frequency = wavenumber(shape, half=half, device=device)
+    if rounding == "down":
+        return (W * frequency + 1e-9).long()  # 1e-9: a whole radius stays in its own shell
 
-def half_weight(shape, region: Tensor | None = None, *, convention: str = "ours", device=None) -> Tensor:
-    """How often a sum over the full transform meets each coefficient of the half one: float32, to be broadcast.
-
-    Twice for 0 < x < W/2, which stand for their mirror images too; once for x = 0 and an even box's Nyquist plane.
-    region: (D, H, W) in `fftfreq` layout, what to count. "relion" counts every stored coefficient once.
-    """
-    half = shape[-1] // 2 + 1
-    weight = torch.ones(1, 1, half, device=device)
-    if convention != "relion":
-        weight[..., 1 : (shape[-1] + 1) // 2] = 2
-    if region is None:
-        return weight
-    if region.shape != shape:
-        raise ValueError(f"region has shape {tuple(region.shape)}; want {tuple(shape)}, the map's, in fftfreq layout")
-    region = region.to(device, torch.float32)
-    if convention != "relion":                          # the mean of the region at k and at -k
-        region = (region + region.flip(0, 1, 2).roll((1, 1, 1), (0, 1, 2))) / 2
-    return weight * region[..., :half]
+    # "up": edges and |k| differ in the last bit. We compute both as the release does, so that ties
+    # fall as they do there.
+    last = W // 2
+    nyquist = last / W
+    edges = torch.arange(last + 1, dtype=torch.float64, device=device) * (nyquist / last)
+    return torch.searchsorted(edges, frequency)
 
 
 def shell_sum(x: Tensor, shell: Tensor, n: int) -> Tensor:
-    """Sums of x (..., *shell.shape) over shells 0 .. n-1 in float64: (..., n). `shell` holds 0 .. n; n is dropped."""
-    x = x.flatten(-shell.ndim).to(torch.float64)
-    return x.new_zeros(*x.shape[:-1], n + 1).index_add_(-1, shell.flatten(), x)[..., :n]
+    """Sums of x (..., *shell.shape) over the shells 0 .. n-1: float64 (..., n).
 
-
-def fsc(a: Tensor, b: Tensor, region: Tensor | None = None, *, convention: str = "ours", voxel_size=1.0) -> Tensor:
-    """Fourier shell correlation (1).
-
-    a, b: (..., D, H, W) real-space maps (or arrays) on one grid, any units. region: (D, H, W) boolean in `fftfreq`
-    layout, the coefficients to count: ~wedge_mask(...) scores the missing wedge alone. voxel_size only matters where
-    it differs between the axes. Returns float64 (..., n) in [-1, 1], n = box//2 + 1, box the shortest side ("cryofm":
-    W, and shell 0 is nan); nan where a shell has no coefficient or no power. Raises ValueError if the shapes differ.
+    shell: int64, 0 .. n. What lies in shell n is left out, so clamp(max=n) drops the corners.
     """
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    # One flat axis of coefficients, and one more shell for what is left out.
+    x = x.flatten(-shell.ndim).to(torch.float64)
+    total = x.new_zeros(*x.shape[:-1], n + 1)
+    total.index_add_(-1, shell.flatten(), x)
+    return total[..., :n]
+
+
+def half_weight(
+    shape, region: Tensor | None = None, *, convention: str = "ours", device=None
+) -> Tensor:
+    """How often a full sum meets each coefficient that `rfft3` stores: float32, to be broadcast.
+
+    Twice where a coefficient stands for its mirror image, too, otherwise once. Convention "relion"
+    counts every stored coefficient once.
+    region: (D, H, W), the coefficients to count. Raises ValueError if it has another shape.
+    """
+    W = shape[-1]
+    # Planes along x: 0 and W/2 are their own mirror images, all between stand for two.
+    weight = torch.ones(1, 1, W // 2 + 1, device=device)
+    if convention != "relion":
+        weight[..., 1 : (W + 1) // 2] = 2
+    if region is None:
+        return weight
+
+    if region.shape != shape:
+        raise ValueError(
+            f"region has shape {tuple(region.shape)}; want {tuple(shape)}, the map's, in fftfreq "
+            "layout"
+        )
+    region = region.to(device, torch.float32)
+    if convention != "relion":
+        # A stored coefficient stands for k and -k: take the mean of the region at both.
+        region = (region + mirror(region)) / 2
+    return weight * stored_half(region)
+
+
+# Curves
+
+
+def real_dot(A: Tensor, B: Tensor) -> Tensor:
+    """Re A conj(B)."""
+    return (A.real * B.real).addcmul_(A.imag, B.imag)
+
+
+def correlate_shells(A: Tensor, B: Tensor, shell: Tensor, weight, n: int) -> Tensor:
+    """(1) of Fourier coefficients A and B over the shells 0 .. n-1: float64 (..., n).
+
+    A, B: (..., *shell.shape). weight: how often each coefficient counts, as `half_weight` gives it.
+    """
+    # Numerator and denominator of (1), shell by shell.
+    cross = shell_sum(real_dot(A, B).mul_(weight), shell, n)
+    power_a = shell_sum(real_dot(A, A).mul_(weight), shell, n)
+    power_b = shell_sum(real_dot(B, B).mul_(weight), shell, n)
+    return cross / (power_a * power_b).sqrt()  # (1)
+
+
+def fsc(
+    a: Tensor,
+    b: Tensor,
+    region: Tensor | None = None,
+    *,
+    convention: str = "ours",
+    voxel_size=1.0,
+) -> Tensor:
+    """Fourier shell correlation (1): float64 (..., box//2 + 1) in [-1, 1].
+
+    a, b: (..., D, H, W) real-space maps (or arrays) on one grid, any units. region: boolean
+    (D, H, W) in `fftfreq` layout, the coefficients to count: ~wedge_mask(...) scores the missing
+    wedge alone. voxel_size only matters where it differs between the axes. A shell without a
+    coefficient or without power is nan, and so is shell 0 with convention "cryofm".
+    Raises ValueError if the shapes differ or the convention is unknown.
+    """
+    a = torch.as_tensor(a)
+    b = torch.as_tensor(b)
     if a.shape != b.shape or a.ndim < 3:
-        raise ValueError(f"fsc: maps of shapes {tuple(a.shape)} and {tuple(b.shape)}; want two maps on one grid")
+        raise ValueError(
+            f"fsc: maps of shapes {tuple(a.shape)} and {tuple(b.shape)}; want two maps on one grid"
+        )
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention is {convention!r}; want one of {', '.join(CONVENTIONS)}")
+
+    # The shells, and how often each stored coefficient counts.
     shape = a.shape[-3:]
-    shell = shells(shape, voxel_size, half=True, convention=convention, device=a.device)
-    n = shell_side(shape, voxel_size, convention)[0] // 2 + 1
+    box, _ = shell_side(shape, voxel_size, convention)
+    n = box // 2 + 1
+    rounding = CONVENTIONS[convention]
+    shell = shells(shape, voxel_size, half=True, rounding=rounding, device=a.device)
     weight = half_weight(shape, region, convention=convention, device=a.device)
+
     curve = correlate_shells(rfft3(a), rfft3(b), shell.clamp_(max=n), weight, n)
     if convention == "cryofm":
         curve[..., 0] = math.nan
     return curve
 
 
-def correlate_shells(A: Tensor, B: Tensor, shell: Tensor, weight, n: int) -> Tensor:
-    cross, power_a, power_b = (shell_sum(real_dot(X, Y).mul_(weight), shell, n) for X, Y in ((A, B), (A, A), (B, B)))
-    return cross / (power_a * power_b).sqrt()           # (1)
-
-
-def real_dot(A: Tensor, B: Tensor) -> Tensor:
-    return (A.real * B.real).addcmul_(A.imag, B.imag)   # Re A conj(B)
-
-
 def auc(curve: Tensor) -> Tensor:
-    """FSC_AUC: plain mean of the FSC over shells 1 .. box//2, without those that are nan. (..., n) -> (...)."""
+    """FSC_AUC (2), a plain mean without the shells that are nan. (..., n) -> (...)."""
     return torch.as_tensor(curve)[..., 1:].nanmean(-1)
 
 
-def resolution(curve: Tensor, voxel_size: float, threshold: float = 0.143, *, box: int | None = None,
-               convention: str = "ours") -> Tensor:
-    """Resolution in Å: where the FSC first falls below the threshold. (..., n) -> (...); float() it for one curve.
+def resolution(
+    curve: Tensor,
+    voxel_size: float,
+    threshold: float = 0.143,
+    *,
+    box: int | None = None,
+    convention: str = "ours",
+) -> Tensor:
+    """Resolution (3) in Å of an FSC: (..., n) -> (...). Use float() for one curve.
 
-    Linear interpolation in frequency between that shell and the one before; "relion": the last shell before it,
-    not interpolated. The last shell (Nyquist) if the curve never falls; nan for a curve of nan. voxel_size, box:
-    of the side that makes the shells (`shell_side`); box defaults to 2 (n - 1), an odd one must be given.
+    We interpolate linearly in frequency between the first shell below the threshold and the shell
+    before it. "relion" takes the shell before it. A curve that never falls gives the last shell
+    (Nyquist), a curve of nan gives nan. voxel_size and box belong to the side that makes the shells
+    (`shell_side`). box defaults to 2 (n - 1), so an odd one must be given.
     """
     curve = torch.as_tensor(curve)
     if curve.ndim > 1:
-        return torch.stack([resolution(c, voxel_size, threshold, box=box, convention=convention) for c in curve])
-    # The zero frequency itself only compares the maps' means: it counts as 1.
-    known = [(0, 1.0)] + [(k, v) for k, v in enumerate(curve.tolist()) if k > 0 and not math.isnan(v)]
-    at = known[-1][0] if len(known) > 1 else math.nan
-    for (above, value), (k, next_value) in itertools.pairwise(known):
+        each = [resolution(c, voxel_size, threshold, box=box, convention=convention) for c in curve]
+        return torch.stack(each)
+
+    # The zero frequency only compares the maps' means, so it counts as 1.
+    known = [(0, 1.0)]
+    for shell, value in enumerate(curve.tolist()):
+        if shell > 0 and not math.isnan(value):
+            known.append((shell, value))
+
+    # Find the first shell below the threshold.
+    crossing = known[-1][0] if len(known) > 1 else math.nan
+    for (before, value), (shell, next_value) in itertools.pairwise(known):
         if next_value < threshold:
-            part = 0.0 if convention == "relion" else (value - threshold) / (value - next_value)
-            at = above + part * (k - above)
+            part = (value - threshold) / (value - next_value)
+            crossing = before if convention == "relion" else before + part * (shell - before)
             break
-    side = (2 * (len(curve) - 1) if box is None else box) * voxel_size
-    return curve.new_tensor(side / at if at else math.inf)
+
+    # From shells to Å.
+    if box is None:
+        box = 2 * (len(curve) - 1)
+    side = box * voxel_size
+    return curve.new_tensor(side / crossing if crossing else math.inf)
 
 
 if __name__ == "__main__":

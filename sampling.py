@@ -112,7 +112,7 @@ def denoise(args: argparse.Namespace, sources: list[mrc.Map], prior: Prior) -> R
                              f"{tuple(b.density.shape)} of {b.voxel_size[2]:g} Å; half maps share one grid")
     else:
         # A map that is the mean of two halves has twice their SNR, (5) of degrade.py.
-        snr = args.snr or 2 / (1 / read_fsc(args.noise_from_fsc, sources[0]) - 1)
+        snr = args.snr or 2 / (1 / read_fsc(args.noise_from_fsc, here[-1], sources[0].voxel_size[2]) - 1)
         curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64).expand(here[-1] // 2)
     powers, signal, curve = noise_and_signal([m.density for m in sources], curve)
     grid = lambda power, m: power_on_grid(args, power, m)

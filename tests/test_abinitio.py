@@ -250,3 +250,97 @@ def test_the_program_wants_one_stack(tmp_path):
         with pytest.raises(ValueError, match=says):
             sampling.main(["--task", "abinitio", *argv])
     assert [p.name for p in tmp_path.iterdir()] == ["map.mrc"]
+
+
+# ---- Rotations and central slices
+
+
+def oracle(name):
+    return np.load(ORACLES / name)
+
+
+def test_angles_between_rotations_equal_scipy():
+    f = oracle("so3.npz")
+    R = degrade.euler_matrix(torch.from_numpy(f["euler_zyz_deg"]))
+    angles = rotation_angle(R[:, None], R[None]).numpy()
+    np.testing.assert_allclose(angles, f["geodesic_deg"], atol=1e-5)
+
+
+def test_the_grid_of_rotations_is_healpix_times_in_plane_angles():
+    f = oracle("so3.npz")
+    for nside in (1, 2):
+        for ours, name in zip(abinitio.healpix(nside), ("theta", "phi")):
+            np.testing.assert_allclose(ours.numpy(), f[f"healpix{nside}_ring_{name}"], atol=1e-12)
+    grid = abinitio.so3_grid(0)
+    apart = rotation_angle(grid[:, None], degrade.euler_matrix(torch.from_numpy(f["hopf_euler_zyz_deg"])))
+    assert len(grid) == 72 and float(apart.amin(0).max()) < 1e-5 and float(apart.amin(1).max()) < 1e-5
+    q = torch.from_numpy(f["cover_random_quat_xyzw"])
+    x, y, z, w = (q / q.norm(dim=1, keepdim=True)).unbind(1)
+    R = torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+                     2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+                     2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], 1).view(-1, 3, 3)
+    nearest = rotation_angle(R[:, None], grid).amin(1)
+    np.testing.assert_allclose(nearest.numpy(), f["cover_distance_deg"], atol=1e-5)
+
+
+@pytest.mark.parametrize("nside", [4, 8])
+def test_healpix_rings_are_mirror_images_and_every_direction_has_the_same_area(nside):
+    theta, phi = abinitio.healpix(nside)
+    assert len(theta) == 12 * nside ** 2
+    torch.testing.assert_close(theta.cos(), -theta.cos().flip(0))
+    # Equal areas: the mean over the grid of a polynomial of the direction is its mean over the sphere.
+    d = torch.stack([theta.sin() * phi.cos(), theta.sin() * phi.sin(), theta.cos()], 1)
+    torch.testing.assert_close(d.T @ d / len(d), torch.eye(3, dtype=d.dtype) / 3, atol=0.3 / nside ** 2, rtol=0)
+
+
+@pytest.mark.parametrize("N", [24, 21])
+def test_slices_equal_the_closed_form_of_the_projections(N):
+    f = oracle("projection.npz")
+    volume, R, want = (torch.from_numpy(f[f"n{N}_{name}"]).float() for name in ("volume", "rotation_xyz", "projections"))
+    k = abinitio.frequencies(N // 2 - 1)
+    ours, want = abinitio.slices(volume, R, k), abinitio.coefficients(want, k)
+    assert float((ours - want).norm() / want.norm()) < 0.02             # interpolation: 1.4 %
+    k = abinitio.frequencies(6, 3)                                       # in three dimensions nothing is projected
+    want = abinitio.coefficients(volume[None], k)
+    assert float((abinitio.slices(volume, torch.eye(3)[None], k) - want).norm() / want.norm()) < 0.03
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (2, 15, 15), (2, 10, 10, 10)])
+def test_dot_products_of_coefficients_are_dot_products_of_low_passed_maps(shape):
+    N, dims = shape[-1], len(shape) - 1
+    x, k = torch.randn(shape, generator=rng()), abinitio.frequencies(4, dims)
+    axes = tuple(range(-dims, 0))
+    inside = sum((torch.fft.fftfreq(N) * N).reshape(-1, *[1] * i) ** 2 for i in range(dims)) <= 16.001
+    inside[(0,) * dims] = False
+    low = torch.fft.ifftn(torch.fft.fftn(x, dim=axes) * inside, dim=axes).real
+    a, b = abinitio.coefficients(x, k)
+    assert 2 * len(k) == int(inside.sum())
+    torch.testing.assert_close((a.conj() * b).sum().real, (low[0] * low[1]).sum())
+
+
+def test_phase_displaces_an_image_as_project_does():
+    f = oracle("projection.npz")
+    volume, R = (torch.from_numpy(f[f"n24_{name}"]).float() for name in ("volume", "rotation_xyz"))
+    shift, k = torch.tensor([[1.5, -0.75]] * len(R)), abinitio.frequencies(8)
+    want = abinitio.coefficients(degrade.project(volume, R, shift), k)
+    ours = abinitio.coefficients(degrade.project(volume, R), k) * abinitio.phase(k, torch.nn.functional.pad(shift, (0, 1)), 24)
+    assert float((ours - want).norm() / want.norm()) < 0.005
+
+
+def test_the_gradient_by_slices_is_the_direct_sum_and_at_low_resolution_the_gradient_in_real_space():
+    f = oracle("projection.npz")
+    volume, R = (torch.from_numpy(f[f"n24_{name}"]).float() for name in ("volume", "rotation_xyz"))
+    k, v = abinitio.frequencies(4), volume.clone().requires_grad_()
+    y = abinitio.coefficients(torch.randn(len(R), 24, 24, generator=rng()), k)
+    by_slices, = torch.autograd.grad((abinitio.slices(v, R, k).conj() * y).real.sum(), v)
+    in_space, = torch.autograd.grad((abinitio.coefficients(degrade.project(v, R), k).conj() * y).real.sum(), v)
+    r = torch.arange(24) - 12
+    z, y_, x = torch.meshgrid(r, r, r, indexing="ij")
+    place = torch.stack([x, y_, z], -1).view(-1, 3).float()
+    direct = sum((torch.polar(torch.ones(()), 2 * math.pi / 24 * (place @ (S @ k.T))) * c).real.sum(1) for S, c in zip(R, y))
+    direct = (direct * math.sqrt(2) / 24).view(24, 24, 24)
+    for d, error in ((3, 0.01), (6, 0.03), (11, 0.12)):         # the docstring of slices
+        inside = place.norm(dim=1).view(24, 24, 24) < d
+        assert float((by_slices - direct)[inside].norm() / direct[inside].norm()) < error
+    low = [fourier.lowpass(g * inside, 6, 1) for g in (by_slices, in_space)]
+    assert float((low[0] - low[1]).norm() / low[1].norm()) < 0.1        # 7 %: trilinear in real space

@@ -152,7 +152,7 @@ def test_algorithm_2_goes_through_the_states_of_the_reference(monkeypatch):
 
 def gaussian_prior(monkeypatch):
     """x_0 ~ N(mean, power per Fourier coefficient) on 8^3 voxels; its velocity in place of the network's."""
-    kz, ky, kx = fourier.freq_grid((8, 8, 8), dtype=torch.float32)
+    kz, ky, kx = (k.float() for k in fourier.freq_grid((8, 8, 8)))
     k2 = kz ** 2 + ky ** 2 + kx ** 2
     power, mean = 0.5 + 2 * torch.exp(-8 * k2), filtered(random((8, 8, 8), 3), 2 * torch.exp(-10 * k2))
 
