@@ -23,7 +23,7 @@ import contextlib
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -43,7 +43,6 @@ SUFFIXES = (".mrc", ".map", ".ccp4")  # plain, or followed by .gz or .bz2
 MAP_SUFFIXES = tuple(suffix + packing for suffix in SUFFIXES for packing in ("", ".gz", ".bz2"))
 
 REAL_MODES = (0, 1, 2, 6, 12)
-COMPLEX_MODES = (3, 4)
 
 # Header fields. An axis is 1 = x, 2 = y, 3 = z. The first three groups are in the order of the
 # file (sections, rows, columns), the samplings belong to z, y, x.
@@ -158,14 +157,10 @@ def read_stack(path: str | Path, voxel_size: float | None = None) -> Map:
     return replace(stack, density=images)
 
 
-def read_mrc(
-    path: Path,
-    voxel_size: float | Triple | None,
-    find_problem: Callable[[Path, np.ndarray], str | None],
-) -> Map:
-    """A volume or a stack, (D, H, W) or (P, H, W).
+def read_mrc(path: Path, voxel_size, find_problem) -> Map:
+    """A volume (D, H, W) or a stack (P, H, W).
 
-    find_problem(path, header) says in words why the header is not what the caller wants.
+    find_problem(path, header) says in words why the header is not what the caller wants, or None.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -201,6 +196,7 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
     """The content of a file, decompressed. ValueErrors that are raised meanwhile name the file."""
     with open(path, "rb") as file:
         start = file.read(212)
+
     # A plain map begins with its width, which can look like gzip's first bytes.
     opener = open
     if start[208:211] != b"MAP":
@@ -225,15 +221,19 @@ def read_header(raw: bytes, notes: list[str]) -> np.ndarray:
     order = "<" if 0 < int.from_bytes(small_number, "little") < 2**16 else ">"
     header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order)).reshape(()).copy()
 
-    # What is missing or impossible, with its usual value.
+    # An axis order that was never set is the usual one.
     if integers(header, AXES) == [0, 0, 0]:
         set_fields(header, AXES, (3, 2, 1))
         notes.append("the axis order (MAPC, MAPR, MAPS) is 0 in the header; taken for x, y, z")
+
+    # Some old programs do not write the word. Then the sizes, axes and mode must make sense.
     if raw[208:211] != b"MAP":
         small = all(0 < n < 2**16 for n in integers(header, SIZES))
         if not small or data_problem(header):
             raise ValueError("not an MRC file (no MAP at byte 208); convert it to .mrc first")
         notes.append("the header lacks the word MAP, but makes sense; read as MRC")
+
+    # Some programs leave the origin unset, so that it holds anything.
     for axis in "xyz":
         position = float(header["origin"][axis])
         if not abs(position) < FARTHEST_ORIGIN:  # true for NaN, too
@@ -268,6 +268,8 @@ def read_data(raw: bytes, header: np.ndarray, notes: list[str]) -> tuple[Tensor,
     stored = np.frombuffer(raw, kind, count, extended_size).reshape(shape)
     values = stored.transpose(zyx_order(header))
     density = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+
+    # One value that is not finite would spread over the whole Fourier transform.
     bad = int((~torch.isfinite(density)).sum())
     if bad:
         raise ValueError(f"{bad} values are NaN or infinite; replace them (by 0) first")
@@ -277,7 +279,6 @@ def read_data(raw: bytes, header: np.ndarray, notes: list[str]) -> tuple[Tensor,
 def volume_problem(path: Path, header: np.ndarray) -> str | None:
     """Why a file is not one volume that we can work with; None if it is."""
     shape = integers(header, SIZES)
-    angles = [float(header["cellb"][name]) for name in ("alpha", "beta", "gamma")]
     if min(shape) == 1:
         return f"a single image ({shape} voxels); give a volume"
     if is_stack(path, header):
@@ -287,6 +288,7 @@ def volume_problem(path: Path, header: np.ndarray) -> str | None:
         )
     if header["ispg"] > 400 and header["mz"] != shape[0]:
         return f"a stack of volumes (space group {header['ispg']}); give one volume per file"
+    angles = header["cellb"].tolist()
     if any(angle != 0 and abs(angle - 90) > 1e-3 for angle in angles):  # 0 means never set
         return f"the cell angles are {angles}; resample it to an orthogonal cell first"
     return None
@@ -321,10 +323,8 @@ def data_problem(header: np.ndarray) -> str | None:
     mode = int(header["mode"])
     if min(shape) < 1 or sorted(axes) != [1, 2, 3] or header["nsymbt"] < 0:
         return f"damaged header ({shape} voxels, axes {axes}); write the file anew"
-    if mode in COMPLEX_MODES:
-        return f"complex numbers (mode {mode}); give the map or images, not their transform"
     if mode not in REAL_MODES:
-        return f"unknown MRC mode {mode}; write it as mode 2 (float32)"
+        return f"complex or unknown numbers (MRC mode {mode}); write mode 2 (float32)"
     return None
 
 
@@ -385,6 +385,8 @@ def write_map(
         suffixes = ", ".join(SUFFIXES)
         raise ValueError(f"{path}: maps are written as {suffixes}, plain or with .gz, .bz2")
     refuse_existing([path], [map.path] if map.path else [], overwrite)
+
+    # Values that are not finite would be refused by the next program.
     density = map.density.detach().to("cpu", torch.float32)
     if not torch.isfinite(density).all():
         raise ValueError(f"{path}: not written, because the map holds NaN or infinite values")
@@ -394,12 +396,14 @@ def write_map(
     dimensions = [3 - axis for axis in integers(header, AXES)]
     stored = density.numpy().transpose(dimensions)
     stored = np.ascontiguousarray(stored, dtype=header["rms"].dtype)
+
+    # The suffix says whether the file is compressed.
     with open_output(path) as file, packed(file, path.suffix.lower()) as stream:
         stream.write(header.tobytes() + map.extended_header)
         stream.write(stored)
 
 
-def packed(file: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[BinaryIO]:
+def packed(file: BinaryIO, suffix: str):
     """A stream that compresses into a file if the suffix says so."""
     if suffix == ".gz":
         # Without a name and a time inside, equal maps make equal files.
@@ -477,7 +481,7 @@ def resample_map(map: Map, voxel_size: float | Triple) -> Map:
         return map
     new_voxel_size = tuple(side / n for side, n in zip(sides, new))  # (4)
 
-    # s voxels of the old grid are s m / n of the new one.
+    # A shift of s voxels of the old grid is one of s m / n voxels of the new grid.
     starts = [s * m for s, m in zip(map.nstart, new)]
     if all(start % n == 0 for start, n in zip(starts, old)):
         origin = map.origin

@@ -104,6 +104,7 @@ def parse_star(lines: list[str], first_number: int = 1) -> dict[str, dict[str, l
             else:
                 names.append(words[0][1:])
 
+        # A row of the loop.
         elif names and len(words) == len(names):
             rows.append(tuple(words))  # Python need not watch tuples of text: twice as fast
         else:
@@ -135,12 +136,15 @@ def angle_columns(lines: list[str]) -> dict[str, list[str]]:
         # Plain numbers are a loop whose head is missing.
         head = ["loop_", *(f"_{name}" for name in PARTICLE_ANGLES)]
         blocks = parse_star(head + lines, 1 - len(head))
+
+    # The block of the particles is `particles` in RELION 3.1, `images` or nothing before.
     with_angles = (block for block in blocks.values() if PARTICLE_ANGLES[0] in block)
     return next(with_angles, {})
 
 
 def to_tensor(columns: dict[str, list[str]], names: tuple[str, ...]) -> Tensor:
     """Three columns as numbers, (P, 3) float64."""
+    # A block with rot may lack tilt or psi.
     for name in names:
         if name not in columns:
             raise ValueError(f"no column {name}")
@@ -154,6 +158,8 @@ def compose(angles_1: Tensor, angles_2: Tensor) -> Tensor:
     a_2, b_2 = half_angles(angles_2)
     a = a_1 * a_2 - b_1 * b_2.conj()  # (2)
     b = b_1 * a_2.conj() + a_1 * b_2
+
+    # The inverse of a and b above.
     rot = a.angle() + b.angle()
     tilt = 2 * torch.atan2(b.abs(), a.abs())
     psi = a.angle() - b.angle()
