@@ -73,6 +73,7 @@ def rot24(x: Tensor, generator: Generator) -> Tensor:
 def mirror_or_not(x: Tensor, generator: Generator) -> Tensor:
     """x (..., D, H, W) in one of all 48 orientations along the axes, reflections included."""
     x = rot24(x, generator)
+    # Every reflection is a rotation after one mirror.
     reflect = torch.rand((), generator=generator) < 0.5
     return x.flip(-1) if reflect else x
 
@@ -108,6 +109,7 @@ def random_centre(x: np.ndarray, generator: Generator, tries: int = 1_000_000) -
     Raises ValueError if none of that many tries was.
     """
     for _ in range(tries):
+        # In a file that is mapped into memory, this reads a few pages.
         centre = [randint(n, generator) for n in x.shape]
         around = tuple(slice(max(c - 3, 0), c + 4) for c in centre)
         if x[around].max() > 0.1:

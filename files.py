@@ -108,6 +108,7 @@ def refuse_existing(
     Raises FileNotFoundError if a folder is missing, and FileExistsError if a file is one of the
     inputs, or exists and overwrite is False.
     """
+    # An input that does not exist is an error that its reader reports.
     existing_inputs = [path for path in inputs if path.exists()]
     for path in outputs:
         if not path.parent.is_dir():
@@ -127,6 +128,7 @@ def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
     suffixes are in lower case. Hidden files, such as macOS's `._map.mrc`, are skipped in folders.
     Raises FileNotFoundError if there is no such file or folder.
     """
+    # A file that was named itself is taken as it is, even if it is hidden.
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")

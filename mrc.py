@@ -118,6 +118,7 @@ def read_map(path: str | Path, voxel_size: float | Triple | None = None) -> Map:
     Raises OSError if there is no such file, and ValueError (one line) if it is not one volume in
     real space, on orthogonal axes, with finite values that vary and a voxel size.
     """
+    # A map without any density has no grey scale.
     map = read_mrc(Path(path), voxel_size, volume_problem)
     if map.density.min() == map.density.max():
         raise ValueError(f"{path}: every voxel is {map.density.max():g}; give a map with density")
@@ -234,11 +235,11 @@ def read_header(raw: bytes, notes: list[str]) -> np.ndarray:
         notes.append("the header lacks the word MAP, but makes sense; read as MRC")
 
     # Some programs leave the origin unset, so that it holds anything.
-    for axis in "xyz":
-        position = float(header["origin"][axis])
-        if not abs(position) < FARTHEST_ORIGIN:  # true for NaN, too
-            header["origin"][axis] = 0
-            notes.append(f"the header's origin along {axis} is {position:g} Å; taken for 0")
+    origin = header["origin"].tolist()
+    possible = tuple(x if abs(x) < FARTHEST_ORIGIN else 0.0 for x in origin)  # NaN is not
+    if possible != origin:
+        header["origin"] = possible
+        notes.append(f"the header's origin (x, y, z) is {origin} Å; taken for {possible}")
     return header
 
 
@@ -250,6 +251,8 @@ def read_data(raw: bytes, header: np.ndarray, notes: list[str]) -> tuple[Tensor,
         kind = np.dtype("u1")
     kind = kind.newbyteorder(header["nx"].dtype.byteorder)
     shape = integers(header, SIZES)
+
+    # Python's integers do not overflow, even if the header asks for more than any disk holds.
     count = math.prod(shape)
     size = count * kind.itemsize
 
@@ -258,6 +261,8 @@ def read_data(raw: bytes, header: np.ndarray, notes: list[str]) -> tuple[Tensor,
     if extended_size and len(raw) == size:
         notes.append(f"the extended header of {extended_size} bytes is absent; data are complete")
         extended_size = 0
+
+    # More bytes than wanted do no harm.
     wanted = extended_size + size
     if len(raw) < wanted:
         raise ValueError(
@@ -415,6 +420,7 @@ def packed(file: BinaryIO, suffix: str):
 
 def header_of(map: Map, density: Tensor, label: str) -> np.ndarray:
     """The header to write: the one that was read, brought up to date."""
+    # A map that was made by a program gets a new header.
     if map.header is None:
         header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
         header["cellb"] = (90, 90, 90)
@@ -471,6 +477,7 @@ def resample_map(map: Map, voxel_size: float | Triple) -> Map:
     the old grid is `replace(old_map, density=fourier.resample(x, old_map.density.shape))`.
     Raises ValueError if voxel_size is not positive.
     """
+    # Count the voxels of the new grid.
     wanted = triple(voxel_size)
     if not all_positive(wanted):
         raise ValueError(f"the wanted voxel size {voxel_size} Å must be positive")

@@ -84,6 +84,7 @@ def parse_star(lines: list[str], first_number: int = 1) -> dict[str, dict[str, l
     blocks = {"": block}
     names, rows = None, []  # of the loop that a line is in
     for number, line in enumerate(lines, first_number):
+        # Blank lines and comments may stand anywhere.
         words = split_line(line)
         if not words:
             continue
@@ -110,6 +111,7 @@ def parse_star(lines: list[str], first_number: int = 1) -> dict[str, dict[str, l
         else:
             wanted = f"{len(names)}, one a column" if names else "names of columns first"
             raise ValueError(f"line {number} has {len(words)} values; expected {wanted}")
+    # The last loop ends with the file.
     add_columns(block, names, rows)
     return blocks
 
@@ -124,6 +126,7 @@ def split_line(line: str) -> list[str]:
     """The values of a line, without quotes and comments."""
     if not MARK.search(line):
         return line.split()  # the same, but faster
+    # The expression matches quotes with what is inside, and a comment as one word.
     words = [word for word in WORD.findall(line) if word[0] != "#"]
     return [word[1:-1] if word[0] in "'\"" and word[-1] == word[0] else word for word in words]
 

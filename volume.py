@@ -76,6 +76,7 @@ def cube(density: Tensor) -> tuple[Tensor, dict]:
     It is padded with 0 to a cube, so that no rotation turns density out of it.
     Raises ValueError if hardly any voxel is above a tenth of the 99.999 percentile.
     """
+    # An empty map, or one with a single bright voxel, teaches nothing.
     x, scale = normalise(density, 0, 1)
     filled = float((x > 0.1).float().mean())
     if filled < 1e-4:
@@ -226,12 +227,14 @@ def tile_starts(shape: Iterable[int], tile: int, stride: int) -> list[tuple[int,
             f"tiles of {tile} voxels every {stride} cannot cover the box {shape}; "
             "pad it to one tile at least, and keep the stride within a tile"
         )
+    # Along each axis, and then all combinations.
     starts = [[*range(0, n - tile, stride), n - tile] for n in shape]
     return list(itertools.product(*starts))
 
 
 def gaussian_window(box: int) -> Tensor:
     """Weights (box, box, box) of Algorithm 1: a Gaussian scaled to 1 in the corners, 3 at most."""
+    # One Gaussian along each axis, and their product.
     i = torch.arange(box) - (box - 1) / 2
     g = torch.exp(-(i**2) / (2 * (box / 4) ** 2))  # Departure 2
     w = g[:, None, None] * g[:, None] * g
