@@ -1,7 +1,6 @@
 """What a restoration leaves beside its maps: progress, scores, a picture, a .json.
 """
 import argparse
-import json
 import math
 import platform
 import sys
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import fsc
 from checkpoint import Prior
-from files import write_text
+from files import write_json
 from mrc import MAP_SUFFIXES, SUFFIXES, stem
 
 
@@ -97,10 +96,8 @@ def write_report(args: argparse.Namespace, out: Path, shown: dict[str, Tensor], 
     """The .json and the picture beside `out`."""
     settings = {"command": sys.argv, "settings": vars(args), "checkpoint_sha256": prior.sha256, "torch": torch.__version__,
                 "python": platform.python_version(), "seconds": time.perf_counter() - begin}
-    finite = lambda v: ({k: finite(x) for k, x in v.items()} if isinstance(v, dict) else [finite(x) for x in v]
-                        if isinstance(v, (list, tuple)) else None if isinstance(v, float) and v != v else v)
     json_path, picture = report_files(out)
-    write_text(json_path, json.dumps(finite(settings | report), indent=1) + "\n")
+    write_json(json_path, settings | report)
     voxel_size = min(report.get("truth_voxel_size") or report.get("voxel_size", (prior.voxel_size,)))
     try:
         draw(picture, shown, report.get("fsc", {}), voxel_size, "zyx".index(args.tilt_axis))

@@ -41,7 +41,7 @@ from posterior import (
 )
 from report import Progress, report_files, say, say_work, score, write_report
 from sliding_windows import WINDOWS, sliding_windows
-from star import read_orientations
+from star import read_angles
 
 
 class Result(NamedTuple):
@@ -312,7 +312,7 @@ def power_on_grid(args: argparse.Namespace, power: Tensor, m: mrc.Map) -> Tensor
     if args.task != "anisotropic":
         return degrade.expand_shells(power, shape)
     if args.orientations:
-        return degrade.anisotropic_noise_power(power, degrade.orientation_alpha(read_orientations(args.orientations), shape))
+        return degrade.anisotropic_noise_power(power, degrade.orientation_alpha(degrade.euler_matrix(read_angles(args.orientations)), shape))
     return degrade.anisotropic_noise_power(power, 1 + (args.alpha - 1) * ~measured_by(m, args))
 
 

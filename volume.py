@@ -1,28 +1,20 @@
 """Grey scale, crops, rotations and tiles of density maps.
 
-(Equations and departures of the file that this one came from; keep what belongs here.)
-Density maps: files, grids, grey scale, crops, rotations, tiles, batches; `python data.py prepare` for EMDB's.
+    x = (clip(density, 0, p) / p - mean) / std         network scale; p: 99.999 percentile   (1)
+    rotated(r) = density(R r)                          r = (x, y, z) from the box's middle   (2)
+    density(r) = sum_j c_j B(r - j)                    interpolation by cubic B-splines      (3)
+    M = sum_k w y_k / sum_k w                          tiles y_k blended under a window w    (4)
 
-    r_i = origin + (nstart + i) v                      position of voxel i, v the voxel size      (1)
-    n' = round(n v / v_wanted),  v' = n v / n'         a new grid over the same box               (2)
-    f'_k = f_k for |k| < min(n, n') / 2, else 0        f_k = 1/n sum_i x_i exp(-2 pi i k i / n)   (3)
-    x = (clip(density, 0, p) / p - mean) / std         p the 99.999 percentile: network scale     (4)
-    rotated(r) = density(R r)                          r = (x, y, z) from the centre of the box   (5)
-    M = sum_k w y_k / sum_k w                          tiles y_k blended under the window w       (6)
+Volumes are float32 (D, H, W) = (z, y, x); "..." stands for any dimensions before these.
 
-Volumes are float32 (D, H, W) = (z, y, x), lengths Å; voxel_size, origin and nstart are triples in
-that same order (z, y, x). (1): MRC2014, Cheng et al. 2015, J. Struct. Biol. 192:146. (2), (3):
-band-limited interpolation, voxel 0 stays in place and values keep their scale. (4): CryoFM
-(arXiv:2410.08631) §4.2, clipping as in its release; crops and rotations: its appendix F.1.
-(6): CryoLVM, appendix D.2, Algorithm 1.
-Departure 1: how F.1 dilates the mask of random crops is not stated; we use a 3^3 cube, three times.
-Departure 2: the release turns a whole map, applies (4) again and crops it. We apply (4) once, choose the
-middle of the crop first and turn no more than the crop shows: a crop of 64^3 from a map of 384^3 costs
-4 MB of reading instead of 113 MB, and 216 times fewer interpolated voxels.
-Departure 3: D.2 gives no sigma for the blending window; we use a quarter of the tile.
-Departure 4: 4.1 removes helices and "problematic cases" by eye; `RULES` goes by method and title.
+(1): CryoFM (arXiv:2410.08631) section 4.2, clipping as in its release. (2) and crops: its appendix
+F.1. (3): Sigg & Hadwiger 2005, GPU Gems 2, chapter 20. (4): CryoLVM appendix D.2, Algorithm 1.
+
+Departure 1: F.1 does not say how the mask of random crops is dilated. We use a cube of 3^3 voxels,
+three times.
+Departure 2: D.2 gives no sigma for the blending window. We use a quarter of the tile.
 """
-import functools
+
 import itertools
 import math
 from collections.abc import Iterable
@@ -33,157 +25,221 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# ---- Grey scale ------------------------------------------------------------------------------
+
 
 class Scale(NamedTuple):
-    """What takes a map to network scale and back; `maximum` is p of (4), in the map's own units."""
+    """What takes a map to network scale and back. `maximum` is p of (1), in the map's units."""
+
     maximum: float
     mean: float
     std: float
 
 
-def normalise(density: Tensor, mean: float, std: float,
-              percentile: float = 99.999) -> tuple[Tensor, Scale]:
-    """(4) for one map of any shape: the map in network scale, and what `denormalise` wants.
+def normalise(
+    density: Tensor, mean: float, std: float, percentile: float = 99.999
+) -> tuple[Tensor, Scale]:
+    """One map of any shape in network scale (1), and the scale that `denormalise` needs.
 
     Raises ValueError if the percentile is not positive: dark protein, or hardly any density.
     """
+    # The percentile lies between two values, as in numpy.percentile. torch.topk sorts only the few
+    # largest ones, and torch.quantile refuses more than 2^24.
     flat = density.detach().flatten().float()
-    position = percentile / 100 * (flat.numel() - 1)    # between two values, as numpy.percentile
+    position = percentile / 100 * (flat.numel() - 1)
     low = math.floor(position)
-    top = torch.topk(flat, flat.numel() - low).values   # a few values; torch.quantile stops at 2^24
-    below, above = float(top[-1]), float(top[max(len(top) - 2, 0)])
+    top = torch.topk(flat, flat.numel() - low).values
+    below = float(top[-1])
+    above = float(top[max(len(top) - 2, 0)])
     maximum = below + (position - low) * (above - below)
     if not maximum > 0:
-        raise ValueError(f"the map's {percentile} percentile is {maximum:g} and must be positive; "
-                         "where protein is dark, multiply the map by -1")
-    return (density.clamp(0, maximum) / maximum - mean) / std, Scale(maximum, mean, std)      # (4)
+        raise ValueError(
+            f"the map's {percentile} percentile is {maximum:g} and must be positive; "
+            "where protein is dark, multiply the map by -1"
+        )
+    x = (density.clamp(0, maximum) / maximum - mean) / std  # (1)
+    return x, Scale(maximum, mean, std)
 
 
 def denormalise(x: Tensor, scale: Scale) -> Tensor:
-    """The inverse of (4), back in the map's own units.
+    """The inverse of (1): a map in its own units.
 
-    What clipping took is lost: negative values come back as 0, those above `scale.maximum` (one
-    voxel in 100,000) as that. All others come back, and what a network puts beyond stays beyond.
+    What was clipped stays clipped: negative values come back as 0, and those above `scale.maximum`
+    (one voxel in 100,000) as the maximum. Values that a network puts beyond are kept.
     """
     return (x * scale.std + scale.mean) * scale.maximum
 
 
-def crop(x: Tensor, corner: Iterable[int], box: int) -> Tensor:
-    """The cube of `box` voxels of x (..., D, H, W) from corner (z, y, x) on: a view of x.
+def cube(density: Tensor) -> tuple[Tensor, dict]:
+    """A map as it is trained on, float16 (n, n, n) on 0..1, and its statistics before padding.
 
-    Raises ValueError if it does not lie inside x.
+    It is padded with 0 to a cube, so that no rotation turns density out of it.
+    Raises ValueError if hardly any voxel is above a tenth of the 99.999 percentile.
     """
-    sides, corner = x.shape[-3:], tuple(corner)
+    # An empty map, or one with a single bright voxel, teaches nothing.
+    x, scale = normalise(density, 0, 1)
+    filled = float((x > 0.1).float().mean())
+    if filled < 1e-4:
+        share = f"{filled:.1e} of its voxels are above a tenth of the top"
+        raise ValueError(f"hardly any density: {share}")
+    statistics = {
+        "maximum": scale.maximum,
+        "mean": float(x.mean()),
+        "std": float(x.std()),
+        "filled": filled,
+    }
+    return pad(x, max(x.shape)).half(), statistics
+
+
+def density_mask(density: Tensor, threshold: float = 0.1, dilations: int = 3) -> Tensor:
+    """Where random crops may be centred: density (D, H, W) on 0..1 above the threshold, dilated."""
+    x = (density > threshold).float()[None]
+    for _ in range(dilations):
+        x = F.max_pool3d(x, 3, stride=1, padding=1)  # Departure 1
+    return x[0] > 0
+
+
+# ---- Crops -----------------------------------------------------------------------------------
+
+
+def crop(x: Tensor, corner: Iterable[int], box: int) -> Tensor:
+    """The cube of `box` voxels of x (..., D, H, W) that begins at corner (z, y, x): a view of x.
+
+    Raises ValueError if the cube does not lie inside x.
+    """
+    sides = x.shape[-3:]
+    corner = tuple(corner)
     if any(start < 0 or start + box > n for start, n in zip(corner, sides, strict=True)):
-        raise ValueError(f"a cube of {box} voxels at {corner} leaves the box {tuple(sides)}; "
-                         "pad it first")
-    for dim, start in zip((-3, -2, -1), corner):
-        x = x.narrow(dim, start, box)
-    return x
+        raise ValueError(
+            f"a cube of {box} voxels at {corner} leaves the box {tuple(sides)}; pad it first"
+        )
+    region = [slice(start, start + box) for start in corner]
+    return x[..., *region]
 
 
 def center_crop(x: Tensor, box: int) -> Tensor:
-    """The central cube of x (..., D, H, W) (F.1): voxel n // 2 becomes voxel box // 2."""
+    """The central cube of x (..., D, H, W): voxel n // 2 becomes voxel box // 2 (F.1)."""
     return crop(x, [n // 2 - box // 2 for n in x.shape[-3:]], box)
 
 
 def pad(x: Tensor, box: int, value: float = 0.0) -> Tensor:
-    """x (..., D, H, W) with every side at least `box`, voxel n // 2 in the middle as in center_crop.
+    """x (..., D, H, W) with every side at least `box`; voxel n // 2 stays in the middle.
 
-    value: solvent in the scale of x, 0 for a density, -mean / std in network scale.
+    value is the solvent in the scale of x: 0 for a density, -mean / std in network scale.
     """
-    before = [max(n, box) // 2 - n // 2 for n in x.shape[-3:]]
-    after = [max(n, box) - n - b for n, b in zip(x.shape[-3:], before)]
-    sides = [side for pair in zip(before, after) for side in pair]
-    return F.pad(x, sides[4:] + sides[2:4] + sides[:2], value=value)          # last axis first
+    widths = []
+    for n in reversed(x.shape[-3:]):  # F.pad wants the last axis first
+        side = max(n, box)
+        before = side // 2 - n // 2
+        widths += [before, side - n - before]
+    return F.pad(x, widths, value=value)
 
 
-def density_mask(density: Tensor, threshold: float = 0.1, dilations: int = 3) -> Tensor:
-    """Where to centre random crops: density (D, H, W) on 0..1 above the threshold, dilated."""
-    x = (density > threshold).float()[None]
-    for _ in range(dilations):
-        x = F.max_pool3d(x, 3, stride=1, padding=1)     # Departure 1
-    return x[0] > 0
+# ---- Rotations -------------------------------------------------------------------------------
 
-
-def cube(density: Tensor) -> tuple[Tensor, dict]:
-    """A map as it is trained on, float16 (n, n, n) on 0..1, and its statistics, before padding.
-
-    A cube, padded with 0, so that no rotation turns density out of it.
-    Raises ValueError if hardly any voxel is above a tenth of the 99.999 percentile.
-    """
-    x, scale = normalise(density, 0, 1)
-    filled = float((x > 0.1).float().mean())
-    if filled < 1e-4:
-        raise ValueError(f"hardly any density: {filled:.1e} of its voxels are above a tenth of the top")
-    statistics = dict(maximum=scale.maximum, mean=float(x.mean()), std=float(x.std()), filled=filled)
-    return pad(x, max(x.shape)).half(), statistics
-
-
-# Axis orders and flips whose matrix has determinant +1; the other 24 would change handedness.
-ROTATIONS_24 = [(order, signs) for order in itertools.permutations(range(3))
-                for signs in itertools.product((1, -1), repeat=3)
-                if np.linalg.det(np.eye(3)[list(order)] * signs) > 0]
+# The 24 rotations of the cube: axis orders and flips whose matrix has determinant +1. The other 24
+# would change the handedness.
+ROTATIONS_24 = [
+    (order, signs)
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+    if np.linalg.det(np.eye(3)[list(order)] * signs) > 0
+]
 
 
 def rotate(x: Tensor, rotation: Tensor, box: int | None = None, cubic: bool = False) -> Tensor:
-    """(5) for x (..., D, H, W) and R (3, 3) on (x, y, z) columns, or x (B, ..., D, H, W) and R (B, 3, 3).
+    """The map turned by (2), trilinear or, with `cubic`, by cubic B-splines.
 
-    Turns the specimen by R^T about the middle of the box, (n - 1) / 2; 0 from outside. Trilinear, or
-    cubic B-splines. box: only the middle box^3 voxels of the result, (..., box, box, box).
+    x: (..., D, H, W) with one rotation (3, 3), or (B, ..., D, H, W) with (B, 3, 3), which act on
+    (x, y, z) columns. The specimen is turned by R^T about the middle of the box, (n - 1) / 2, and 0
+    comes in from outside. box: return only the middle box^3 voxels of the result.
     """
-    R = rotation.to(x).reshape(-1, 3, 3)
+    rotation = rotation.to(x).reshape(-1, 3, 3)
+    count = len(rotation)
     D, H, W = x.shape[-3:]
-    shape = (D, H, W) if box is None else (box,) * 3
-    side, wanted = (x.new_tensor(sides[::-1]) for sides in ((D, H, W), shape))
-    theta = F.pad(R * wanted / side[:, None], (0, 1))   # affine_grid measures each axis by its side
-    grid = F.affine_grid(theta, (len(R), 1, *shape), align_corners=False)
-    sample = _cubic_sample if cubic else functools.partial(F.grid_sample, align_corners=False)
-    return sample(x.reshape(len(R), -1, D, H, W), grid).view(*x.shape[:-3], *shape)
+    shape = (D, H, W) if box is None else (box, box, box)
+
+    # affine_grid measures each axis by its own side, in the order x, y, z.
+    side = x.new_tensor((W, H, D))
+    wanted = x.new_tensor(shape[::-1])
+    theta = F.pad(rotation * wanted / side[:, None], (0, 1))
+    grid = F.affine_grid(theta, (count, 1, *shape), align_corners=False)
+
+    volumes = x.reshape(count, -1, D, H, W)
+    turned = sample_cubic(volumes, grid) if cubic else sample_linear(volumes, grid)
+    return turned.view(*x.shape[:-3], *shape)
 
 
-def _cubic_sample(x: Tensor, grid: Tensor) -> Tensor:
-    """grid_sample by cubic B-splines through the voxels of x (B, C, D, H, W): sum_j c_j B(i - j) = x_i.
+def sample_linear(x: Tensor, grid: Tensor) -> Tensor:
+    """x (B, C, D, H, W) at the places of grid (B, D', H', W', 3), which run from -1 to 1."""
+    return F.grid_sample(x, grid, align_corners=False)
 
-    The four taps of an axis are two linear look-ups at weighted places, so 8 trilinear samples of c
-    make one cubic sample: Sigg & Hadwiger 2005, GPU Gems 2 §20; Ruijters & Thévenaz 2012.
+
+def sample_cubic(x: Tensor, grid: Tensor) -> Tensor:
+    """`sample_linear` by (3).
+
+    Two of the four taps of an axis are one linear look-up at a place between them. So an axis needs
+    two look-ups, and 8 trilinear samples of c make one cubic sample (Ruijters & Thévenaz 2012).
     """
-    for n in x.shape[-3:]:                              # solved along D, then H, then W
+    # Solve (3) for the coefficients c, along D, then H, then W. Each solved axis becomes the last.
+    c = x
+    for n in x.shape[-3:]:
         i = torch.arange(n, device=x.device)
-        spline = x.new_tensor([4 / 6, 1 / 6, 0])[(i - i[:, None]).abs().clamp(max=2)]          # B(i - j)
-        x = torch.tensordot(x, torch.linalg.inv(spline), ([-3], [0]))          # its axis is now the last
-    sides = x.new_tensor(x.shape[:-4:-1])               # W, H, D
-    p = ((grid + 1) * sides - 1) / 2                    # in voxels
-    a = p - p.floor()
-    w_1, w_2, w_3 = (4 - 6 * a ** 2 + 3 * a ** 3) / 6, (1 + 3 * a + 3 * a ** 2 - 3 * a ** 3) / 6, a ** 3 / 6
-    high = w_2 + w_3
-    pairs = ((p.floor() - 1 + w_1 / (1 - high), 1 - high), (p.floor() + 1 + w_3 / high, high))
+        distance = (i - i[:, None]).abs().clamp(max=2)
+        spline = x.new_tensor([4 / 6, 1 / 6, 0])[distance]  # B at 0, 1 and 2 voxels
+        c = torch.tensordot(c, torch.linalg.inv(spline), ([-3], [0]))
+
+    # Places in voxels, and their distance a from the voxel before.
+    sides = x.new_tensor(x.shape[:-4:-1])  # W, H, D
+    place = ((grid + 1) * sides - 1) / 2
+    voxel = place.floor()
+    a = place - voxel
+
+    # Weights of the taps voxel, voxel + 1 and voxel + 2; that of voxel - 1 is what is left to 1.
+    w_1 = (4 - 6 * a**2 + 3 * a**3) / 6
+    w_2 = (1 + 3 * a + 3 * a**2 - 3 * a**3) / 6
+    w_3 = a**3 / 6
+
+    # The look-up for the lower two taps, and the one for the upper two.
+    upper = w_2 + w_3
+    lower = 1 - upper
+    places = (voxel - 1 + w_1 / lower, voxel + 1 + w_3 / upper)
+    weights = (lower, upper)
     total = 0
     for corner in itertools.product((0, 1), repeat=3):
-        place = torch.stack([pairs[k][0][..., axis] for axis, k in enumerate(corner)], -1)
-        weight = math.prod(pairs[k][1][..., axis] for axis, k in enumerate(corner))
-        total = total + weight[:, None] * F.grid_sample(x, (2 * place + 1) / sides - 1, align_corners=False)
+        at = torch.stack([places[k][..., axis] for axis, k in enumerate(corner)], -1)
+        weight = math.prod(weights[k][..., axis] for axis, k in enumerate(corner))
+        total = total + weight[:, None] * sample_linear(c, (2 * at + 1) / sides - 1)
     return total
 
 
-def tile_starts(shape: Iterable[int], tile: int, stride: int) -> list[tuple[int, int, int]]:
-    """Corners (z, y, x) of cubes of `tile` voxels that cover a box; the last on an axis ends with it.
+# ---- Tiles -----------------------------------------------------------------------------------
 
-    Raises ValueError if a side is shorter than the tile, or the stride leaves gaps.
+
+def tile_starts(shape: Iterable[int], tile: int, stride: int) -> list[tuple[int, int, int]]:
+    """Corners (z, y, x) of cubes of `tile` voxels that cover a box; the last one ends with it.
+
+    Raises ValueError if a side is shorter than the tile, or if the stride leaves gaps.
     """
     shape = tuple(shape)
     if min(shape) < tile or not 0 < stride <= tile:
-        raise ValueError(f"tiles of {tile} voxels every {stride} cannot cover the box {shape}; "
-                         "pad it to one tile at least, and keep the stride within a tile")
-    return list(itertools.product(*([*range(0, n - tile, stride), n - tile] for n in shape)))
+        raise ValueError(
+            f"tiles of {tile} voxels every {stride} cannot cover the box {shape}; "
+            "pad it to one tile at least, and keep the stride within a tile"
+        )
+    # Along each axis, and then all combinations.
+    starts = [[*range(0, n - tile, stride), n - tile] for n in shape]
+    return list(itertools.product(*starts))
 
 
 def gaussian_window(box: int) -> Tensor:
-    """Algorithm 1's weights (box, box, box): a Gaussian scaled to 1 in the corners, 3 at its peak."""
+    """Weights (box, box, box) of Algorithm 1: a Gaussian scaled to 1 in the corners, 3 at most."""
+    # One Gaussian along each axis, and their product.
     i = torch.arange(box) - (box - 1) / 2
-    g = torch.exp(-i**2 / (2 * (box / 4)**2))           # Departure 3
+    g = torch.exp(-(i**2) / (2 * (box / 4) ** 2))  # Departure 2
     w = g[:, None, None] * g[:, None] * g
-    return 1 + 2 * (w - w.min()) / (w.max() - w.min()).clamp(min=1e-12)
+    low = w.min()
+    return 1 + 2 * (w - low) / (w.max() - low).clamp(min=1e-12)
 
 
 def cut_tiles(x: Tensor, corners: list[tuple[int, int, int]], tile: int) -> Tensor:
@@ -191,18 +247,27 @@ def cut_tiles(x: Tensor, corners: list[tuple[int, int, int]], tile: int) -> Tens
     return torch.stack([crop(x, corner, tile) for corner in corners])
 
 
-def blend_tiles(tiles: Iterable[Tensor], corners: list[tuple[int, int, int]],
-          shape: Iterable[int], window: Tensor | None = None) -> Tensor:
-    """(6), Algorithm 1 of CryoLVM: tiles (..., tile, tile, tile) at their corners -> (..., *shape).
+def blend_tiles(
+    tiles: Iterable[Tensor],
+    corners: list[tuple[int, int, int]],
+    shape: Iterable[int],
+    window: Tensor | None = None,
+) -> Tensor:
+    """Tiles (..., tile, tile, tile) at their corners -> one map (..., *shape), by (4).
 
-    tiles: the stack from `cut`, or whatever yields tiles one by one, so that memory stays bounded.
-    window: the weights w (tile, tile, tile), positive (default: `gaussian_window`).
+    tiles: the stack from `cut_tiles`, or a generator of single tiles, which needs less memory.
+    window: the positive weights w (tile, tile, tile); default: `gaussian_window`.
     """
     total = None
     for tile, corner in zip(tiles, corners, strict=True):
+        # The first tile says how many channels there are, and on which device.
+        box = tile.shape[-1]
         if total is None:
-            window = (gaussian_window(tile.shape[-1]) if window is None else window).to(tile)
-            total, weight = tile.new_zeros(*tile.shape[:-3], *shape), tile.new_zeros(*shape)
-        crop(total, corner, tile.shape[-1]).add_(tile * window)
-        crop(weight, corner, tile.shape[-1]).add_(window)
-    return total / weight                               # (6); weights are positive, no epsilon
+            window = gaussian_window(box) if window is None else window
+            window = window.to(tile)
+            total = tile.new_zeros(*tile.shape[:-3], *shape)
+            weight = tile.new_zeros(*shape)
+
+        crop(total, corner, box).add_(tile * window)
+        crop(weight, corner, box).add_(window)
+    return total / weight  # (4); every voxel has a positive weight

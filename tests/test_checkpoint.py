@@ -120,7 +120,7 @@ def test_kill_9_at_random_moments_of_writing_always_leaves_a_checkpoint_to_resum
         time.sleep(rng.uniform(0, 0.05))
         writer.kill()
         writer.join()
-        torn += (tmp_path / ".checkpoint.pt.tmp").exists()                   # in the middle of a write
+        torn += any(tmp_path.glob(".checkpoint.pt.*tmp"))                   # in the middle of a write
         training = checkpoint.read(path)["training"]
         assert training["step"] > step
         assert all((moment == i).all() for i, moment in training["moments"].items())

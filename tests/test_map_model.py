@@ -235,9 +235,9 @@ def test_the_program_prints_phenixs_numbers_for_files_in_any_frame(f, tmp_path, 
     with mrcfile.new(tmp_path / "map.mrc") as m:
         m.set_data(f["map_zyx"])
         m.voxel_size = f["v"]
-        m.header.origin = (10, 20, -30)                 # and the first voxel at another 4 voxels along x
+        m.header.origin = (10, 20, -30)                 # it counts, and nstart does not
         m.header.nxstart = 4
-    shift, lines = np.array([10 + 4 * f["v"], 20, -30]), []
+    shift, lines = np.array([10, 20, -30]), []
     for i, (xyz, e, name, n, b) in enumerate(zip(f["coords_xyz"] + shift, f["elements"], f["atom_names"],
                                                  f["residue_number"], f["b_iso"]), 1):
         position = "".join(f"{c:8.3f}" for c in xyz)

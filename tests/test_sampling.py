@@ -21,7 +21,6 @@ import fsc_score
 import mrc
 import posterior
 import sampling
-import star
 import volume
 from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
@@ -653,14 +652,6 @@ def test_a_mask_holds_for_the_posterior_mean_and_for_what_is_said_of_it(tmp_path
 def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(tmp_path, run, halves):
     angles = [(30.0 * i, 90.0, 5.0 * i) for i in range(12)]                     # side views only: kz is seen by all
     (tmp_path / "angles.txt").write_text("# rot tilt psi\n" + "".join("{} {} {}\n".format(*a) for a in angles))
-    (tmp_path / "particles.star").write_text(
-        "data_optics\n\nloop_\n_rlnVoltage #1\n300\n\ndata_particles\n\nloop_\n_rlnAnglePsi #1\n_rlnAngleTilt #2\n_rlnImageName #3\n"
-        "_rlnAngleRot #4\n" + "".join(f"{psi} {tilt} 1@a.mrcs {rot}\n" for rot, tilt, psi in angles) + "\ndata_other\n\n_rlnX 5\n")
-    R = star.read_orientations(tmp_path / "angles.txt")
-    assert torch.equal(R, star.read_orientations(tmp_path / "particles.star"))
-    for (rot, tilt, psi), r in zip(np.deg2rad(angles), R.numpy()):              # the beam, and handedness
-        np.testing.assert_allclose(r[:, 2], (np.cos(rot) * np.sin(tilt), np.sin(rot) * np.sin(tilt), np.cos(tilt)), atol=1e-12)
-        assert np.linalg.det(r) == pytest.approx(1) and (r.T @ r)[2, :2] == pytest.approx(0)
     for i, flags in enumerate((("--tilt-range", -45, 45), ("--orientations", tmp_path / "angles.txt"),
                                ("--tilt-range", -60, 60, "--alpha", 1))):
         run("--task", "anisotropic", *halves, "-o", tmp_path / f"{i}.mrc", *flags)

@@ -1,0 +1,146 @@
+"""Tests of files.py: files appear whole or not at all, and nothing is replaced by accident."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+import files
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def full_disk(*_):
+    raise OSError("no space left on device")
+
+
+def test_a_written_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "out.bin"
+    with files.atomic_write(path) as file:
+        file.write(b"content")
+        assert not path.exists()
+    assert path.read_bytes() == b"content"
+    assert names(tmp_path) == ["out.bin"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("failed write")])
+def test_a_failed_write_names_the_file_and_leaves_the_old_one(tmp_path, error):
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+    with (
+        pytest.raises(OSError, match=r"out.bin: not written \(.*unchanged") as caught,
+        files.atomic_write(path) as file,
+    ):
+        file.write(b"half of the new con")
+        raise error
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["out.bin"]
+
+
+def test_a_program_error_leaves_the_old_file_and_keeps_its_type(tmp_path):
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyError), files.atomic_write(path) as file:
+        file.write(b"new")
+        raise KeyError("a bug")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["out.bin"]
+
+
+def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", full_disk)
+    with (
+        pytest.raises(OSError, match="out.bin: not written .no space"),
+        files.atomic_write(path) as file,
+    ):
+        file.write(b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["out.bin"]
+
+
+def test_the_next_write_removes_what_a_killed_process_left(tmp_path):
+    path = tmp_path / "out[1].bin"
+    killed = tmp_path / ".out[1].bin.99999999.tmp"
+    other = tmp_path / ".other.bin.99999999.tmp"
+    killed.write_bytes(b"half")
+    other.write_bytes(b"half")
+    with files.atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == [other.name, path.name]
+
+
+def test_several_outputs_appear_together(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    with files.AtomicOutputs() as outputs:
+        with outputs.open(first) as file:
+            file.write(b"1")
+        assert names(tmp_path) != ["a"]
+        with outputs.open(second) as file:
+            file.write(b"2")
+    assert first.read_bytes() == b"1"
+    assert second.read_bytes() == b"2"
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_no_output_appears_when_a_later_one_fails(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(OSError, match="b: not written"), files.AtomicOutputs() as outputs:
+        with outputs.open(tmp_path / "a") as file:
+            file.write(b"new")
+        with outputs.open(tmp_path / "b"):
+            full_disk()
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_json_is_written_with_null_for_nan_and_infinity(tmp_path):
+    path = tmp_path / "out.json"
+    numbers = {"a": [1, 2.5, math.nan], "b": {"c": (math.inf, -math.inf)}, "d": None, "e": "é"}
+    files.write_json(path, numbers)
+    text = path.read_text()
+    assert text.endswith("}\n")
+    expected = {"a": [1, 2.5, None], "b": {"c": [None, None]}, "d": None, "e": "é"}
+    assert json.loads(text) == expected
+
+
+def test_existing_outputs_are_refused_unless_overwriting_and_inputs_always(tmp_path):
+    source, link, old = tmp_path / "in.mrc", tmp_path / "link.mrc", tmp_path / "old.mrc"
+    source.write_bytes(b"in")
+    old.write_bytes(b"old")
+    link.symlink_to(source)
+    missing = tmp_path / "missing.mrc"
+
+    files.refuse_existing([tmp_path / "new.mrc"], [source, missing])
+    files.refuse_existing([old], [source, missing], overwrite=True)
+    with pytest.raises(FileExistsError, match="old.mrc: exists; .*--overwrite"):
+        files.refuse_existing([old], [source])
+    for path in (source, link):
+        with pytest.raises(FileExistsError, match="is the input"):
+            files.refuse_existing([path], [source], overwrite=True)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        files.refuse_existing([tmp_path / "nowhere" / "out.mrc"])
+
+
+def test_a_folder_is_listed_by_suffix_in_any_case_without_hidden_files(tmp_path):
+    for name in ("b.mrc", "a.MRC", "._b.mrc", ".hidden.mrc", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    listed = files.list_files(tmp_path, (".mrc",))
+    assert [file.name for file in listed] == ["a.MRC", "b.mrc"]
+
+
+def test_one_file_is_listed_as_it_was_given(tmp_path):
+    path = tmp_path / ".hidden.mrc"
+    path.write_bytes(b"")
+    assert files.list_files(path, (".mrc",)) == [path]
+    assert files.list_files(str(path), (".pdb",)) == []
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        files.list_files(tmp_path / "none", (".mrc",))
+    assert isinstance(files.list_files(str(path), (".mrc",))[0], Path)
