@@ -22,7 +22,8 @@ middle of the crop first and turn no more than the crop shows: a crop of 64^3 fr
 Departure 3: D.2 gives no sigma for the blending window; we use a quarter of the tile.
 Departure 4: 4.1 removes helices and "problematic cases" by eye; `RULES` goes by method and title.
 """
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -105,3 +106,24 @@ def window(x: np.ndarray, centre: Iterable[int], side: int) -> Tensor:
     here = tuple(slice(a - f, b - f) for (a, b), f in zip(there, first))
     out.numpy()[here] = x[tuple(slice(a, b) for a, b in there)]
     return out
+
+
+@dataclass(eq=False)
+class RandomItems(torch.utils.data.Dataset):
+    """An endless data set: item i is drawn from a random entry, and is a function of (seed, i).
+
+    A data set is a dataclass that adds its settings and `draw(entry, generator)`, which returns
+    an item. `entries` is any sequence.
+    """
+
+    entries: Sequence
+    _: KW_ONLY
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, i: int):
+        generator = item_generator(self.seed, i)
+        entry = self.entries[randint(len(self.entries), generator)]
+        return self.draw(entry, generator)
