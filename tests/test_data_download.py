@@ -1,4 +1,4 @@
-"""data_download.py: PDB entries become an archive, EMDB entries map files. No test needs a network."""
+"""data_download.py: PDB entries -> an archive, EMDB entries -> map files. No test needs a network."""
 
 import gzip
 import http.client

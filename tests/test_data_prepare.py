@@ -1,4 +1,4 @@
-"""data_prepare.py: EMDB's maps on the training grid, each prepared or skipped for a stated reason."""
+"""data_prepare.py: EMDB's maps on the training grid, prepared or skipped for a stated reason."""
 
 import csv
 import json
