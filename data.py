@@ -54,6 +54,7 @@ def prepared_files(folder: Path, voxel_size: float) -> list[Path]:
 
     Raises ValueError if the folder was prepared for another voxel size.
     """
+    # The settings say for what voxel size.
     made_for = json.loads((folder / SETTINGS).read_text())["voxel_size"]
     if made_for != voxel_size:
         raise ValueError(
@@ -68,6 +69,7 @@ def read_cube(file: Path, voxel_size: float, box: int | None) -> Tensor:
 
     Raises ValueError if it holds hardly any density or, with `box`, none in its middle.
     """
+    # Resample, scale to 0..1 and pad to a cube.
     density, _ = cube(resample_map(read_map(file), voxel_size).density)
     if box and center_crop(density, min(box, len(density))).max() <= 0.1:
         raise ValueError(f"hardly any density in the middle {box} voxels; centre it first")
@@ -133,14 +135,14 @@ class MapCrops(RandomItems):
         # coefficients of the spline settle.
         side = self.crop if self.center else 2 * math.ceil((math.sqrt(3) * self.crop + 10) / 2)
 
-        # Cut a window for each crop out of the map.                         Departure 1
+        # Departure 1: cut a window for each crop out of the map, then rotate only the window.
         windows = []
         for _ in range(self.crops):
             centre = [n // 2 for n in x.shape] if self.center else random_centre(x, generator)
             windows.append(window(x, centre, side))
         windows = torch.stack(windows)[:, None]  # (crops, 1, side, side, side)
 
-        # Rotate them, each by a random rotation of its own.
+        # Each is rotated by a random rotation of its own.
         rotations = torch.stack([random_rotation(generator) for _ in range(self.crops)])
         if self.rotate_later:
             return windows, rotations

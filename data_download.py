@@ -45,6 +45,7 @@ def download(url: str, path: Path) -> None:
 
     Raises OSError without a connection, for a name that the server does not know, on a full disk.
     """
+    # Reading all of it at once raises if the connection breaks off before the end.
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
@@ -78,6 +79,7 @@ def map_entries(names: list[str]) -> list[str]:
 
     Raises ValueError for what is neither.
     """
+    # A list may name an entry twice, because several parts of one map were cut out.
     entries = []
     for name in names:
         rows = read_list(name, ("emdb",)) if name.endswith(".tsv") else [dict(emdb=name)]
@@ -119,8 +121,9 @@ def fetch_maps(names: list[str], folder: str | Path, say=print) -> list[str]:
 
 
 def local_entries(folder: Path) -> dict[str, Path]:
-    """PDB id -> its file in a folder: 1abc.pdb, pdb1abc.ent.gz, 1ABC.cif, ...; mmCIF comes last."""
+    """PDB id -> its file in a folder: 1abc.pdb, pdb1abc.ent.gz, 1ABC.cif, ..."""
     pattern = re.compile(r"(?:pdb)?(\w{4})\.(cif|ent|pdb)(\.gz)?", re.IGNORECASE)
+    # Where an entry has both, the PDB file comes later and replaces the mmCIF file.
     files = {}
     for file in sorted(folder.iterdir(), key=lambda file: ".cif" not in file.name.lower()):
         if match := pattern.fullmatch(file.name):
@@ -268,12 +271,15 @@ def read_entry(
 
     Raises OSError or ValueError if it cannot be had.
     """
+    # Find its file, or download it.
     pdb_id = row["pdb_id"].upper()
     if not pdb_id:
         raise ValueError("has no PDB id, so it cannot be downloaded")
     if pdb_id not in files and not online:
         raise ValueError(f"no file of {pdb_id} in {folder}")
     file = files.get(pdb_id) or fetch_entry(pdb_id, folder)
+
+    # Read and clean it. What a damaged file raises depends on where it is damaged.
     try:
         atoms = cif_atoms(file) if ".cif" in file.name.lower() else pdb_atoms(file)
         structure = to_structure(row["label"], clean(atoms, row["chains"]))

@@ -87,15 +87,23 @@ def rejected(row: dict | None, max_resolution: float) -> str:
     """Why section 4.1 leaves an entry out, from its row of the metadata; "" if it stays."""
     if row is None:
         return "not in the metadata"
+
+    # Better than max_resolution (Å), and stated at all.
     resolution = row["resolution"].strip()
     if not re.fullmatch(r"\d+\.?\d*", resolution) or not 0 < float(resolution) < max_resolution:
         return "resolution not stated, or not better than asked"
+
+    # By single particles. EMDB has written "singleParticle" and "Single particle".
     method = re.sub("[^a-z]", "", row["structure_determination_method"].lower())
     if method != "singleparticle":
         return "not single particle"
+
+    # With half maps.
     if not row["half_map_filename"].strip():
         return "no half maps"
-    if re.search("helical|filament|fibril|microtubule", row["title"], re.IGNORECASE):  # Departure 1
+
+    # Departure 1: no helical assembly, as far as the title says.
+    if re.search("helical|filament|fibril|microtubule", row["title"], re.IGNORECASE):
         return "helical, by its title"
     return ""
 
@@ -188,10 +196,13 @@ def prepare_map(file: Path, out: Path, voxel_size: float, max_side: float) -> di
 
 def prepare_maps(files: list[Path], workers: int, *settings) -> Iterable[dict]:
     """The rows of `prepare_map` for all files, as they come from that many processes."""
+    # One worker needs no process of its own.
     if workers == 1:
         for file in files:
             yield prepare_map(file, *settings)
         return
+
+    # Whoever stops listening, after an error or Ctrl-C, cancels the maps that nobody has begun.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, start_worker)
     try:
@@ -232,6 +243,8 @@ def prepare(
             f"--voxel-size {voxel_size:g}, --workers {workers}: want a positive number of Å "
             "and a worker or more"
         )
+
+    # Read what is known of the entries, and what an earlier run did.
     entries = read_metadata(metadata) if metadata else None
     settings = dict(voxel_size=voxel_size, max_resolution=max_resolution, max_side=max_side)
     done = begin_or_continue(out, settings)
@@ -275,6 +288,7 @@ def prepare(
 
 def say_summary(rows: list[dict], out: Path, say) -> None:
     """Say how many entries were skipped for each reason, and how many were prepared."""
+    # "unreadable: why" counts as "unreadable".
     reasons = Counter(row["skipped"].split(":")[0] for row in rows)
     taken = reasons.pop("", 0)
     for why, count in reasons.most_common():
@@ -290,6 +304,7 @@ def parse(argv) -> argparse.Namespace:
     cli = argparse.ArgumentParser(description="Training data from EMDB and the PDB.")
     commands = cli.add_subparsers(required=True, dest="command")
 
+    # maps
     one = commands.add_parser("maps", help="EMDB's maps -> a folder for train.py --data")
     one.add_argument("folder", help="holds emd_1234.map.gz and so on, at any depth")
     one.add_argument("out", help="folder for emd_1234.npy and index.csv")
@@ -308,6 +323,7 @@ def parse(argv) -> argparse.Namespace:
         help="processes, each with three copies of a map in memory (default: one per core)",
     )
 
+    # urls
     two = commands.add_parser("urls", help="where to download the maps that the metadata allow")
     two.add_argument("metadata", help="CSV of EMDB's search")
     for command in (one, two):
@@ -318,11 +334,13 @@ def parse(argv) -> argparse.Namespace:
             help="Å (default: 3, as CryoFM; CryoLVM 4)",
         )
 
+    # structures
     three = commands.add_parser("structures", help="PDB entries -> an archive of structures")
     three.add_argument("list", help="a table such as structures/val.tsv")
     three.add_argument("--from", dest="folder", help="take the files of this folder, no download")
     three.add_argument("-o", "--out", help="default: the list's name with .npz")
 
+    # emdb
     four = commands.add_parser("emdb", help="download maps of EMDB entries")
     four.add_argument("entries", nargs="+", help="EMD-1234 ..., or a .tsv with a column emdb")
     four.add_argument("folder", help="folder for emd_1234.map.gz")

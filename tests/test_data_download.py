@@ -1,4 +1,4 @@
-"""data_download.py: PDB entries -> an archive, EMDB entries -> map files. No test needs a network."""
+"""data_download.py: PDB entries -> an archive, EMDB entries -> map files. No network is needed."""
 
 import gzip
 import http.client
