@@ -9,7 +9,8 @@ once, choose the middle of the crop first, and turn only what the crop shows. So
 a map of 384^3 costs 4 MB of reading, not 113 MB, and 216 times fewer interpolated voxels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -136,3 +137,24 @@ def window(x: np.ndarray, centre: Iterable[int], side: int) -> Tensor:
         in_window.append(slice(start - first, stop - first))
     out.numpy()[tuple(in_window)] = x[tuple(in_x)]
     return out
+
+
+@dataclass(eq=False)
+class RandomItems(torch.utils.data.Dataset):
+    """An endless data set: item i is drawn from a random entry, and is a function of (seed, i).
+
+    A data set is a dataclass that adds its settings and `draw(entry, generator)`, which returns
+    an item. `entries` is any sequence.
+    """
+
+    entries: Sequence
+    _: KW_ONLY
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, i: int):
+        generator = item_generator(self.seed, i)
+        entry = self.entries[randint(len(self.entries), generator)]
+        return self.draw(entry, generator)

@@ -1,181 +1,319 @@
-"""Pairs of what was observed and what is wanted, for CryoLVM.
+"""Pairs of an observed and a wanted density that CryoLVM is fine-tuned on, simulated or real.
 
-(Equations and departures of the file that this one came from; keep what belongs here.)
-Density maps: files, grids, grey scale, crops, rotations, tiles, batches; `python data.py prepare` for EMDB's.
+    sharpen     deposited map -> molmap of its model at the same resolution R (CryoLVM 4.2)
+    superres    deposited map -> molmap of its model at 1.8 Å                 (CryoLVM 4.3)
+    wedge3d     molmap and noise, less the missing wedge -> molmap            (CryoLVM 4.4)
 
-    r_i = origin + (nstart + i) v                      position of voxel i, v the voxel size      (1)
-    n' = round(n v / v_wanted),  v' = n v / n'         a new grid over the same box               (2)
-    f'_k = f_k for |k| < min(n, n') / 2, else 0        f_k = 1/n sum_i x_i exp(-2 pi i k i / n)   (3)
-    x = (clip(density, 0, p) / p - mean) / std         p the 99.999 percentile: network scale     (4)
-    rotated(r) = density(R r)                          r = (x, y, z) from the centre of the box   (5)
-    M = sum_k w y_k / sum_k w                          tiles y_k blended under the window w       (6)
+A deposited map is simulated in five steps. rho_b is the model's density with B-factor b per atom,
+m is about 1 inside the molecule and 0 outside.
 
-Volumes are float32 (D, H, W) = (z, y, x), lengths Å; voxel_size, origin and nstart are triples in
-that same order (z, y, x). (1): MRC2014, Cheng et al. 2015, J. Struct. Biol. 192:146. (2), (3):
-band-limited interpolation, voxel 0 stays in place and values keep their scale. (4): CryoFM
-(arXiv:2410.08631) §4.2, clipping as in its release; crops and rotations: its appendix F.1.
-(6): CryoLVM, appendix D.2, Algorithm 1.
-Departure 1: how F.1 dilates the mask of random crops is not stated; we use a 3^3 cube, three times.
-Departure 2: the release turns a whole map, applies (4) again and crops it. We apply (4) once, choose the
-middle of the crop first and turn no more than the crop shows: a crop of 64^3 from a map of 384^3 costs
-4 MB of reading instead of 113 MB, and 216 times fewer interpolated voxels.
-Departure 3: D.2 gives no sigma for the blending window; we use a quarter of the tile.
-Departure 4: 4.1 removes helices and "problematic cases" by eye; `RULES` goes by method and title.
+    b   = b_0 + R^2 (4 + 8 Phi(f))                  Phi(f), in 0..1, varies smoothly         (1)
+    x_1 = rho_b + (1 - m) solvent                   smooth density outside the molecule      (2)
+    x_2 = x_1 + n,  E|F n|^2 = a(k) S(1/R) (R |k|)^-u      S the power of rho_b per shell    (3)
+    x_3 = F^-1[exp(B |k|^2 / 4) F x_2]              sharpening, in every second map          (4)
+    y   = lowpass(x_3, R) min(4 m, 1)               the mask, in every second map            (5)
+
+(1) lets amplitudes fall to e^-1 .. e^-3 at 1/R. (3) makes noise as strong as the signal there, so
+the FSC is 0.5. a(k) is 1, or in every second map larger in directions with too few views.
+Resolutions and lengths in Å, B-factors in Å^2, frequencies k in 1/Å.
+Departure 1: (1) to (5) are ours. CryoLVM trains on deposited maps and their models (`read_pairs`).
 """
+
 import csv
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from atoms import molmap, placed, read_model
-from augment import ENDLESS, item_generator, mirror_or_not, randint, random_crop, uniform
-from degrade import add_spectral_noise, anisotropic_noise_power, cone_mask, orientation_alpha, radial_power, wedge_mask
-from fourier import apply_fourier, lowpass
-from fsc import radius
+from atoms import Structure, molmap, placed, read_model
+from augment import RandomItems, mirror_or_not, random_crop, uniform
+from degrade import (
+    add_spectral_noise,
+    anisotropic_noise_power,
+    cone_mask,
+    orientation_alpha,
+    radial_power,
+    wedge_mask,
+)
+from fourier import apply_fourier, lowpass, wavenumber
 from mrc import read_map, resample_map
 from volume import density_mask, normalise, pad
 
+FINE = 1.8  # Å: the resolution that superres wants, and of the model before anything blurs it
 
-def deposited(xyz: Tensor, atomic_number, resolution: float, *, voxel_size: float, shape, origin, b_factor: Tensor,
-              generator: torch.Generator) -> Tensor:
-    """A map as it might be deposited (9): (D, H, W) float32 in Z/Å^3, zero mean where there is nothing.
+PAIRS = "pairs.csv"  # columns map, model (two files beside it) and resolution (Å)
 
-    rho is the model at 1.8 Å with B-factors that vary smoothly from place to place, 4 to 12 R^2: amplitudes at 1/R fall to
-    e^-1 .. e^-3, local resolution varies. solvent: smooth density outside the molecule, 2 to 8 % of the maximum. n: at 1/R
-    as strong as the signal, so that FSC is 0.5 there; u in 0..1; in every second map stronger in directions that too few
-    particles were seen from. Every second map is sharpened, as depositors do, signal and noise alike: B from 0 to the mean
-    8 R^2 by which the signal fell. Every second map is cut out softly 4 to 8 Å around the model, as segments are.
 
-    xyz (A, 3), atomic_number (A,), b_factor (A,) in Å^2 and the grid as in `molmap`; resolution R in Å.
+# ---- A map as it might be deposited ------------------------------------------------------------
+
+
+def smooth_field(xyz: Tensor, direction: Tensor, generator: Generator) -> Tensor:
+    """f of (1) at the atoms xyz (A, 3): about standard normal, smooth over 30 to 80 Å: (A,).
+
+    A sum of plane waves along the unit vectors `direction` (n, 3).
     """
-    draw = lambda low, high: uniform(low, high, generator)
-    # B = R^2 (4 + 8 Phi(f)), f of five plane waves 30 to 80 Å long: about normal, so B is about uniform.
+    # Waves with random lengths (Å) and phases.
+    n = len(direction)
+    wavelength = torch.empty(n).uniform_(30, 80, generator=generator)
+    wavevector = direction / wavelength[:, None]
+    phase = torch.rand(n, generator=generator)
+    waves = (2 * math.pi * (xyz.float() @ wavevector.T + phase)).cos()  # (A, n)
+
+    # The variance of a cosine is 1/2, so that of their sum is n / 2.
+    return waves.sum(1) * (2 / n) ** 0.5
+
+
+def preferred_views(axis: Tensor, shape, generator: Generator) -> Tensor:
+    """a(k) of (3), (D, H, W), for 64 views that crowd about the direction `axis` (3,)."""
+    spread = torch.randn(64, 3, generator=generator) * uniform(0.1, 0.6, generator)
+    beam = spread + axis
+
+    # Only the third column of a rotation, the beam, matters.
+    rotations = torch.zeros(64, 3, 3)
+    rotations[:, :, 2] = beam / beam.norm(dim=1, keepdim=True)
+    return orientation_alpha(rotations, shape, limit=uniform(2, 10, generator))
+
+
+def noise_spectrum(rho: Tensor, resolution: float, voxel_size: float, generator) -> Tensor:
+    """S(1/R) (R |k|)^-u of (3) per shell, u uniform in 0..1: (W // 2,)."""
+    # The power of the signal in the shell of 1/R. In a coarse grid the last shell is below it.
+    n = rho.shape[-1] // 2
+    cutoff = rho.shape[-1] * voxel_size / resolution
+    signal = radial_power(rho)[min(int(cutoff), n - 1)]
+
+    # R |k| = shell / cutoff. Shell 0 takes the value of shell 1.
+    shell = torch.arange(n).clamp(min=1)
+    return signal * (shell / cutoff) ** -uniform(0, 1, generator)
+
+
+def every_second(generator: Generator) -> bool:
+    """True in half of all calls."""
+    return uniform(0, 1, generator) < 0.5
+
+
+def deposited(
+    xyz: Tensor,
+    atomic_number,
+    resolution: float,
+    *,
+    b_factor: Tensor,
+    voxel_size: float,
+    shape,
+    origin,
+    generator: Generator,
+) -> Tensor:
+    """A simulated deposited map y of (5): (D, H, W) float32 in Z/Å^3, zero mean in empty regions.
+
+    xyz (A, 3) in Å, atomic_number (A,), b_factor (A,) in Å^2; resolution R in Å; the grid as in
+    `molmap`.
+    """
+    # The molecule, sharp but for B-factors that vary from place to place.                       (1)
     direction = torch.randn(5, 3, generator=generator)
-    wave = direction / direction.norm(dim=1, keepdim=True) / torch.empty(5).uniform_(30, 80, generator=generator)[:, None]
-    f = (2 * math.pi * (xyz.float() @ wave.T + torch.rand(5, generator=generator))).cos().sum(1) * (2 / 5) ** 0.5
-    b = b_factor + resolution ** 2 * (4 + 8 * torch.special.ndtr(f))
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    share = torch.special.ndtr(smooth_field(xyz, direction, generator))  # uniform in 0..1
+    b = b_factor + resolution**2 * (4 + 8 * share)
     grid = dict(voxel_size=voxel_size, shape=shape, origin=origin)
-    rho = molmap(xyz, atomic_number, 1.8, b_factor=b, cutoff=4, **grid)[0]
+    rho, _, _ = molmap(xyz, atomic_number, FINE, b_factor=b, cutoff=4, **grid)
 
-    near = lowpass((rho > 0.05 * rho.max()).float(), draw(8, 16), voxel_size).clamp(0, 1)  # 1 inside, 0 some Å away
-    solvent = lowpass(torch.randn(rho.shape, generator=generator), draw(8, 16), voxel_size)
-    x = rho + (1 - near) * solvent * (draw(0.02, 0.08) * rho.max() / solvent.std() / 3)
+    # Where the molecule is: m falls from 1 to 0 over some Å.
+    inside = (rho > 0.05 * rho.max()).float()
+    m = lowpass(inside, uniform(8, 16, generator), voxel_size).clamp(0, 1)
 
-    n, shell = shape[-1] // 2, shape[-1] * voxel_size / resolution              # the shell of 1/R
-    power = radial_power(rho)[min(int(shell), n - 1)] * (torch.arange(n).clamp(min=1) / shell) ** -draw(0, 1)
-    if draw(0, 1) < 0.5:                                                         # views crowd about one direction
-        views = torch.randn(64, 3, generator=generator) * draw(0.1, 0.6) + direction[0] / direction[0].norm()
-        z = views / views.norm(dim=1, keepdim=True)
-        rotations = torch.zeros(64, 3, 3)
-        rotations[:, :, 2] = z                                                  # only the beam matters
-        power = anisotropic_noise_power(power, orientation_alpha(rotations, shape, limit=draw(2, 10)))
+    # Solvent whose 3 sigma are 2 to 8 % of the maximum.                                         (2)
+    noise = torch.randn(rho.shape, generator=generator)
+    solvent = lowpass(noise, uniform(8, 16, generator), voxel_size)
+    strength = uniform(0.02, 0.08, generator) * rho.max() / solvent.std() / 3
+    x = rho + (1 - m) * solvent * strength
+
+    # Noise, in every second map with preferred views.                                           (3)
+    power = noise_spectrum(rho, resolution, voxel_size, generator)
+    if every_second(generator):
+        power = anisotropic_noise_power(power, preferred_views(direction[0], shape, generator))
     x = add_spectral_noise(x, power, generator=generator)
-    if draw(0, 1) < 0.5:
-        k2 = (radius(shape, voxel_size) / (min(shape) * voxel_size)) ** 2
-        x = apply_fourier(x, torch.exp(draw(0, 8) * resolution ** 2 / 4 * k2.clamp(max=1 / resolution ** 2)))
-    x = lowpass(x, resolution, voxel_size)
-    if draw(0, 1) < 0.5:
-        x = x * (near * 4).clamp(max=1)
-    return x
+
+    # Depositors sharpen every second map, signal and noise alike. The signal fell by 8 R^2.     (4)
+    if every_second(generator):
+        sharpening = uniform(0, 8, generator) * resolution**2
+        k2 = (wavenumber(shape, voxel_size) ** 2).clamp(max=1 / resolution**2)
+        x = apply_fourier(x, torch.exp(sharpening / 4 * k2))
+
+    # Nothing beyond R is left, and every second map is cut out 4 to 8 Å around its model.       (5)
+    y = lowpass(x, resolution, voxel_size)
+    return y * (m * 4).clamp(max=1) if every_second(generator) else y
 
 
-def simulated_pair(task: str, xyz: Tensor, atomic_number, b_factor: Tensor, resolution: float, generator: Generator, *,
-                   missing: str = "wedge", **grid) -> tuple[Tensor, Tensor]:
-    """What was observed and what is wanted, (D, H, W) each, in Z/Å^3; grid: voxel_size, shape, origin of `molmap`.
+# ---- Simulated pairs ---------------------------------------------------------------------------
 
-    sharpen, superres    `degrade.deposited` -> `molmap` at the same resolution, or at 1.8 Å (CryoLVM 4.2, 4.3)
-    wedge3d              `molmap` and noise, less what a tilt range of 50 to 70 degrees misses -> all of it (4.4)
-    missing: "wedge", or "cone", the formula as the paper prints it.
+
+def simulated_pair(
+    task: str,
+    xyz: Tensor,
+    atomic_number,
+    b_factor: Tensor,
+    resolution: float,
+    generator: Generator,
+    *,
+    missing: str = "wedge",
+    **grid,
+) -> tuple[Tensor, Tensor]:
+    """The observed and the wanted map of a task, (D, H, W) each, in Z/Å^3.
+
+    Atoms as in `deposited`; grid: voxel_size, shape, origin of `molmap`. wedge3d loses what a tilt
+    range of 50 to 70 degrees misses: missing="wedge", or "cone", the formula that the paper prints.
     """
-    wanted = molmap(xyz, atomic_number, 1.8 if task == "superres" else resolution, **grid)[0]
+    wanted_resolution = FINE if task == "superres" else resolution
+    wanted, _, _ = molmap(xyz, atomic_number, wanted_resolution, **grid)
     if task != "wedge3d":
-        return deposited(xyz, atomic_number, resolution, b_factor=b_factor, generator=generator, **grid), wanted
+        observed = deposited(
+            xyz, atomic_number, resolution, b_factor=b_factor, generator=generator, **grid
+        )
+        return observed, wanted
+
+    # The measured region of a random tilt range.
     angle = uniform(50, 70, generator)
-    region = wedge_mask(wanted.shape, (-angle, angle)) if missing == "wedge" else cone_mask(wanted.shape, angle)
-    noise = torch.randn(wanted.shape, generator=generator) * (uniform(0, 0.1, generator) * wanted.max())
-    return apply_fourier(wanted + noise, region), wanted
+    shape = wanted.shape
+    measured = wedge_mask(shape, (-angle, angle)) if missing == "wedge" else cone_mask(shape, angle)
+
+    # White noise of up to a tenth of the maximum.
+    noise = torch.randn(shape, generator=generator)
+    noise = noise * (uniform(0, 0.1, generator) * wanted.max())
+    return apply_fourier(wanted + noise, measured), wanted
 
 
-def pair_crops(pair: Tensor, box: int, count: int, generator: Generator, anywhere: float = 0.5) -> list[Tensor]:
-    """Cubes of a pair (2, D, H, W): this share of them cut anywhere, for solvent is to be learnt too, the others around points of
-    the molecule. (When all were, what came of solvent was a grid of tiles, up to 9 % of the maximum.)"""
-    mask = density_mask(pair[1])
-    return [random_crop(pair, box, generator, None if uniform(0, 1, generator) < anywhere else mask) for _ in range(count)]
+def pair_crops(
+    pair: Tensor, box: int, count: int, generator: Generator, anywhere: float = 0.5
+) -> list[Tensor]:
+    """`count` cubes of a pair (2, D, H, W), each (2, box, box, box).
 
-
-class SimulatedPairs(torch.utils.data.Dataset):
-    """Pairs from models: item i is (crops, 2, crop, crop, crop), `simulated_pair` on [0, 1].
-
-    A function of (seed, i), of a random structure at a resolution uniform in `resolution` (Å).
+    The share `anywhere` of them is cut anywhere, so that the network sees solvent. The others are
+    cut around voxels of the molecule. (With anywhere = 0, restored solvent showed the grid of
+    tiles, up to 9 % of the maximum.)
     """
-    def __init__(self, structures, *, task: str, crop: int, crops: int, box: int, voxel_size: float,
-                 resolution: tuple[float, float], missing: str = "wedge", seed: int = 0):
-        self.structures, self.task, self.crop, self.crops, self.box = structures, task, crop, crops, box
-        self.voxel_size, self.resolution, self.missing, self.seed = voxel_size, resolution, missing, seed
+    molecule = density_mask(pair[1])
+    crops = []
+    for _ in range(count):
+        mask = None if uniform(0, 1, generator) < anywhere else molecule
+        crops.append(random_crop(pair, box, generator, mask))
+    return crops
 
-    def __getitem__(self, i: int) -> Tensor:
-        g = item_generator(self.seed, i)
-        structure = self.structures[randint(len(self.structures), g)]
-        xyz, b = placed(structure, g)
-        pair = simulated_pair(self.task, xyz, structure.atomic_number, b, uniform(*self.resolution, g), g, missing=self.missing,
-                              voxel_size=self.voxel_size, shape=(self.box,) * 3, origin=-self.voxel_size * (self.box // 2))
+
+@dataclass(eq=False, kw_only=True)
+class SimulatedPairs(RandomItems):
+    """Training pairs from models, `Structure`s: item i is (crops, 2, D, D, D), scaled to 0..1.
+
+    All crops of an item come from one `simulated_pair` of box^3 voxels, at a resolution uniform in
+    `resolution` (Å).
+    """
+
+    task: str
+    crop: int
+    crops: int
+    box: int
+    voxel_size: float  # Å
+    resolution: tuple[float, float]  # Å
+    missing: str = "wedge"
+
+    def draw(self, structure: Structure, generator: Generator) -> Tensor:
+        # Simulate the pair and scale both maps to 0..1.
+        xyz, b_factor = placed(structure, generator)
+        pair = simulated_pair(
+            self.task,
+            xyz,
+            structure.atomic_number,
+            b_factor,
+            uniform(*self.resolution, generator),
+            generator,
+            missing=self.missing,
+            voxel_size=self.voxel_size,
+            shape=(self.box,) * 3,
+            origin=-self.voxel_size * (self.box // 2),
+        )
         pair = torch.stack([normalise(x, 0, 1)[0] for x in pair])
-        # wedge3d: crops of molecules alone, as its weights were trained; and a wedge has an orientation, so only the atoms are turned.
-        crops = pair_crops(pair, self.crop, self.crops, g, anywhere=0 if self.task == "wedge3d" else 0.5)
-        return torch.stack(crops if self.task == "wedge3d" else [mirror_or_not(x, g) for x in crops])
 
-    def __len__(self) -> int:
-        return ENDLESS
+        # A wedge has an orientation, so its crops keep theirs. All of them show the molecule,
+        # because the shipped weights were trained so.
+        if self.task == "wedge3d":
+            return torch.stack(pair_crops(pair, self.crop, self.crops, generator, anywhere=0))
+        crops = pair_crops(pair, self.crop, self.crops, generator)
+        return torch.stack([mirror_or_not(x, generator) for x in crops])
 
 
-PAIRS = "pairs.csv"                                     # columns map, model, resolution: two files beside it, and Å
+# ---- Real pairs --------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
-    """Observed and wanted (2, D, H, W) float16 on [0, 1]."""
+    """An observed and a wanted map, (2, D, H, W) float16, scaled to 0..1."""
+
     label: str
     maps: Tensor
 
 
-def read_pairs(folder: str | Path, task: str, voxel_size: float) -> list[Pair]:
-    """Deposited maps and their models, listed in FOLDER/pairs.csv -> pairs on the grid of voxel_size (Å).
+def read_pair(map_file: Path, model_file: Path, task: str, resolution: float, voxel_size) -> Pair:
+    """A deposited map and `molmap` of its model, on the grid of voxel_size (Å).
 
-    What is wanted is `molmap` of the model at the map's resolution, or at 1.8 Å for superres (CryoLVM 4.2, 4.3).
-    Raises OSError or ValueError (one line) for a file that is missing or no map or model, for a model outside of its map,
+    Raises OSError or ValueError for unreadable files, and for a model outside of its map.
+    """
+    source = resample_map(read_map(map_file), voxel_size)
+    model = read_model(model_file)
+
+    # Simulate what is wanted on the grid of the map.
+    wanted, _, _ = molmap(
+        model.xyz,
+        model.atomic_number,
+        FINE if task == "superres" else resolution,
+        voxel_size=source.voxel_size,
+        shape=source.density.shape,
+        origin=source.corner,
+    )
+    if not wanted.max() > 0:
+        raise ValueError(
+            f"{model_file}: none of its atoms lies in {map_file}; they must share one frame"
+        )
+
+    # Scale both to 0..1.
+    pair = torch.stack([normalise(x, 0, 1)[0] for x in (source.density, wanted)])
+    return Pair(map_file.name.split(".")[0], pair.half())
+
+
+def read_pairs(folder: str | Path, task: str, voxel_size: float) -> list[Pair]:
+    """The pairs that FOLDER/pairs.csv lists, on the grid of voxel_size (Å).
+
+    Raises OSError or ValueError (one line) for a bad list or file, for a model outside of its map,
     and for wedge3d, which learns from simulated pairs.
     """
     if task == "wedge3d":
         raise ValueError(f"{folder}: wedge3d learns from models (PDB, mmCIF, .npz), not from pairs")
-    folder, pairs = Path(folder), []
+    folder = Path(folder)
     with open(folder / PAIRS, newline="") as file:
         rows = list(csv.DictReader(file))
+
+    # One row of the list makes one pair.
+    pairs = []
     for row in rows:
         try:
-            map_file, model_file, resolution = folder / row["map"], folder / row["model"], float(row["resolution"])
+            resolution = float(row["resolution"])
+            map_file = folder / row["map"]
+            model_file = folder / row["model"]
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{folder / PAIRS}: wants the columns map, model, resolution (Å); this row is {row}") from None
-        source, model = resample_map(read_map(map_file), voxel_size), read_model(model_file)
-        wanted = molmap(model.xyz, model.atomic_number, 1.8 if task == "superres" else resolution,
-                        voxel_size=source.voxel_size, shape=source.density.shape, origin=source.corner)[0]
-        if not wanted.max() > 0:
-            raise ValueError(f"{model_file}: none of its atoms lies in {map_file}; they must share one frame")
-        pair = torch.stack([normalise(x, 0, 1)[0] for x in (source.density, wanted)]).half()
-        pairs.append(Pair(map_file.name.split(".")[0], pair))
+            raise ValueError(
+                f"{folder / PAIRS}: wants the columns map, model, resolution (Å); this row is {row}"
+            ) from None
+        pairs.append(read_pair(map_file, model_file, task, resolution, voxel_size))
     return pairs
 
 
-class MapPairs(torch.utils.data.Dataset):
-    """As SimulatedPairs, from `read_pairs`: item i is (crops, 2, crop, crop, crop) of one pair, a function of (seed, i)."""
-    def __init__(self, pairs: list[Pair], *, crop: int, crops: int, seed: int = 0):
-        self.pairs, self.crop, self.crops, self.seed = pairs, crop, crops, seed
+@dataclass(eq=False, kw_only=True)
+class MapPairs(RandomItems):
+    """Training pairs from `read_pairs`: item i is (crops, 2, D, D, D) of one pair."""
 
-    def __getitem__(self, i: int) -> Tensor:
-        g = item_generator(self.seed, i)
-        pair = pad(self.pairs[randint(len(self.pairs), g)].maps.float(), self.crop)
-        return torch.stack([mirror_or_not(x, g) for x in pair_crops(pair, self.crop, self.crops, g)])
+    crop: int
+    crops: int
 
-    def __len__(self) -> int:
-        return ENDLESS
+    def draw(self, pair: Pair, generator: Generator) -> Tensor:
+        # A map may be smaller than a crop.
+        maps = pad(pair.maps.float(), self.crop)
+        crops = pair_crops(maps, self.crop, self.crops, generator)
+        return torch.stack([mirror_or_not(x, generator) for x in crops])

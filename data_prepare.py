@@ -1,27 +1,19 @@
-"""EMDB maps and PDB structures -> what training reads: `python data_prepare.py maps`.
+"""The command that makes training data out of public archives.
 
-(Equations and departures of the file that this one came from; keep what belongs here.)
-Density maps: files, grids, grey scale, crops, rotations, tiles, batches; `python data.py prepare` for EMDB's.
+    python data_prepare.py urls emdb.csv                           # which EMDB maps to download
+    python data_prepare.py maps EMDB maps --metadata emdb.csv      # they -> a folder for train.py
+    python data_prepare.py structures structures/val.tsv           # PDB entries -> val.npz
+    python data_prepare.py emdb EMD-6374 EMD-3488 maps             # a few EMDB maps
 
-    r_i = origin + (nstart + i) v                      position of voxel i, v the voxel size      (1)
-    n' = round(n v / v_wanted),  v' = n v / n'         a new grid over the same box               (2)
-    f'_k = f_k for |k| < min(n, n') / 2, else 0        f_k = 1/n sum_i x_i exp(-2 pi i k i / n)   (3)
-    x = (clip(density, 0, p) / p - mean) / std         p the 99.999 percentile: network scale     (4)
-    rotated(r) = density(R r)                          r = (x, y, z) from the centre of the box   (5)
-    M = sum_k w y_k / sum_k w                          tiles y_k blended under the window w       (6)
+`maps` curates as CryoFM (arXiv:2410.08631), section 4.1, says. A map that stays is resampled to one
+voxel size, scaled to 0..1 (volume.normalise), padded to a cube and stored as float16, emd_1234.npy.
+index.csv has a row per entry: its statistics, or why it was skipped. settings.json says how it was
+made. `structures` and `emdb` are in data_download.py. Lengths in Å.
 
-Volumes are float32 (D, H, W) = (z, y, x), lengths Å; voxel_size, origin and nstart are triples in
-that same order (z, y, x). (1): MRC2014, Cheng et al. 2015, J. Struct. Biol. 192:146. (2), (3):
-band-limited interpolation, voxel 0 stays in place and values keep their scale. (4): CryoFM
-(arXiv:2410.08631) §4.2, clipping as in its release; crops and rotations: its appendix F.1.
-(6): CryoLVM, appendix D.2, Algorithm 1.
-Departure 1: how F.1 dilates the mask of random crops is not stated; we use a 3^3 cube, three times.
-Departure 2: the release turns a whole map, applies (4) again and crops it. We apply (4) once, choose the
-middle of the crop first and turn no more than the crop shows: a crop of 64^3 from a map of 384^3 costs
-4 MB of reading instead of 113 MB, and 216 times fewer interpolated voxels.
-Departure 3: D.2 gives no sigma for the blending window; we use a quarter of the tile.
-Departure 4: 4.1 removes helices and "problematic cases" by eye; `RULES` goes by method and title.
+Departure 1: section 4.1 removes helical assemblies and "problematic cases" by eye. We go by the
+method and the title of an entry.
 """
+
 import argparse
 import csv
 import io
@@ -44,25 +36,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_download import build_archive, fetch_maps, map_url
 from files import atomic_write
 from mrc import read_map, resample_map
 from volume import cube
 
-INDEX, SETTINGS = "index.csv", "settings.json"          # in the folder, beside emd_1234.npy, ...
+# In a prepared folder, beside emd_1234.npy, ...
+INDEX = "index.csv"
+SETTINGS = "settings.json"
 
-COLUMNS = ("entry", "skipped", "split", "box", "voxel_size", "maximum", "mean", "std", "filled", "file")
+COLUMNS = "entry,skipped,split,box,voxel_size,maximum,mean,std,filled,file"
 
-# What of CryoFM section 4.1 a program can apply to an entry: column of the metadata, the entry stays
-# if; or why not. Columns are those of EMDB's search (README); 4.1's last rule needs the map itself.
-RULES = (
-    ("resolution", lambda text, limit: re.fullmatch(r"\d+\.?\d*", text) and 0 < float(text) < limit,
-     "resolution not stated, or not better than asked"),
-    ("structure_determination_method",
-     lambda text, _: re.sub("[^a-z]", "", text.lower()) == "singleparticle", "not single particle"),
-    ("half_map_filename", lambda text, _: text, "no half maps"),
-    ("title", lambda text, _: not re.search("helical|filament|fibril|microtubule", text, re.I),
-     "helical, by its title"),
-)
+# The columns of the table that EMDB's search exports. `rejected` looks at them.
+METADATA = "emdb_id,title,structure_determination_method,resolution,half_map_filename"
 
 
 def held_out(label: str) -> bool:
@@ -70,8 +56,11 @@ def held_out(label: str) -> bool:
     return zlib.crc32(label.encode()) % 20 == 0
 
 
+# ---- Which entries to take ----------------------------------------------------------------------
+
+
 def read_metadata(path: str | Path) -> dict[str, dict]:
-    """emd_1234 -> its row of a CSV that EMDB's search has exported: `emdb_id` and the columns of RULES.
+    """emd_1234 -> its row of a CSV with the columns METADATA that EMDB's search has exported.
 
     Raises OSError without the file, ValueError if a column is missing or an id is none.
     """
@@ -79,164 +68,311 @@ def read_metadata(path: str | Path) -> dict[str, dict]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: no text; wanted is a CSV of EMDB's search") from None
-    table = csv.DictReader(io.StringIO(text, newline=""))
-    wanted = ["emdb_id", *(column for column, _, _ in RULES)]
-    if missing := set(wanted) - set(table.fieldnames or ()):
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; export {','.join(wanted)}")
-    rows = {(row["emdb_id"] or "").strip().lower().replace("-", "_"): row for row in table}
-    for label in rows:
+    table = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    missing = set(METADATA.split(",")) - set(table.fieldnames or ())
+    if missing:
+        missing = ", ".join(sorted(missing))
+        raise ValueError(f"{path}: no column {missing}; export {METADATA}")
+    # EMD-1234 -> emd_1234, as the files are named.
+    rows = {}
+    for row in table:
+        label = row["emdb_id"].strip().lower().replace("-", "_")
         if not re.fullmatch(r"emd_\d+", label):
             raise ValueError(f"{path}: emdb_id {label!r} is none; they look like EMD-1234")
+        rows[label] = row
     return rows
 
 
-def rejected(row: dict, max_resolution: float) -> str:
-    """Why an entry of the metadata is left out; "" if it is not."""
-    return next((why for column, keep, why in RULES
-                 if not keep((row[column] or "").strip(), max_resolution)), "")
+def rejected(row: dict | None, max_resolution: float) -> str:
+    """Why section 4.1 leaves an entry out, from its row of the metadata; "" if it stays."""
+    if row is None:
+        return "not in the metadata"
+
+    # Better than max_resolution (Å), and stated at all.
+    resolution = row["resolution"].strip()
+    if not re.fullmatch(r"\d+\.?\d*", resolution) or not 0 < float(resolution) < max_resolution:
+        return "resolution not stated, or not better than asked"
+
+    # By single particles. EMDB has written "singleParticle" and "Single particle".
+    method = re.sub("[^a-z]", "", row["structure_determination_method"].lower())
+    if method != "singleparticle":
+        return "not single particle"
+
+    # With half maps.
+    if not row["half_map_filename"].strip():
+        return "no half maps"
+
+    # Departure 1: no helical assembly, as far as the title says.
+    if re.search("helical|filament|fibril|microtubule", row["title"], re.IGNORECASE):
+        return "helical, by its title"
+    return ""
+
+
+def find_maps(folder: Path) -> dict[str, Path]:
+    """emd_1234 -> its map at any depth below a folder; no half maps, no masks.
+
+    Raises OSError without the folder, ValueError if it holds none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    name = re.compile(r"(emd_\d+)\.(map|mrc|ccp4)(\.gz|\.bz2)?", re.IGNORECASE)
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if match := name.fullmatch(file.name):
+            files[match[1].lower()] = file
+    if not files:
+        raise ValueError(f"{folder}: no map of an EMDB entry (emd_1234.map.gz, ...) here or below")
+    return files
+
+
+# ---- The prepared folder ------------------------------------------------------------------------
 
 
 def read_index(folder: Path) -> list[dict]:
-    """The rows of a prepared folder: one for each entry, with its statistics or why it was skipped."""
+    """The rows of a prepared folder: one per entry, with its statistics or why it was skipped."""
     if not (folder / INDEX).exists():
         return []
-    with open(folder / INDEX, newline="") as file:      # a run that was killed may have left half a row
+    # A run that was killed may have left half a row, which lacks the last column.
+    with open(folder / INDEX, newline="") as file:
         return [row for row in csv.DictReader(file) if row["file"] is not None]
 
 
-def prepare_one(file: Path, out: Path, voxel_size: float, max_side: float) -> dict:
-    """One map -> out/emd_1234.npy, float16 (n, n, n) on 0..1; returns its row of the index."""
+def write_index(folder: Path, rows: list[dict]) -> None:
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS.split(","))
+    table.writeheader()
+    table.writerows(rows)
+    with atomic_write(folder / INDEX) as file:
+        file.write(text.getvalue().encode())
+
+
+def begin_or_continue(folder: Path, settings: dict[str, float]) -> dict[str, dict]:
+    """entry -> row of the maps that an earlier run prepared in this folder with these settings.
+
+    Raises ValueError if it had other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS
+    before = json.loads(file.read_text()) if file.exists() else settings
+    if before != settings:
+        raise ValueError(f"{folder}: begun with {before}; give these, or another folder")
+    file.write_text(json.dumps(settings))
+
+    # A row counts only if its map is still in the folder.
+    done = {}
+    for row in read_index(folder):
+        if not row["skipped"] and (folder / f"{row['entry']}.npy").exists():
+            done[row["entry"]] = row
+    return done
+
+
+def prepare_map(file: Path, out: Path, voxel_size: float, max_side: float) -> dict:
+    """One map -> out/emd_1234.npy, float16 (n, n, n) scaled to 0..1. Returns its row of the index.
+
+    voxel_size and max_side in Å. A map that is too large or unreadable is skipped.
+    """
     label = file.name.split(".")[0].lower()
     row = dict(entry=label, file=file, split="test" if held_out(label) else "train")
+
+    # Read the map, bring it to the wanted grid and scale.
     try:
         map = read_map(file)
         side = max(n * v for n, v in zip(map.density.shape, map.voxel_size))
         if side > max_side:
             return dict(row, skipped=f"side longer than {max_side:g} Å")
-        map = resample_map(map, voxel_size)                 # a low-pass too: see (3)
+        map = resample_map(map, voxel_size)  # a low-pass, too
         x, statistics = cube(map.density)
     except (ValueError, OSError) as error:
         return dict(row, skipped=f"unreadable: {error}")
+
+    # Write the map, then describe it.
     with atomic_write(out / f"{label}.npy") as target:
         np.save(target, x.numpy())
-    statistics = {name: f"{value:.5g}" for name, value in statistics.items()}
-    return dict(row, skipped="", box=len(x), voxel_size=" ".join(f"{v:.5f}" for v in map.voxel_size), **statistics)
+    row |= {name: f"{value:.5g}" for name, value in statistics.items()}
+    row |= dict(skipped="", box=len(x))
+    row["voxel_size"] = " ".join(f"{v:.5f}" for v in map.voxel_size)
+    return row
 
 
-def prepare(folder: str | Path, out: str | Path, voxel_size: float, metadata: str | Path | None = None,
-            max_resolution: float = 3.0, max_side: float = 576.0, workers: int = 1, say=print) -> list[dict]:
-    """The entries' maps below `folder` (emd_1234.map.gz, ...) -> the folder `out`, which train.py reads.
+def prepare_maps(files: list[Path], workers: int, *settings) -> Iterable[dict]:
+    """The rows of `prepare_map` for all files, as they come from that many processes."""
+    # One worker needs no process of its own.
+    if workers == 1:
+        for file in files:
+            yield prepare_map(file, *settings)
+        return
 
-    Each is curated (4.1: RULES where there is metadata, max_side in Å), brought to voxel_size (Å) by
-    (2) and (3), clipped and normalised, (4) on 0..1, padded to a cube and stored as float16. The index
-    has a row for each, with its statistics, or why it was skipped. A run that was stopped goes on
-    where it was; maps that were skipped are looked at again. Returns the rows.
-    Raises ValueError and OSError for folders, metadata and disks that will not do; one map never stops it.
+    # Whoever stops listening, after an error or Ctrl-C, cancels the maps that nobody has begun.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, start_worker)
+    try:
+        futures = [pool.submit(prepare_map, file, *settings) for file in files]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, each finishes its map
+
+
+def prepare(
+    folder: str | Path,
+    out: str | Path,
+    voxel_size: float,
+    metadata: str | Path | None = None,
+    max_resolution: float = 3.0,
+    max_side: float = 576.0,
+    workers: int = 1,
+    say=print,
+) -> list[dict]:
+    """EMDB's maps below `folder` -> the folder `out`, which train.py reads; returns its index.
+
+    voxel_size: of all prepared maps, Å; metadata: a CSV for `rejected`, without which nothing is
+    known of an entry; max_resolution: Å; max_side: longest side of a map, Å; workers: processes.
+    A run that was stopped goes on where it was, and looks again at maps that were skipped.
+    Raises ValueError and OSError for bad arguments, folders and disks; a bad map stops nothing.
     """
-    folder, out = Path(folder), Path(out)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    name = re.compile(r"emd_\d+\.(map|mrc|ccp4)(\.gz|\.bz2)?", re.I)          # no half maps, no masks
-    files = {file.name.split(".")[0].lower(): file for file in sorted(folder.rglob("*")) if name.fullmatch(file.name)}
-    if not files:
-        raise ValueError(f"{folder}: no map of an EMDB entry, emd_1234.map.gz or the like, here or below")
-    if not (0 < voxel_size < math.inf and workers >= 1):
-        raise ValueError(f"--voxel-size {voxel_size:g}, --workers {workers}: want a positive number of Å and a worker or more")
-    entries = None if metadata is None else read_metadata(metadata)
-    settings = dict(voxel_size=voxel_size, max_resolution=max_resolution, max_side=max_side)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / SETTINGS).exists() and (before := json.loads((out / SETTINGS).read_text())) != settings:
-        raise ValueError(f"{out}: begun with {before}; give these, or another folder")
-    (out / SETTINGS).write_text(json.dumps(settings))
+    # Check the arguments and the folders before any work.
+    out = Path(out)
+    files = find_maps(Path(folder))
+    if not 0 < voxel_size < math.inf or workers < 1:
+        raise ValueError(
+            f"--voxel-size {voxel_size:g}, --workers {workers}: want a positive number of Å "
+            "and a worker or more"
+        )
 
-    rows, todo = [], []
-    done = {row["entry"]: row for row in read_index(out) if not row["skipped"] and (out / f"{row['entry']}.npy").exists()}
+    # Read what is known of the entries, and what an earlier run did.
+    entries = read_metadata(metadata) if metadata else None
+    settings = dict(voxel_size=voxel_size, max_resolution=max_resolution, max_side=max_side)
+    done = begin_or_continue(out, settings)
+
+    # Sort the entries: ruled out by the metadata, prepared earlier, to prepare.
+    rows = []
+    todo = []
     for label, file in files.items():
-        why = ""
-        if entries is not None:
-            why = rejected(entries[label], max_resolution) if label in entries else "not in the metadata"
+        why = rejected(entries.get(label), max_resolution) if metadata else ""
         if why:
             rows.append(dict(entry=label, file=file, skipped=why))
         elif label in done:
             rows.append(done[label])
         else:
             todo.append(file)
-    say(f"{len(files)} maps: {len(rows)} done or ruled out, {len(todo)} to prepare"
-        + ("" if metadata else "; no --metadata, so resolution, method and half maps go unchecked"))
+    say(f"{len(files)} maps: {len(rows)} done or ruled out, {len(todo)} to prepare")
+    if not metadata:
+        say("no --metadata, so resolution, method and half maps go unchecked")
 
-    with open(out / (INDEX + ".new"), "w", newline="") as file:
-        index = csv.DictWriter(file, COLUMNS)
-        index.writeheader()
-        index.writerows(rows)
-        file.flush()
-        os.replace(file.name, out / INDEX)              # and the rows to come are appended to it
-        began = said = time.monotonic()
-        for n, row in enumerate(_prepared(todo, workers, out, voxel_size, max_side), 1):
+    # Prepare the rest. Each row is on disk before the next map, so that a stopped run can go on.
+    write_index(out, rows)
+    began = said = time.monotonic()
+    with open(out / INDEX, "a", newline="") as file:
+        index = csv.DictWriter(file, COLUMNS.split(","))
+        for n, row in enumerate(prepare_maps(todo, workers, out, voxel_size, max_side), 1):
             rows.append(row)
             index.writerow(row)
             file.flush()
+
+            # Say every ten seconds how far it is.
             now = time.monotonic()
             if now - said > 10 or n == len(todo):
-                eta, said = timedelta(seconds=round((now - began) / n * (len(todo) - n))), now
-                skipped = sum(bool(row["skipped"]) for row in rows)
-                say(f"{n}/{len(todo)}  {n / (now - began):.2f} maps/s  ETA {eta}  {skipped} skipped")
-    taken = [row for row in rows if not row["skipped"]]
-    for why, count in Counter(row["skipped"].split(":")[0] for row in rows if row["skipped"]).most_common():
-        say(f"{count:6d} skipped: {why}")
-    say(f"{len(taken):6d} in {out}, {sum(row['split'] == 'test' for row in taken)} of them held out; reasons and "
-        f"statistics: {out / INDEX}")
+                said = now
+                seconds = (now - began) / n
+                eta = timedelta(seconds=round(seconds * (len(todo) - n)))
+                say(f"{n}/{len(todo)}  {1 / seconds:.2f} maps/s  ETA {eta}")
+
+    say_summary(rows, out, say)
     return rows
 
 
-def _prepared(files: list[Path], workers: int, *settings) -> Iterable[dict]:
-    """The rows of prepare_one for each file, as they come from that many processes."""
-    if workers == 1:
-        yield from (prepare_one(file, *settings) for file in files)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    try:
-        for future in as_completed([pool.submit(prepare_one, file, *settings) for file in files]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def say_summary(rows: list[dict], out: Path, say) -> None:
+    """Say how many entries were skipped for each reason, and how many were prepared."""
+    # "unreadable: why" counts as "unreadable".
+    reasons = Counter(row["skipped"].split(":")[0] for row in rows)
+    taken = reasons.pop("", 0)
+    for why, count in reasons.most_common():
+        say(f"{count:6d} skipped: {why}")
+    held = sum(row.get("split") == "test" for row in rows if not row["skipped"])
+    say(f"{taken:6d} in {out}, {held} of them held out; reasons and statistics: {out / INDEX}")
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C: each finishes its map
+# ---- The command --------------------------------------------------------------------------------
+
+
+def parse(argv) -> argparse.Namespace:
+    cli = argparse.ArgumentParser(description="Training data from EMDB and the PDB.")
+    commands = cli.add_subparsers(required=True, dest="command")
+
+    # maps
+    one = commands.add_parser("maps", help="EMDB's maps -> a folder for train.py --data")
+    one.add_argument("folder", help="holds emd_1234.map.gz and so on, at any depth")
+    one.add_argument("out", help="folder for emd_1234.npy and index.csv")
+    one.add_argument(
+        "--voxel-size",
+        type=float,
+        default=1.5,
+        help="Å (default: 1.5, as CryoFM-S; CryoFM-L 3, CryoLVM 1)",
+    )
+    one.add_argument("--metadata", help="CSV of EMDB's search; without it only maps are judged")
+    one.add_argument("--max-side", type=float, default=576.0, help="Å (default: 576)")
+    one.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="processes, each with three copies of a map in memory (default: one per core)",
+    )
+
+    # urls
+    two = commands.add_parser("urls", help="where to download the maps that the metadata allow")
+    two.add_argument("metadata", help="CSV of EMDB's search")
+    for command in (one, two):
+        command.add_argument(
+            "--max-resolution",
+            type=float,
+            default=3.0,
+            help="Å (default: 3, as CryoFM; CryoLVM 4)",
+        )
+
+    # structures
+    three = commands.add_parser("structures", help="PDB entries -> an archive of structures")
+    three.add_argument("list", help="a table such as structures/val.tsv")
+    three.add_argument("--from", dest="folder", help="take the files of this folder, no download")
+    three.add_argument("-o", "--out", help="default: the list's name with .npz")
+
+    # emdb
+    four = commands.add_parser("emdb", help="download maps of EMDB entries")
+    four.add_argument("entries", nargs="+", help="EMD-1234 ..., or a .tsv with a column emdb")
+    four.add_argument("folder", help="folder for emd_1234.map.gz")
+    return cli.parse_args(argv)
 
 
 def main(argv=None) -> None:
-    """`prepare` and `urls`; see the README for EMDB's side of it."""
-    cli = argparse.ArgumentParser(description="Training maps from EMDB's.")
-    commands = cli.add_subparsers(required=True, dest="command")
-    one = commands.add_parser("prepare", help="deposited maps -> a folder for train.py --data",
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    one.add_argument("folder", help="holds emd_1234.map.gz and so on, at any depth")
-    one.add_argument("out", help="folder for emd_1234.npy and index.csv")
-    one.add_argument("--voxel-size", type=float, default=1.5, help="Å; CryoFM-S 1.5, CryoFM-L 3, CryoLVM 1")
-    one.add_argument("--metadata", help="CSV of EMDB's search; without it only the maps themselves are judged")
-    one.add_argument("--max-side", type=float, default=576.0, help="Å")
-    one.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; each holds three copies of a map")
-    two = commands.add_parser("urls", help="where to download the maps that the metadata do not rule out")
-    two.add_argument("metadata", help="CSV of EMDB's search")
-    for command in (one, two):
-        command.add_argument("--max-resolution", type=float, default=3.0, help="Å; CryoFM 3, CryoLVM 4")
-    args = vars(cli.parse_args(argv))
-    if args.pop("command") == "prepare":
-        prepare(**args)
-        return
-    for label, row in read_metadata(args["metadata"]).items():
-        if not rejected(row, args["max_resolution"]):
-            print(f"https://ftp.ebi.ac.uk/pub/databases/emdb/structures/{label.upper().replace('_', '-')}/map/{label}.map.gz")
+    args = parse(argv)
+    if args.command == "maps":
+        settings = vars(args)
+        del settings["command"]
+        prepare(**settings)
+    elif args.command == "structures":
+        build_archive(args.list, args.out, args.folder)
+    elif args.command == "emdb":
+        fetch_maps(args.entries, args.folder)
+    else:
+        for label, row in read_metadata(args.metadata).items():
+            if not rejected(row, args.max_resolution):
+                print(map_url(label.upper().replace("_", "-")))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))       # its processes end as with Ctrl-C
+    # A stopped job ends its processes as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         main()
     except BrokenProcessPool:
-        sys.exit("data_prepare.py: a process was killed, out of memory perhaps; fewer --workers, and the same command goes on")
+        sys.exit(
+            "data_prepare.py: a process was killed, perhaps because memory ran out; "
+            "give fewer --workers, and the same command goes on"
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"data_prepare.py: {error}")
     except KeyboardInterrupt:

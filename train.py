@@ -211,7 +211,7 @@ def main(argv=None) -> None:
     train_set, held_out_set = datasets(cfg, say)
     late = cuda and isinstance(train_set, data.MapCrops)                       # the GPU turns the maps
     if late:
-        train_set.finished = False
+        train_set.rotate_later = True
     m = lambda step, i: (step * accumulate + i) * world + rank                 # the number of a micro-batch
     maps = micro // cfg.crops_per_map                                          # items per micro-batch
     items = (m(step, i) * maps + j
@@ -270,7 +270,7 @@ def main(argv=None) -> None:
         for i in range(accumulate):
             x_0 = next(loader)
             if late:
-                x_0 = train_set.finish(*(part.to(device, non_blocking=True) for part in x_0))
+                x_0 = train_set.rotate_windows(*(part.to(device, non_blocking=True) for part in x_0))
             x_0 = x_0.flatten(0, 1).to(device, non_blocking=True)              # (micro, 1, D, D, D)
             seed = (cfg.seed * 1_000_003 + m(step, i)) * 268_636_163 % 2 ** 63      # none that crops use
             g = torch.Generator(device).manual_seed(seed)

@@ -30,7 +30,7 @@ def main(maps=30, box=256, seconds=5.0):
         (Path(folder) / data_prepare.SETTINGS).write_text(json.dumps(dict(voxel_size=1.5)))
         (Path(folder) / data_prepare.INDEX).write_text("entry,skipped,file\n" + "".join(f"emd_{i},,x\n" for i in range(maps)))
         volumes, _ = data.read_volumes(folder, 1.5)
-        for name, settings in (("cut out, for the GPU to turn", dict(finished=False)),
+        for name, settings in (("cut out, for the GPU to turn", dict(rotate_later=True)),
                                ("turned trilinearly", dict(cubic=False)), ("turned by cubic splines", dict(cubic=True))):
             crops = data.MapCrops(volumes, crop=cfg.crop, crops=cfg.crops_per_map, mean=cfg.mean, std=cfg.std, **settings)
             crops[0]

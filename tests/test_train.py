@@ -175,11 +175,11 @@ def test_data_are_told_apart_by_what_the_path_holds(tmp_path, maps, capsys):
         return train_objectives.datasets(replace(small, data=str(path), **changes))
 
     first, second = datasets("procedural")
-    assert isinstance(first.structures, data_chains.ProceduralChains) and first.structures.seed != second.structures.seed
+    assert isinstance(first.entries, data_chains.ProceduralChains) and first.entries.seed != second.entries.seed
     assert not torch.equal(*first[0])                    # two crops of one map
     first, second = datasets(maps)
     assert isinstance(first, data.MapCrops) and "0 maps skipped, 3 read" in capsys.readouterr().out
-    assert sorted(v.label for v in first.volumes + second.volumes) == ["emd_0", "emd_1", "emd_2"]
+    assert sorted(v.label for v in first.entries + second.entries) == ["emd_0", "emd_1", "emd_2"]
     assert not first.center and datasets(maps, center_crops=True)[0].center
     assert datasets("procedural", center_crops=True)[0].box == 16
 
@@ -187,10 +187,10 @@ def test_data_are_told_apart_by_what_the_path_holds(tmp_path, maps, capsys):
     for name in "abc":
         (tmp_path / "models" / f"{name}.pdb").write_text(PDB)
     first, second = datasets(tmp_path / "models")
-    assert isinstance(first, data.SimulatedCrops) and (len(first.structures), len(second.structures)) == (2, 1)
+    assert isinstance(first, data.SimulatedCrops) and (len(first.entries), len(second.entries)) == (2, 1)
     capsys.readouterr()
     first, second = datasets(tmp_path / "models/a.pdb")          # one structure: other orientations of it are held out
-    assert first.structures == second.structures and not torch.equal(first[0], second[0])
+    assert first.entries == second.entries and not torch.equal(first[0], second[0])
     assert "1 to train on, 1 held out, the same one in other orientations" in capsys.readouterr().out
 
 

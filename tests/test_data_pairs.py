@@ -1,0 +1,265 @@
+"""data_pairs.py: simulated deposited maps, and pairs of an observed and a wanted density."""
+
+import numpy as np
+import pytest
+import torch
+
+import atoms
+import augment
+import data_chains
+import data_pairs
+import degrade
+import fourier
+import fsc
+import fsc_model
+import mrc
+
+GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
+
+
+@pytest.fixture(scope="module")
+def structure():
+    """A rule-built chain, cut to what fits a box of 48 Å."""
+    s = data_chains.ProceduralChains(0)[0]
+    near = np.abs(s.xyz - s.xyz[0]).max(1) < 18
+    return atoms.Structure(
+        "a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near]
+    )
+
+
+def deposits(structure, resolution, count=12):
+    xyz, b = torch.from_numpy(structure.xyz), torch.zeros(len(structure.xyz))
+    return [
+        data_pairs.deposited(
+            xyz,
+            structure.atomic_number,
+            resolution,
+            b_factor=b,
+            generator=augment.item_generator(0, i),
+            **GRID,
+        )
+        for i in range(count)
+    ]
+
+
+# ---- Simulated deposited maps ----------------------------------------------------------------
+
+
+def test_a_deposited_map_agrees_with_its_model_up_to_its_resolution(structure):
+    xyz = torch.from_numpy(structure.xyz)
+    clean = atoms.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0]
+    curves = torch.stack([fsc.fsc(x, clean) for x in deposits(structure, 4.0)])
+    shell = round(48 / 4.0)
+    # With noise as strong as the signal, the FSC to the truth is 0.71. The smooth B-factors lower
+    # that a little.
+    assert 0.5 < float(curves[:, shell].mean()) < 0.75
+    assert float(curves[:, shell // 2].mean()) > 0.9
+    assert float(curves[:, shell // 2].mean()) > float(curves[:, shell].mean())
+
+
+def test_a_deposited_map_has_power_beyond_its_resolution_only_if_it_is_masked(structure):
+    beyond = fsc.radius((48,) * 3) > 48 / 4.0 + 2
+    shares = []
+    for x in deposits(structure, 4.0):
+        power = torch.fft.fftn(x.double()).abs() ** 2
+        shares.append(float(power[beyond].sum() / power.sum()))
+    # 4 of these 12 are cut out by a mask. It spreads the coefficients at the edge of the low-pass,
+    # and most in a sharpened map.
+    assert sum(share < 1e-9 for share in shares) == 8 and max(shares) < 2e-3
+
+
+def test_amplitudes_fall_by_a_factor_between_e_and_e_cubed_at_the_resolution(
+    structure, monkeypatch
+):
+    # Leave out noise, solvent and sharpening (the draw from 0 to 8).
+    draw = augment.uniform
+
+    def without_sharpening(low, high, generator):
+        return draw(low, 0 if high == 8 else high, generator)
+
+    monkeypatch.setattr(data_pairs, "add_spectral_noise", lambda x, power, generator: x)
+    monkeypatch.setattr(data_pairs, "uniform", without_sharpening)
+
+    # molmap at 1.8 Å has a decay of its own, so compare with it, relative to shell 1.
+    xyz = torch.from_numpy(structure.xyz)
+    clean = degrade.radial_power(atoms.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0])
+    shell = 11  # just below 1 / 4 Å
+    for x in deposits(structure, 4.0):
+        ratio = degrade.radial_power(x) / clean
+        fall = float((ratio[shell] / ratio[1]).sqrt())
+        assert np.exp(-3.2) < fall < np.exp(-0.8)
+
+
+def test_sharpening_multiplies_each_coefficient_by_the_b_factor_exponential(structure, monkeypatch):
+    def deposit(b):
+        # The draws from 0 to 1: noise exponent, no preferred views, sharpened, not masked.
+        draws = iter([0.5, 0.9, 0.1, 0.9])
+
+        def fixed(low, high, generator):
+            if high == 1:
+                return next(draws)
+            return b if high == 8 else high
+
+        monkeypatch.setattr(data_pairs, "uniform", fixed)
+        return torch.fft.fftn(deposits(structure, 4.0, 1)[0].double())
+
+    shell = fsc.radius((48,) * 3)
+    inside = shell < 48 / 4.0 - 1.5  # before the low-pass begins to fall
+    want = torch.exp(6 * 4.0**2 / 4 * (shell / 48) ** 2)
+    flat = deposit(0)
+    raised = deposit(6)
+    assert float((raised - want * flat)[inside].abs().max() / raised[inside].abs().max()) < 1e-5
+
+
+def test_a_deposited_map_depends_on_its_generator_alone(structure):
+    a, b = deposits(structure, 4.0, 1), deposits(structure, 4.0, 1)
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], deposits(structure, 4.0, 2)[1])
+
+
+# ---- Pairs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["wedge", "cone"])
+def test_the_observed_map_of_a_wedge_pair_lacks_exactly_the_wedge(structure, monkeypatch, missing):
+    # The smallest draws: a tilt range of ±50 degrees, no noise.
+    monkeypatch.setattr(data_pairs, "uniform", lambda low, high, generator: low)
+    xyz = torch.from_numpy(structure.xyz)
+    grid = dict(voxel_size=4.0, shape=(24,) * 3, origin=-48.0)
+    observed, wanted = data_pairs.simulated_pair(
+        "wedge3d",
+        xyz,
+        structure.atomic_number,
+        None,
+        10.0,
+        torch.Generator(),
+        missing=missing,
+        **grid,
+    )
+    region = {
+        "wedge": degrade.wedge_mask((24,) * 3, (-50, 50)),
+        "cone": degrade.cone_mask((24,) * 3, 50),
+    }[missing]
+    torch.testing.assert_close(observed, fourier.apply_fourier(wanted, region))
+    torch.testing.assert_close(wanted, atoms.molmap(xyz, structure.atomic_number, 10.0, **grid)[0])
+
+
+@pytest.mark.parametrize("task, resolution", [("sharpen", 4.0), ("superres", 1.8)])
+def test_the_wanted_map_is_molmap_at_the_same_resolution_or_at_1_8_angstrom(
+    structure, task, resolution
+):
+    xyz, b = torch.from_numpy(structure.xyz), torch.zeros(len(structure.xyz))
+    wanted = data_pairs.simulated_pair(
+        task, xyz, structure.atomic_number, b, 4.0, torch.Generator().manual_seed(0), **GRID
+    )[1]
+    torch.testing.assert_close(
+        wanted, atoms.molmap(xyz, structure.atomic_number, resolution, **GRID)[0]
+    )
+
+
+def test_both_maps_of_a_pair_are_cut_and_rotated_alike(structure, monkeypatch):
+    # Observed and wanted are the same map, so their crops must be equal.
+    def same(task, xyz, z, b, resolution, generator, *, missing, **grid):
+        return (atoms.molmap(xyz, z, resolution, **grid)[0],) * 2
+
+    monkeypatch.setattr(data_pairs, "simulated_pair", same)
+    pairs = data_pairs.SimulatedPairs(
+        [structure], task="sharpen", crop=16, crops=3, box=32, voxel_size=1.0, resolution=(3, 4)
+    )
+    for i in range(4):
+        x = pairs[i]
+        assert x.shape == (3, 2, 16, 16, 16) and torch.equal(x[:, 0], x[:, 1])
+        assert float(x.min()) >= 0 and float(x.max()) <= 1
+        assert all(float(crop.max()) > 0.1 for crop in x)
+    assert torch.equal(pairs[0], pairs[0]) and not torch.equal(pairs[0], pairs[1])
+
+
+def test_half_of_the_crops_are_cut_anywhere():
+    pair = torch.zeros(2, 64, 64, 64)
+    pair[:, 4:8, 30:34, 50:54] = 1  # cut anywhere, fewer than 1 crop of 16^3 in 60 shows it
+    crops = data_pairs.pair_crops(pair, 16, 400, torch.Generator().manual_seed(0))
+    assert 170 < sum(float(x.max()) > 0 for x in crops) < 235
+
+
+def test_crops_of_a_wedge_pair_keep_their_orientation(structure, monkeypatch):
+    ramp = torch.arange(1.0, 33.0)[:, None, None].expand(32, 32, 32)  # rises along z
+    monkeypatch.setattr(data_pairs, "simulated_pair", lambda *args, **grid: (ramp, ramp))
+
+    def all_rise(task):
+        settings = dict(crop=16, crops=4, box=32, voxel_size=4.0, resolution=(8, 9))
+        pairs = data_pairs.SimulatedPairs([structure], task=task, **settings)
+        slopes = torch.cat([pairs[i] for i in range(4)]).diff(dim=2)  # (16 crops, 2, 15, 16, 16)
+        return all(x.min() >= 0 and x.sum() > 0 for x in slopes)
+
+    assert all_rise("wedge3d") and not all_rise("sharpen")
+
+
+def test_crops_come_in_all_48_orientations_of_a_cube():
+    x = torch.arange(8.0).view(2, 2, 2)
+    generator = torch.Generator().manual_seed(0)
+    seen = {tuple(augment.mirror_or_not(x, generator).flatten().tolist()) for _ in range(600)}
+    assert len(seen) == 48
+    for values in seen:
+        assert sorted(values) == list(range(8))
+        # Neighbours stay neighbours, so 0 and 7 lie on a diagonal.
+        corners = torch.tensor(values).view(2, 2, 2)
+        zero = (corners == 0).nonzero()[0]
+        seven = (corners == 7).nonzero()[0]
+        assert (zero - seven).abs().sum() == 3
+
+
+def write_pdb(path, xyz, shift):
+    """Atoms in the PDB's columns, carbon and oxygen in turn."""
+    lines = []
+    for i, (x, y, z) in enumerate((xyz + shift).tolist()):
+        element = "CO"[i % 2]
+        atom = f"ATOM  {i + 1:5d}  {element}   ALA A{i // 5 + 1:4d}"
+        lines.append(f"{atom}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00 20.00           {element}")
+    path.write_text("\n".join(lines) + "\nEND\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A map that is molmap of its model at 4 Å, off the origin; and the list of pairs."""
+    xyz = torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) * 20
+    write_pdb(tmp_path / "a.pdb", xyz, torch.tensor([100.0, -20.0, 7.0]))
+    model = atoms.read_model(tmp_path / "a.pdb")
+    density, voxel_size, origin = atoms.molmap(
+        model.xyz, model.atomic_number, 4.0, voxel_size=1.0, shape=(50, 45, 40)
+    )
+    mrc.write_map(tmp_path / "a.mrc", mrc.Map(density, voxel_size, origin))
+    (tmp_path / "pairs.csv").write_text("map,model,resolution\na.mrc,a.pdb,4.0\n")
+    return tmp_path
+
+
+def test_real_pairs_lie_on_one_grid_and_in_one_frame(folder):
+    (pair,) = data_pairs.read_pairs(folder, "sharpen", 1.0)
+    assert pair.label == "a" and pair.maps.shape == (2, 50, 45, 40)
+    torch.testing.assert_close(pair.maps[0], pair.maps[1], rtol=0, atol=1e-3)  # float16
+    crops = data_pairs.MapPairs([pair], crop=48, crops=2)[3]  # larger than the map on two sides
+    assert crops.shape == (2, 2, 48, 48, 48)
+    torch.testing.assert_close(crops[:, 0], crops[:, 1], rtol=0, atol=1e-3)
+
+
+def test_real_pairs_are_resampled_and_superres_wants_a_finer_map(folder):
+    (pair,) = data_pairs.read_pairs(folder, "sharpen", 1.25)
+    assert pair.maps.shape == (2, 40, 36, 32)
+    assert fsc_model.correlation(*pair.maps.float()) > 0.99
+    (pair,) = data_pairs.read_pairs(folder, "superres", 1.0)
+    assert fsc_model.correlation(*pair.maps.float()) < 0.8
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ("map,model\na.mrc,a.pdb\n", "wants the columns map, model, resolution"),
+        ("map,model,resolution\na.mrc,a.pdb,fine\n", "wants the columns .* 'fine'"),
+        ("map,model,resolution\na.mrc,b.pdb,4.0\n", "b.pdb"),
+        ("map,model,resolution\na.mrc,far.pdb,4.0\n", "far.pdb: none of its atoms lies in .*a.mrc"),
+    ],
+)
+def test_a_bad_list_of_pairs_is_one_clear_line(folder, table, message):
+    write_pdb(folder / "far.pdb", torch.zeros(3, 3), 900.0)
+    (folder / "pairs.csv").write_text(table)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        data_pairs.read_pairs(folder, "sharpen", 1.0)
+    assert "\n" not in str(error.value)
