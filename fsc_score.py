@@ -38,15 +38,24 @@ USAGE = """
   fsc.py map.mrc --truth truth.mrc                   a map and what it should be
   fsc.py map.mrc --model model.pdb [--resolution 3]  a map and an atomic model (.pdb, .cif)"""
 
-# Label and colour in the picture, and RELION's name.
-RELION = "_rlnFourierShellCorrelation"
-RELION_RANDOM = "_rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps"
+# Label and colour of each curve in the picture.
 CURVES = {
-    "corrected": ("corrected", "black", RELION + "Corrected"),
-    "unmasked": ("unmasked", "green", RELION + "UnmaskedMaps"),
-    "masked": ("masked", "blue", RELION + "MaskedMaps"),
-    "randomised": ("phase-randomised", "red", RELION_RANDOM),
-    "map_model": ("map-model", "black", None),
+    "corrected": ("corrected", "black"),
+    "unmasked": ("unmasked", "green"),
+    "masked": ("masked", "blue"),
+    "randomised": ("phase-randomised", "red"),
+    "map_model": ("map-model", "black"),
+}
+
+# RELION's names of the columns, in its order.
+STAR = {
+    "shell": "_rlnSpectralIndex",
+    "per_angstrom": "_rlnResolution",
+    "angstrom": "_rlnAngstromResolution",
+    "corrected": "_rlnFourierShellCorrelationCorrected",
+    "unmasked": "_rlnFourierShellCorrelationUnmaskedMaps",
+    "masked": "_rlnFourierShellCorrelationMaskedMaps",
+    "randomised": "_rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
 }
 
 
@@ -56,13 +65,14 @@ class Agreement:
 
     numbers: in the order to print, lengths in Å. "box" and "voxel_size" are those of the side that
     makes the shells. curves: FSC (box//2 + 1,) by name, the best one first. residues: (label,
-    number of atoms, mean Q-score) each.
+    number of atoms, mean Q-score) each. threshold: of the FSC, the usual one for such maps.
     """
 
     numbers: dict[str, float]
     curves: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     residues: list[tuple] = field(default_factory=list)
+    threshold: float = 0.5
 
 
 # ---- The three comparisons. Maps and masks are (D, H, W); a mask goes from 0 to 1; lengths in Å.
@@ -77,10 +87,12 @@ def compare_half_maps(half_map_1, half_map_2, voxel_size, mask=None, convention=
         raise ValueError("both files hold the same map; give two independent half maps")
     how = {"convention": convention, "voxel_size": voxel_size}
     box, voxel = shell_side(half_map_1.shape, voxel_size, convention)
-    found = Agreement({"box": box, "voxel_size": voxel}, {})
+    found = Agreement({"box": box, "voxel_size": voxel}, {}, threshold=0.143)
     if mask is None:
         found.curves["unmasked"] = fsc(half_map_1, half_map_2, **how)
         return found
+
+    # Four curves, and the shell from which on phases were random.
     *curves, first_random = masked_fsc(half_map_1, half_map_2, mask, seed=seed, **how)
     found.curves |= zip(("corrected", "unmasked", "masked", "randomised"), curves)
     found.numbers["phases_randomised_from"] = box * voxel / first_random
@@ -105,6 +117,7 @@ def compare_with_truth(density, truth, voxel_size, mask=None, convention="ours")
     numbers = {"box": box, "voxel_size": voxel, "correlation": correlation(density, truth)}
     if mask is None:
         return Agreement(numbers, {"unmasked": fsc(density, truth, **how)})
+    # Only the two curves that no correction has changed.
     curves = masked_fsc(density, truth, mask, **how)
     return Agreement(numbers, {"masked": curves.masked, "unmasked": curves.unmasked})
 
@@ -119,6 +132,7 @@ def compare_with_model(density, model: Model, voxel_size, corner, d_min=None, co
     inside = atoms_inside(model.xyz, density.shape, voxel_size, corner)
     if not inside.any():
         raise ValueError("no atom lies in the map; bring the model into the frame of the map")
+    # Leave out the others, and give the rest to each measure.
     model = Model(*(x[inside] for x in model[:5]), model.labels)
     grid = {"voxel_size": voxel_size, "origin": corner}
     atoms = model._asdict() | grid
@@ -163,6 +177,7 @@ def compare_with_model(density, model: Model, voxel_size, corner, d_min=None, co
 def directional_numbers(a, b, voxel_size) -> dict[str, float]:
     """Sphericity, and the resolutions of the best and the worst direction."""
     box, voxel = shell_side(a.shape, voxel_size)
+    # The FSC in cones around many directions, and the resolution in each.
     curves = directional_fsc(a, b, voxel_size=voxel_size)
     curves[..., 1:5] = math.nan  # fewer than 20 coefficients in a cone: chance
     each = resolution(curves, voxel, box=box)
@@ -175,6 +190,7 @@ def sharpened_mean(half_map_1, half_map_2, curve, voxel_size, b_factor=None):
 
     Without a B-factor, it is fitted.
     """
+    # End the map where RELION would: at a whole shell.
     mean = (half_map_1 + half_map_2) / 2
     end = float(resolution(curve, voxel_size, box=min(mean.shape), convention="relion"))
     if b_factor is None:
@@ -182,21 +198,24 @@ def sharpened_mean(half_map_1, half_map_2, curve, voxel_size, b_factor=None):
     return sharpen(mean, curve, voxel_size, b_factor, end), b_factor
 
 
-def score_curves(found: Agreement, convention: str, threshold: float) -> dict[str, dict]:
-    """Resolutions in Å and FSC_AUC of each curve. Notes each one that never falls."""
+def score_curves(found: Agreement, convention: str) -> dict[str, dict]:
+    """Resolutions in Å and FSC_AUC of each curve. Adds a note for a curve that never falls."""
     box, voxel = found.numbers["box"], found.numbers["voxel_size"]
     scores = {}
     for name, curve in found.curves.items():
         if name == "randomised":
             continue
+        # Where the curve falls below each threshold.
         at = {}
         for t in (0.143, 0.5):
             at[t] = float(resolution(curve, voxel, t, box=box, convention=convention))
         scores[name] = {"resolution_0143": at[0.143], "resolution_05": at[0.5]}
         scores[name]["auc"] = float(auc(curve))
-        if not (curve[1:] < threshold).any():
-            limit = f"{at[threshold]:.2f} Å is the grid's limit, not the map's"
-            found.notes.append(f"{name}: never below {threshold:g}; {limit}")
+
+        # `resolution` then returns the last shell.
+        if not (curve[1:] < found.threshold).any():
+            limit = f"{at[found.threshold]:.2f} Å is the grid's limit, not the map's"
+            found.notes.append(f"{name}: never below {found.threshold:g}; {limit}")
     return scores
 
 
@@ -224,38 +243,38 @@ def csv_table(columns: dict[str, list]) -> str:
     return "".join(",".join(row) + "\n" for row in texts)
 
 
-def postprocess_star(frequency: list[float], curves: dict[str, Tensor], scores: dict) -> str:
+def postprocess_star(columns: dict[str, list], best: float) -> str:
     """RELION's postprocess.star: data_general with the best resolution in Å, and data_fsc."""
     # Without a mask the corrected curve is the unmasked one.
-    curves = {"corrected": curves["unmasked"]} | curves
-    best = scores.get("corrected", scores["unmasked"])["resolution_0143"]
-    names = ["_rlnSpectralIndex", "_rlnResolution", "_rlnAngstromResolution"]
-    names += [CURVES[name][2] for name in curves]
+    columns = {"corrected": columns["unmasked"]} | columns
+    names = [name for name in STAR if name in columns]
     lines = ["data_general", "", f"_rlnFinalResolution {best:.6f}", "", "data_fsc", "", "loop_"]
-    lines += [f"{name} #{i}" for i, name in enumerate(names, 1)]
+    lines += [f"{STAR[name]} #{i}" for i, name in enumerate(names, 1)]
 
-    # One row per shell.
-    angstrom = [1 / f if f else 999.0 for f in frequency]
-    columns = (frequency, angstrom, *(curve.tolist() for curve in curves.values()))
-    for shell, row in enumerate(zip(*columns)):
-        lines.append(f"{shell:6d} " + " ".join(f"{value:12.6f}" for value in row))
+    # One row per shell. RELION writes 999 Å for the zero frequency.
+    for shell, *row in zip(*(columns[name] for name in names)):
+        texts = [f"{999.0 if math.isinf(value) else value:12.6f}" for value in row]
+        lines.append(f"{shell:6d} " + " ".join(texts))
     return "\n".join(lines) + "\n"
 
 
-def picture(frequency: list[float], curves: dict[str, Tensor], scores: dict, threshold: float):
-    """A matplotlib figure of all curves; the legend gives their resolutions at the threshold."""
+def picture(frequency: list[float], found: Agreement, scores: dict):
+    """A matplotlib figure of all curves. The legend gives their resolutions at the threshold."""
     from matplotlib.figure import Figure
 
-    key = "resolution_0143" if threshold == 0.143 else "resolution_05"
+    # Label and style of each curve.
+    key = "resolution_0143" if found.threshold == 0.143 else "resolution_05"
     labelled, styles = {}, {}
-    for name, curve in curves.items():
-        label, color, _ = CURVES[name]
+    for name, curve in found.curves.items():
+        label, color = CURVES[name]
         if name in scores:
             label += f", {scores[name][key]:.2f} Å"
         labelled[label] = curve
         styles[label] = {"color": color, "lw": 2 if color == "black" else 1}
+
+    # One panel.
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    title = f"resolution at FSC = {threshold:g}"
+    title = f"resolution at FSC = {found.threshold:g}"
     draw_fsc(figure.subplots(), frequency, labelled, styles, title)
     return figure
 
@@ -267,18 +286,22 @@ def parse(argv=None) -> argparse.Namespace:
     about = "Prints a table; writes PREFIX.json, .csv and .png."
     cli = argparse.ArgumentParser(usage=USAGE, description=about)
     add = cli.add_argument
+    # What to compare.
     add("maps", nargs="+", metavar="MAP", help="one map, or two half maps")
     add("--truth", metavar="MAP", help="the map to compare with")
     add("--model", metavar="PDB", help="the atomic model to compare with")
     add("--mask", metavar="MAP", help="soft mask, 0 to 1; corrects the FSC of half maps")
+    # How.
     add("--voxel-size", type=float, metavar="Å", help="instead of the headers'")
     add("--resolution", type=float, metavar="Å", help="for --model (default: its d_model)")
     add("--convention", choices=CONVENTIONS, default="ours", help="of shells and crossings")
+    add("--seed", type=int, default=0, help="of the random phases")
+    # What else to measure and write.
     add("--directional", action="store_true", help="FSC in cones of 20 degrees, and sphericity")
     add("--local-resolution", metavar="OUT", help="write the local resolution (Å, FSC 0.5)")
     add("--sharpen", metavar="OUT", help="write the mean half map, FSC-weighted and sharpened")
     add("--b-factor", type=float, metavar="Å²", help="for --sharpen, negative; default: fitted")
-    add("--seed", type=int, default=0, help="of the random phases")
+    # The files written.
     add("-o", "--out", metavar="PREFIX", help="of the files written (default: MAP_fsc)")
     add("--star", action="store_true", help="write RELION's postprocess table too")
     add("--overwrite", action="store_true", help="replace files that exist")
@@ -324,10 +347,11 @@ def output_paths(args: argparse.Namespace) -> dict[str, Path]:
 
 def read_maps(paths: list[str], voxel_size: float | None) -> list[Map]:
     """Maps, which must share one grid. voxel_size in Å replaces the headers'."""
+    # All must have the shape of the first map, and its voxels to 1 %.
     maps = [read_map(path, voxel_size) for path in paths]
     shape, voxels = maps[0].density.shape, maps[0].voxel_size
     for path, m in zip(paths, maps):
-        same_voxels = all(abs(v / w - 1) <= 0.01 for v, w in zip(m.voxel_size, voxels))  # 1 %
+        same_voxels = all(abs(v / w - 1) <= 0.01 for v, w in zip(m.voxel_size, voxels))
         if m.density.shape != shape or not same_voxels:
             raise ValueError(
                 f"{path}: {tuple(m.density.shape)} voxels of {m.voxel_size} Å, but {paths[0]} has "
@@ -338,6 +362,7 @@ def read_maps(paths: list[str], voxel_size: float | None) -> list[Map]:
 
 def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
     """Compare as the flags ask, and write the sharpened map and the local resolution."""
+    # The shells of voxels that are cubes are the same for every axis.
     densities = [m.density for m in maps]
     voxel_size = maps[0].voxel_size
     if max(voxel_size) < 1.001 * min(voxel_size):
@@ -365,7 +390,7 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
     if args.directional:
         numbers |= directional_numbers(a, b, voxel_size)
     if args.sharpen:
-        # The filter has our shells.
+        # The filter has our shells, so it needs a curve on them.
         curve = fsc(a, b) if args.convention == "cryofm" else next(iter(found.curves.values()))
         sharp, b_factor = sharpened_mean(a, b, curve, voxel_size, args.b_factor)
         numbers["b_factor"] = b_factor
@@ -377,21 +402,20 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
     return found
 
 
-def write_results(
-    outputs: dict[str, Path], found: Agreement, scores: dict, threshold: float, settings: dict
-) -> None:
+def write_results(outputs: dict[str, Path], found: Agreement, scores: dict, settings: dict) -> None:
     """Write all tables, the picture and the .json. Without matplotlib there is no picture."""
-    numbers, curves = found.numbers, found.curves
+    numbers = found.numbers
 
     # The curves, shell by shell.
     shells = list(range(numbers["box"] // 2 + 1))
     frequency = [k / (numbers["box"] * numbers["voxel_size"]) for k in shells]
     angstrom = [1 / f if f else math.inf for f in frequency]
     columns = {"shell": shells, "per_angstrom": frequency, "angstrom": angstrom}
-    columns |= {name: curve.tolist() for name, curve in curves.items()}
+    columns |= {name: curve.tolist() for name, curve in found.curves.items()}
     texts = {".csv": csv_table(columns)}
     if ".star" in outputs:
-        texts[".star"] = postprocess_star(frequency, curves, scores)
+        best = scores.get("corrected", scores["unmasked"])["resolution_0143"]
+        texts[".star"] = postprocess_star(columns, best)
     if found.residues:
         labels = ("residue", "atoms", "q_score")
         texts["_residues.csv"] = csv_table(dict(zip(labels, zip(*found.residues))))
@@ -401,7 +425,7 @@ def write_results(
 
     # The picture.
     try:
-        figure = picture(frequency, curves, scores, threshold)
+        figure = picture(frequency, found, scores)
         with atomic_write(outputs[".png"]) as file:
             figure.savefig(file, dpi=150, format="png")
     except ImportError:
@@ -423,10 +447,9 @@ def run(args: argparse.Namespace) -> None:
 
     # Compare and write.
     found = measure(args, read_maps(map_names, args.voxel_size))
-    threshold = 0.143 if len(args.maps) == 2 else 0.5
-    scores = score_curves(found, args.convention, threshold)
+    scores = score_curves(found, args.convention)
     settings = vars(args)
-    write_results(outputs, found, scores, threshold, settings)
+    write_results(outputs, found, scores, settings)
     if args.quiet:
         return
 
