@@ -187,18 +187,22 @@ def pdb_line(number, xyz, element, name, residue, b_factor):
     return f"ATOM  {number:5d}  {name:3s} ALA A{residue:4d}    {ending}\n"
 
 
-@pytest.fixture
-def map_and_model(tmp_path, monkeypatch):
+@pytest.fixture(params=["origin", "nstart"])
+def map_and_model(request, tmp_path, monkeypatch):
     """The oracle's map.mrc and model.pdb, both moved, with one atom far away: its numbers."""
     monkeypatch.chdir(tmp_path)
     oracle = np.load(ORACLES / "map_model.npz")
     voxel_size = float(oracle["voxel"])
     write("map.mrc", oracle["map_zyx"], voxel_size)
-    # The header moves the map by its origin, and by 4 voxels along x.
+    # Headers place a map by an origin in Å, or by the index of the first voxel.
     with mrcfile.open("map.mrc", "r+") as file:
-        file.header.origin = (10, 20, -30)
-        file.header.nxstart = 4
-    xyz = oracle["coords_xyz"] + np.array([10 + 4 * voxel_size, 20, -30])
+        if request.param == "origin":
+            file.header.origin = (10, 20, -30)
+            shift = np.array([10, 20, -30])
+        else:
+            file.header.nxstart, file.header.nystart, file.header.nzstart = 4, 5, -6
+            shift = np.array([4, 5, -6]) * voxel_size
+    xyz = oracle["coords_xyz"] + shift
     names = ("elements", "atom_names", "residue_number", "b_iso")
     atoms = zip(range(1, 100), xyz, *(oracle[name] for name in names))
     far = pdb_line(99, (999, 0, 0), "C", "CA", 99, 20)
