@@ -1,258 +1,465 @@
-"""The command behind `python fsc.py`: tables, curves and pictures of agreement.
+"""The command behind `python fsc.py`: how well two maps, or a map and an atomic model, agree.
+
+    compare_half_maps     FSC of two half maps, corrected for a mask
+    compare_with_truth    FSC of a map with what it should be
+    compare_with_model    FSC, correlations and Q-scores of a map with an atomic model
+
+Each takes tensors and returns an `Agreement`. `run` reads the files, adds what was asked for
+(directional FSC, sharpening, local resolution) and writes PREFIX.json, .csv and .png.
 """
+
 import argparse
-import io
-import json
 import math
-import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from atoms import read_model
+from atoms import Model, atoms_inside, read_model
+from files import atomic_write, refuse_existing, write_json
 from fsc import CONVENTIONS, auc, fsc, resolution, shell_side
-from fsc_half_maps import directional_fsc, guinier_b_factor, local_resolution, masked_fsc, sharpen, sphericity
-from fsc_model import (
-    atom_radius,
-    cc_per_residue,
-    correlation,
-    map_model_cc,
-    map_model_resolution,
-    model_map,
-    q_score,
-    structure_factors,
+from fsc_half_maps import (
+    directional_fsc,
+    guinier_b_factor,
+    local_resolution,
+    masked_fsc,
+    sharpen,
+    sphericity,
 )
-from mrc import SUFFIXES, read_map, write_map
+from fsc_model import correlation, map_model_cc, q_score, structure_factors
+from fsc_mtriage import map_model_resolution
+from fsc_picture import draw_fsc
+from mrc import MAP_SUFFIXES, Map, read_map, stem, write_map
 
 USAGE = """
   fsc.py half_1.mrc half_2.mrc [--mask mask.mrc]     two half maps
   fsc.py map.mrc --truth truth.mrc                   a map and what it should be
   fsc.py map.mrc --model model.pdb [--resolution 3]  a map and an atomic model (.pdb, .cif)"""
 
-# As RELION names and draws them.
-STAR = {"corrected": "_rlnFourierShellCorrelationCorrected", "unmasked": "_rlnFourierShellCorrelationUnmaskedMaps",
-        "masked": "_rlnFourierShellCorrelationMaskedMaps",
-        "randomised": "_rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps"}
+# Label and colour of each curve in the picture.
+CURVES = {
+    "corrected": ("corrected", "black"),
+    "unmasked": ("unmasked", "green"),
+    "masked": ("masked", "blue"),
+    "randomised": ("phase-randomised", "red"),
+    "map_model": ("map-model", "black"),
+}
 
-COLOUR = {"corrected": "black", "unmasked": "green", "masked": "blue", "randomised": "red", "map_model": "black"}
+# RELION's names of the columns, in its order.
+STAR = {
+    "shell": "_rlnSpectralIndex",
+    "per_angstrom": "_rlnResolution",
+    "angstrom": "_rlnAngstromResolution",
+    "corrected": "_rlnFourierShellCorrelationCorrected",
+    "unmasked": "_rlnFourierShellCorrelationUnmaskedMaps",
+    "masked": "_rlnFourierShellCorrelationMaskedMaps",
+    "randomised": "_rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
+}
+
+
+@dataclass
+class Agreement:
+    """What a comparison found.
+
+    numbers: in the order to print, lengths in Å. "box" and "voxel_size" are those of the side that
+    makes the shells. curves: FSC (box//2 + 1,) by name, the best one first. residues: (label,
+    number of atoms, mean Q-score) each. threshold: of the FSC, the usual one for such maps.
+    """
+
+    numbers: dict[str, float]
+    curves: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)
+    residues: list[tuple] = field(default_factory=list)
+    threshold: float = 0.5
+
+
+# ---- The three comparisons. Maps and masks are (D, H, W); a mask goes from 0 to 1; lengths in Å.
+
+
+def compare_half_maps(half_map_1, half_map_2, voxel_size, mask=None, convention="ours", seed=0):
+    """`Agreement` of two half maps: FSC, corrected for the mask if there is one.
+
+    seed: of the random phases. Raises ValueError if the maps are equal or the mask does not fit.
+    """
+    if torch.equal(half_map_1, half_map_2):
+        raise ValueError("both files hold the same map; give two independent half maps")
+    how = {"convention": convention, "voxel_size": voxel_size}
+    box, voxel = shell_side(half_map_1.shape, voxel_size, convention)
+    found = Agreement({"box": box, "voxel_size": voxel}, {}, threshold=0.143)
+    if mask is None:
+        found.curves["unmasked"] = fsc(half_map_1, half_map_2, **how)
+        return found
+
+    # Four curves, and the shell from which on phases were random.
+    *curves, first_random = masked_fsc(half_map_1, half_map_2, mask, seed=seed, **how)
+    found.curves |= zip(("corrected", "unmasked", "masked", "randomised"), curves)
+    found.numbers["phases_randomised_from"] = box * voxel / first_random
+
+    # A tight mask correlates by itself, more than the correction can take out.
+    corrected, *_, randomised = curves
+    end = box * voxel / resolution(corrected, voxel, box=box, convention=convention)
+    at_end = float(randomised[(torch.arange(len(randomised)) - end).abs().argmin()])
+    if at_end > 0.1:
+        correlates = f"the mask alone correlates {at_end:.2f} at the resolution"
+        found.notes.append(f"{correlates}: use a softer or wider mask")
+    return found
+
+
+def compare_with_truth(density, truth, voxel_size, mask=None, convention="ours"):
+    """`Agreement` of a map with what it should be: FSC and correlation.
+
+    The two are not independent, so the FSC is not corrected for the mask.
+    """
+    how = {"convention": convention, "voxel_size": voxel_size}
+    box, voxel = shell_side(density.shape, voxel_size, convention)
+    numbers = {"box": box, "voxel_size": voxel, "correlation": correlation(density, truth)}
+    if mask is None:
+        return Agreement(numbers, {"unmasked": fsc(density, truth, **how)})
+    # Only the two curves that no correction has changed.
+    curves = masked_fsc(density, truth, mask, **how)
+    return Agreement(numbers, {"masked": curves.masked, "unmasked": curves.unmasked})
+
+
+def compare_with_model(density, model: Model, voxel_size, corner, d_min=None, convention="ours"):
+    """`Agreement` of a map with an atomic model: FSC, resolutions, correlations and Q-scores.
+
+    corner: the centre of voxel (0, 0, 0) in the frame of the model; d_min: the resolution of the
+    correlations, default d_model. Raises ValueError if no atom lies in the map.
+    """
+    # The atoms in the map.
+    inside = atoms_inside(model.xyz, density.shape, voxel_size, corner)
+    if not inside.any():
+        raise ValueError("no atom lies in the map; bring the model into the frame of the map")
+    # Leave out the others, and give the rest to each measure.
+    model = Model(*(x[inside] for x in model[:5]), model.labels)
+    grid = {"voxel_size": voxel_size, "origin": corner}
+    atoms = model._asdict() | grid
+    residue, labels = atoms.pop("residue"), atoms.pop("labels")
+
+    # The resolution, and the correlations there.
+    box, voxel = shell_side(density.shape, voxel_size, convention)
+    numbers = {"box": box, "voxel_size": voxel, "atoms": len(residue)}
+    numbers |= map_model_resolution(density, **atoms)
+    del numbers["curve"]
+    numbers["resolution"] = d_min or numbers["d_model"]
+    numbers |= map_model_cc(density, resolution=numbers["resolution"], **atoms)
+
+    # Q-scores of all atoms but hydrogens, and their mean in each residue.
+    q = torch.full_like(model.b_iso, math.nan)
+    heavy = model.atomic_number > 1
+    q[heavy] = q_score(density, model.xyz[heavy], **grid)
+    numbers["q_score_mean"] = float(q.nanmean())
+    residues = []
+    for i in residue.unique().tolist():
+        scores = q[residue == i]
+        residues.append((labels[i], len(scores), float(scores.nanmean())))
+
+    # The plain map-model FSC: the model's map to Nyquist, our shells, no smoothing.
+    full = torch.fft.irfftn(structure_factors(density.shape, **atoms), s=density.shape)
+    curve = fsc(density, full, convention=convention, voxel_size=voxel_size)
+    found = Agreement(numbers, {"map_model": curve}, residues=residues)
+
+    # What was left out and what was assumed.
+    outside = int((~inside).sum())
+    if outside:
+        found.notes.append(f"{outside} of {len(inside)} atoms lie outside the map and are left out")
+    if d_min is None:
+        d_model = f"{numbers['d_model']:g} Å, the map's d_model"
+        found.notes.append(f"no --resolution given: correlations at {d_model}")
+    return found
+
+
+# ---- More about two maps
+
+
+def directional_numbers(a, b, voxel_size) -> dict[str, float]:
+    """Sphericity, and the resolutions of the best and the worst direction."""
+    box, voxel = shell_side(a.shape, voxel_size)
+    # The FSC in cones around many directions, and the resolution in each.
+    curves = directional_fsc(a, b, voxel_size=voxel_size)
+    curves[..., 1:5] = math.nan  # fewer than 20 coefficients in a cone: chance
+    each = resolution(curves, voxel, box=box)
+    best, worst = float(each.min()), float(each.max())
+    return {"sphericity": sphericity(each), "best_direction": best, "worst_direction": worst}
+
+
+def sharpened_mean(half_map_1, half_map_2, curve, voxel_size, b_factor=None):
+    """(The mean of two half maps, weighted by their FSC and sharpened; the B-factor in Å²).
+
+    Without a B-factor, it is fitted.
+    """
+    # End the map where RELION would: at a whole shell.
+    mean = (half_map_1 + half_map_2) / 2
+    end = float(resolution(curve, voxel_size, box=min(mean.shape), convention="relion"))
+    if b_factor is None:
+        b_factor = guinier_b_factor(mean, curve, voxel_size, end)
+    return sharpen(mean, curve, voxel_size, b_factor, end), b_factor
+
+
+def score_curves(found: Agreement, convention: str) -> dict[str, dict]:
+    """Resolutions in Å and FSC_AUC of each curve. Adds a note for a curve that never falls."""
+    box, voxel = found.numbers["box"], found.numbers["voxel_size"]
+    scores = {}
+    for name, curve in found.curves.items():
+        if name == "randomised":
+            continue
+        # Where the curve falls below each threshold.
+        at = {}
+        for t in (0.143, 0.5):
+            at[t] = float(resolution(curve, voxel, t, box=box, convention=convention))
+        scores[name] = {"resolution_0143": at[0.143], "resolution_05": at[0.5]}
+        scores[name]["auc"] = float(auc(curve))
+
+        # `resolution` then returns the last shell.
+        if not (curve[1:] < found.threshold).any():
+            limit = f"{at[found.threshold]:.2f} Å is the grid's limit, not the map's"
+            found.notes.append(f"{name}: never below {found.threshold:g}; {limit}")
+    return scores
+
+
+# ---- Tables and pictures
+
+
+def table(scores: dict[str, dict], numbers: dict[str, float]) -> str:
+    """What the program prints."""
+    # One row per curve, then one per number.
+    lines = [f"{'':14}{'FSC 0.143':>12}{'FSC 0.5':>12}{'FSC_AUC':>10}"]
+    for name, score in scores.items():
+        columns = f"{score['resolution_0143']:10.2f} Å{score['resolution_05']:10.2f} Å"
+        lines.append(f"{name:14}{columns}{score['auc']:10.4f}")
+    for name, number in numbers.items():
+        unit = " Å²" if name.startswith("b_") else " Å"
+        if name.startswith(("box", "atoms", "correlation", "sphericity", "cc_", "q_")):
+            unit = ""
+        lines.append(f"{name:24}{number:12.5g}{unit}")
+    return "\n".join(lines)
+
+
+def csv_table(columns: dict[str, list]) -> str:
+    rows = [list(columns), *zip(*columns.values())]
+    texts = [[f"{x:.6g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    return "".join(",".join(row) + "\n" for row in texts)
+
+
+def postprocess_star(columns: dict[str, list], best: float) -> str:
+    """RELION's postprocess.star: data_general with the best resolution in Å, and data_fsc."""
+    # Without a mask the corrected curve is the unmasked one.
+    columns = {"corrected": columns["unmasked"]} | columns
+    names = [name for name in STAR if name in columns]
+    lines = ["data_general", "", f"_rlnFinalResolution {best:.6f}", "", "data_fsc", "", "loop_"]
+    lines += [f"{STAR[name]} #{i}" for i, name in enumerate(names, 1)]
+
+    # One row per shell. RELION writes 999 Å for the zero frequency.
+    for shell, *row in zip(*(columns[name] for name in names)):
+        texts = [f"{999.0 if math.isinf(value) else value:12.6f}" for value in row]
+        lines.append(f"{shell:6d} " + " ".join(texts))
+    return "\n".join(lines) + "\n"
+
+
+def picture(frequency: list[float], found: Agreement, scores: dict):
+    """A matplotlib figure of all curves. The legend gives their resolutions at the threshold."""
+    from matplotlib.figure import Figure
+
+    # Label and style of each curve.
+    key = "resolution_0143" if found.threshold == 0.143 else "resolution_05"
+    labelled, styles = {}, {}
+    for name, curve in found.curves.items():
+        label, color = CURVES[name]
+        if name in scores:
+            label += f", {scores[name][key]:.2f} Å"
+        labelled[label] = curve
+        styles[label] = {"color": color, "lw": 2 if color == "black" else 1}
+
+    # One panel.
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    title = f"resolution at FSC = {found.threshold:g}"
+    draw_fsc(figure.subplots(), frequency, labelled, styles, title)
+    return figure
+
+
+# ---- The command
 
 
 def parse(argv=None) -> argparse.Namespace:
-    cli = argparse.ArgumentParser(usage=USAGE, description="Prints a table; writes PREFIX.json, .csv and .png.")
-    cli.add_argument("maps", nargs="+", metavar="MAP", help="one map, or two half maps")
-    cli.add_argument("--truth", metavar="MAP", help="the map to compare with")
-    cli.add_argument("--model", metavar="PDB", help="the atomic model to compare with")
-    cli.add_argument("--mask", metavar="MAP", help="soft mask, 0 to 1; for half maps the FSC is corrected for it")
-    cli.add_argument("--voxel-size", type=float, metavar="Å", help="instead of the headers'")
-    cli.add_argument("--resolution", type=float, metavar="Å", help="of the map, for --model (default: its d_model)")
-    cli.add_argument("--convention", choices=CONVENTIONS, default="ours", help="of shells and crossings")
-    cli.add_argument("--directional", action="store_true", help="FSC in cones of 20 degrees, and the sphericity")
-    cli.add_argument("--local-resolution", metavar="OUT", help="write the local resolution (Å, FSC 0.5) as a map")
-    cli.add_argument("--sharpen", metavar="OUT", help="write the mean of the half maps, FSC-weighted and sharpened")
-    cli.add_argument("--b-factor", type=float, metavar="Å²", help="for --sharpen, negative; default: fitted")
-    cli.add_argument("--seed", type=int, default=0, help="of the random phases")
-    cli.add_argument("-o", "--out", metavar="PREFIX", help="of the files written (default: MAP's name and _fsc)")
-    cli.add_argument("--star", action="store_true", help="write RELION's postprocess table too")
-    cli.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    cli.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    about = "Prints a table; writes PREFIX.json, .csv and .png."
+    cli = argparse.ArgumentParser(usage=USAGE, description=about)
+    add = cli.add_argument
+    # What to compare.
+    add("maps", nargs="+", metavar="MAP", help="one map, or two half maps")
+    add("--truth", metavar="MAP", help="the map to compare with")
+    add("--model", metavar="PDB", help="the atomic model to compare with")
+    add("--mask", metavar="MAP", help="soft mask, 0 to 1; corrects the FSC of half maps")
+    # How.
+    add("--voxel-size", type=float, metavar="Å", help="instead of the headers'")
+    add("--resolution", type=float, metavar="Å", help="for --model (default: its d_model)")
+    add("--convention", choices=CONVENTIONS, default="ours", help="of shells and crossings")
+    add("--seed", type=int, default=0, help="of the random phases")
+    # What else to measure and write.
+    add("--directional", action="store_true", help="FSC in cones of 20 degrees, and sphericity")
+    add("--local-resolution", metavar="OUT", help="write the local resolution (Å, FSC 0.5)")
+    add("--sharpen", metavar="OUT", help="write the mean half map, FSC-weighted and sharpened")
+    add("--b-factor", type=float, metavar="Å²", help="for --sharpen, negative; default: fitted")
+    # The files written.
+    add("-o", "--out", metavar="PREFIX", help="of the files written (default: MAP_fsc)")
+    add("--star", action="store_true", help="write RELION's postprocess table too")
+    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--quiet", action="store_true", help="print nothing but errors")
     args = cli.parse_args(argv)
-    halves, d = len(args.maps) == 2, args.resolution
-    if halves + bool(args.truth) + bool(args.model) != 1 or len(args.maps) > 2:
+
+    # Refuse what would be ignored or makes no sense.
+    halves = len(args.maps) == 2
+    if len(args.maps) > 2 or halves + bool(args.truth) + bool(args.model) != 1:
         raise ValueError("give two half maps, or one map and --truth, or one map and --model")
     if not halves and (args.sharpen or args.local_resolution or args.star):
         raise ValueError("--sharpen, --local-resolution and --star want two half maps")
     if args.model and (args.mask or args.directional):
         raise ValueError("--mask and --directional want two maps")
-    if d is not None and not (args.model and 0 < d < math.inf) or args.b_factor is not None and not args.sharpen:
-        raise ValueError("--resolution (Å, positive) goes with --model, --b-factor with --sharpen")
+    if args.resolution is not None and not (args.model and 0 < args.resolution < math.inf):
+        raise ValueError("--resolution (Å, positive) goes with --model")
+    if args.b_factor is not None and not args.sharpen:
+        raise ValueError("--b-factor goes with --sharpen")
     return args
 
 
-def read_maps(args: argparse.Namespace) -> tuple[list, float | tuple[float, float, float]]:
-    """All maps of the command line, which must share one grid, and their voxel size: one number where it is cubic."""
-    paths = args.maps + [p for p in (args.truth, args.mask) if p]
-    maps = [read_map(p, args.voxel_size) for p in paths]
-    shape, voxel_size = maps[0].density.shape, maps[0].voxel_size
+def output_paths(args: argparse.Namespace) -> dict[str, Path]:
+    """All files to be written, by their ending, or for maps by their name."""
+    # The tables and the picture begin with one prefix.
+    first = Path(args.maps[0])
+    prefix = args.out or first.parent / f"{stem(first)}_fsc"
+    endings = [".json", ".csv", ".png"]
+    if args.model:
+        endings.append("_residues.csv")
+    if args.star:
+        endings.append(".star")
+    outputs = {ending: Path(f"{prefix}{ending}") for ending in endings}
+
+    # The maps have names of their own.
+    for name in filter(None, (args.sharpen, args.local_resolution)):
+        if not name.lower().endswith(MAP_SUFFIXES):
+            raise ValueError(f"{name}: no name of a map; give one that ends in .mrc")
+        outputs[name] = Path(name)
+    if args.sharpen and args.sharpen == args.local_resolution:
+        raise ValueError("--sharpen and --local-resolution name one file; give two")
+    return outputs
+
+
+def read_maps(paths: list[str], voxel_size: float | None) -> list[Map]:
+    """Maps, which must share one grid. voxel_size in Å replaces the headers'."""
+    # All must have the shape of the first map, and its voxels to 1 %.
+    maps = [read_map(path, voxel_size) for path in paths]
+    shape, voxels = maps[0].density.shape, maps[0].voxel_size
     for path, m in zip(paths, maps):
-        if m.density.shape != shape or any(abs(v / w - 1) > 0.01 for v, w in zip(m.voxel_size, voxel_size)):
-            raise ValueError(f"{path}: {tuple(m.density.shape)} voxels of {m.voxel_size} Å, but {paths[0]} has "
-                             f"{tuple(shape)} of {voxel_size}; bring them onto one grid (or give --voxel-size)")
-    return maps, voxel_size[0] if max(voxel_size) < 1.001 * min(voxel_size) else voxel_size
+        same_voxels = all(abs(v / w - 1) <= 0.01 for v, w in zip(m.voxel_size, voxels))
+        if m.density.shape != shape or not same_voxels:
+            raise ValueError(
+                f"{path}: {tuple(m.density.shape)} voxels of {m.voxel_size} Å, but {paths[0]} has "
+                f"{tuple(shape)} of {voxels}; bring them onto one grid (or give --voxel-size)"
+            )
+    return maps
 
 
-def compare(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], list[str], list[tuple]]:
-    """Half maps, or a map and the truth: numbers, curves (the best first), notes; no residues."""
-    maps, voxel_size = read_maps(args)
-    a, b, *mask = (m.density for m in maps)
-    if not args.truth and torch.equal(a, b):
-        raise ValueError(f"{args.maps[0]} and {args.maps[1]} hold the same map; give two independent half maps")
-    if (args.sharpen or args.local_resolution) and not isinstance(voxel_size, float):
-        raise ValueError(f"{args.maps[0]}: voxels of {voxel_size} Å; --sharpen and --local-resolution want cubes")
-    how = {"convention": args.convention, "voxel_size": voxel_size}
-    box, voxel = shell_side(a.shape, voxel_size, args.convention)
-    numbers, notes = {"box": box, "voxel_size": voxel}, []
+def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
+    """Compare as the flags ask, and write the sharpened map and the local resolution."""
+    # The shells of voxels that are cubes are the same for every axis.
+    densities = [m.density for m in maps]
+    voxel_size = maps[0].voxel_size
+    if max(voxel_size) < 1.001 * min(voxel_size):
+        voxel_size = voxel_size[0]  # one number for cubes
+    elif args.sharpen or args.local_resolution:
+        raise ValueError(
+            f"{args.maps[0]}: voxels of {voxel_size} Å; --sharpen and --local-resolution want cubes"
+        )
+
+    # The comparison.
+    how = {"voxel_size": voxel_size, "convention": args.convention}
+    if args.model:
+        model, corner = read_model(args.model), maps[0].corner
+        return compare_with_model(*densities, model, corner=corner, d_min=args.resolution, **how)
+    a, b, *mask = densities
     if mask:
-        curves = masked_fsc(a, b, mask[0], seed=args.seed, **how)._asdict()
-        start = curves.pop("randomised_from")
+        how["mask"] = mask[0]
+    if args.truth:
+        found = compare_with_truth(a, b, **how)
     else:
-        curves = {"unmasked": fsc(a, b, **how)}
-    if args.truth:                                      # not independent: the correction does not apply
-        curves = {name: curves[name] for name in ("masked", "unmasked") if name in curves}
-        numbers["correlation"] = correlation(a, b)
-    elif mask:
-        numbers["phases_randomised_from"] = box * voxel / start
-        end = box * voxel / resolution(curves["corrected"], voxel, box=box, convention=args.convention)
-        at_end = float(curves["randomised"][(torch.arange(box // 2 + 1) - end).abs().argmin()])
-        if at_end > 0.1:
-            notes.append(f"the mask alone correlates {at_end:.2f} at the resolution: use a softer or wider mask")
+        found = compare_half_maps(a, b, seed=args.seed, **how)
+
+    # What else was asked for.
+    numbers = found.numbers
     if args.directional:
-        side, size = shell_side(a.shape, voxel_size)
-        each = directional_fsc(a, b, voxel_size=voxel_size)
-        each[..., 1:5] = math.nan                       # fewer than 20 coefficients in a cone: chance
-        each = resolution(each, size, box=side)
-        numbers |= {"sphericity": sphericity(each), "best_direction": float(each.min()), "worst_direction": float(each.max())}
+        numbers |= directional_numbers(a, b, voxel_size)
     if args.sharpen:
-        mean, curve = (a + b) / 2, fsc(a, b) if args.convention == "cryofm" else next(iter(curves.values()))
-        end = float(resolution(curve, voxel_size, box=min(a.shape), convention="relion"))
-        factor = guinier_b_factor(mean, curve, voxel_size, end) if args.b_factor is None else args.b_factor
-        numbers["b_factor"], sharp = factor, sharpen(mean, curve, voxel_size, factor, end)
+        # The filter has our shells, so it needs a curve on them.
+        curve = fsc(a, b) if args.convention == "cryofm" else next(iter(found.curves.values()))
+        sharp, b_factor = sharpened_mean(a, b, curve, voxel_size, args.b_factor)
+        numbers["b_factor"] = b_factor
         write_map(args.sharpen, replace(maps[0], density=sharp), args.overwrite)
     if args.local_resolution:
         local = local_resolution(a, b, voxel_size)
         numbers["local_resolution_median"] = float(local.median())
         write_map(args.local_resolution, replace(maps[0], density=local), args.overwrite)
-    return numbers, curves, notes, []
+    return found
 
 
-def compare_model(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], list[str], list[tuple]]:
-    """A map and an atomic model: numbers, curve, notes, and a row (label, atoms, CC, Q-score) per residue."""
-    (m,), voxel_size = read_maps(args)
-    density, model, notes = m.density, read_model(args.model), []
-    first = torch.tensor(m.corner, dtype=torch.float64)
-    at = (model.xyz.flip(1) - first) / torch.tensor(m.voxel_size, dtype=torch.float64)
-    inside = ((at >= 0) & (at <= torch.tensor(density.shape) - 1)).all(1)
-    if not inside.any():
-        raise ValueError(f"{args.model}: no atom lies in {args.maps[0]}; bring the model into the frame of the map")
-    if not inside.all():
-        notes.append(f"{int((~inside).sum())} of {len(inside)} atoms lie outside the map and are left out")
-    xyz, atomic_number, b_iso, occupancy, residue = (x[inside] for x in model[:5])
-    grid = {"voxel_size": voxel_size, "origin": first.tolist()}
-    atoms = {"xyz": xyz, "atomic_number": atomic_number, "b_iso": b_iso, "occupancy": occupancy, **grid}
-    box, voxel = shell_side(density.shape, voxel_size, args.convention)
-    numbers = {"box": box, "voxel_size": voxel, "atoms": len(xyz)} | map_model_resolution(density, **atoms)
-    d, _ = args.resolution or numbers["d_model"], numbers.pop("curve")
-    if args.resolution is None:
-        notes.append(f"no --resolution given: correlations at {d:g} Å, the map's d_model")
-    numbers |= {"resolution": d} | map_model_cc(density, resolution=d, **atoms)
+def write_results(outputs: dict[str, Path], found: Agreement, scores: dict, settings: dict) -> None:
+    """Write all tables, the picture and the .json. Without matplotlib there is no picture."""
+    numbers = found.numbers
 
-    present, residue = residue.unique(return_inverse=True)
-    calc = model_map(density.shape, resolution=d, **atoms)
-    cc = cc_per_residue(density, calc, xyz, residue, atom_radius(d, float(b_iso.mean())), **grid)
-    q, heavy = torch.full_like(b_iso, math.nan), atomic_number > 1
-    q[heavy] = q_score(density, xyz[heavy], **grid)
-    numbers |= {"cc_per_residue_mean": float(cc.nanmean()), "q_score_mean": float(q.nanmean())}
-    rows = [(model.labels[i], int((residue == j).sum()), float(cc[j]), float(q[residue == j].nanmean()))
-            for j, i in enumerate(present.tolist())]
+    # The curves, shell by shell.
+    shells = list(range(numbers["box"] // 2 + 1))
+    frequency = [k / (numbers["box"] * numbers["voxel_size"]) for k in shells]
+    angstrom = [1 / f if f else math.inf for f in frequency]
+    columns = {"shell": shells, "per_angstrom": frequency, "angstrom": angstrom}
+    columns |= {name: curve.tolist() for name, curve in found.curves.items()}
+    texts = {".csv": csv_table(columns)}
+    if ".star" in outputs:
+        best = scores.get("corrected", scores["unmasked"])["resolution_0143"]
+        texts[".star"] = postprocess_star(columns, best)
+    if found.residues:
+        labels = ("residue", "atoms", "q_score")
+        texts["_residues.csv"] = csv_table(dict(zip(labels, zip(*found.residues))))
+    for ending, text in texts.items():
+        with atomic_write(outputs[ending]) as file:
+            file.write(text.encode())
 
-    # The plain reading of the map-model FSC: the model's map to Nyquist, our shells, no smoothing.
-    full = torch.fft.irfftn(structure_factors(density.shape, **atoms), s=density.shape)
-    return numbers, {"map_model": fsc(density, full, convention=args.convention, voxel_size=voxel_size)}, notes, rows
+    # The picture.
+    try:
+        figure = picture(frequency, found, scores)
+        with atomic_write(outputs[".png"]) as file:
+            figure.savefig(file, dpi=150, format="png")
+    except ImportError:
+        del outputs[".png"]
+        found.notes.append("no picture: pip install matplotlib")
 
-
-def table(numbers: dict) -> str:
-    unit = lambda name: ("" if name.startswith(("box", "atoms", "correlation", "sphericity", "cc_", "q_"))
-                         else " Å²" if name.startswith("b_") else " Å")
-    lines = [f"{'':14}{'FSC 0.143':>12}{'FSC 0.5':>12}{'FSC_AUC':>10}"]
-    lines += [f"{name:14}{v['resolution_0143']:10.2f} Å{v['resolution_05']:10.2f} Å{v['auc']:10.4f}"
-              for name, v in numbers.items() if isinstance(v, dict)]
-    return "\n".join(lines + [f"{name:24}{v:12.5g}{unit(name)}" for name, v in numbers.items() if not isinstance(v, dict)])
-
-
-def star(s: list[float], curves: dict[str, Tensor], numbers: dict) -> str:
-    """RELION's postprocess.star: data_general and data_fsc. Without a mask the corrected curve is the unmasked one."""
-    curves = {"corrected": curves["unmasked"]} | curves
-    best = numbers.get("corrected", numbers["unmasked"])["resolution_0143"]
-    names = ["_rlnSpectralIndex", "_rlnResolution", "_rlnAngstromResolution", *(STAR[name] for name in curves)]
-    lines = ["data_general", "", f"_rlnFinalResolution {best:.6f}", "", "data_fsc", "", "loop_"]
-    lines += [f"{name} #{i}" for i, name in enumerate(names, 1)]
-    for k, values in enumerate(zip(s, (1 / f if f else 999.0 for f in s), *(c.tolist() for c in curves.values()))):
-        lines.append(f"{k:6d} " + " ".join(f"{v:12.6f}" for v in values))
-    return "\n".join(lines) + "\n"
-
-
-def picture(s: list[float], curves: dict[str, Tensor], numbers: dict, threshold: float) -> bytes:
-    """PNG of the curves over 1/Å, with Å above and lines at 0.143 and 0.5; the legend gives Å at the threshold."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for name, curve in curves.items():
-        label = {"randomised": "phase-randomised"}.get(name, name.replace("_", "-"))
-        if name in numbers:
-            label += f", {numbers[name][f'resolution_{threshold:g}'.replace('.', '')]:.2f} Å"
-        ax.plot(s, curve, color=COLOUR[name], lw=2 if COLOUR[name] == "black" else 1, label=label)
-    for t in (0.143, 0.5):
-        ax.axhline(t, color="0.5", lw=0.8, ls="--")
-        ax.annotate(f"{t:g}", (s[-1], t), xytext=(-2, 2), textcoords="offset points", ha="right", color="0.4")
-    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
-    low = min(float(curve[1:].nan_to_num(0).min()) for curve in curves.values())
-    ax.set(xlim=(0, s[-1]), ylim=(min(-0.1, low - 0.05), 1.02), xlabel="spatial frequency (1/Å)",
-           ylabel="Fourier shell correlation")
-    ax.legend(frameon=False, title=f"resolution at FSC = {threshold:g}")
-    ticks = [t for t in ax.get_xticks() if 0 < t <= s[-1]]
-    top = ax.secondary_xaxis("top")
-    top.set_xticks(ticks, [f"{1 / t:.3g}" for t in ticks])
-    top.set_xlabel("resolution (Å)")
-    figure.savefig(file := io.BytesIO(), dpi=150, format="png")
-    return file.getvalue()
+    # Everything else.
+    facts = {"command": sys.argv, "torch": torch.__version__, "settings": settings}
+    write_json(outputs[".json"], facts | {"notes": found.notes} | scores | numbers)
 
 
 def run(args: argparse.Namespace) -> None:
-    name = args.maps[0]
-    for end in (".gz", ".bz2", *SUFFIXES):
-        name = name.removesuffix(end)
-    ends = (".json", ".csv", ".png") + (".star",) * args.star + ("_residues.csv",) * bool(args.model)
-    paths = {end: Path(f"{args.out or f'{name}_fsc'}{end}") for end in ends}
-    for path in (written := [*paths.values(), *(Path(p) for p in (args.sharpen, args.local_resolution) if p)]):
-        if path.exists() and not args.overwrite:
-            raise ValueError(f"{path} exists; choose another name (-o) or give --overwrite")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path.parent}: no such folder; make it first")
+    # Check all names before the work.
+    map_names = [name for name in (*args.maps, args.truth, args.mask) if name]
+    model_names = [args.model] if args.model else []
+    outputs = output_paths(args)
+    inputs = [Path(name) for name in map_names + model_names]
+    refuse_existing(list(outputs.values()), inputs, args.overwrite)
 
-    numbers, curves, notes, residues = compare_model(args) if args.model else compare(args)
-    box, voxel_size, scores = numbers["box"], numbers["voxel_size"], {}
-    threshold = 0.143 if len(args.maps) == 2 else 0.5
-    for name in (name for name in curves if name != "randomised"):
-        at = {t: float(resolution(curves[name], voxel_size, t, box=box, convention=args.convention)) for t in (0.143, 0.5)}
-        scores[name] = {"resolution_0143": at[0.143], "resolution_05": at[0.5], "auc": float(auc(curves[name]))}
-        if not (curves[name][1:] < threshold).any():
-            notes.append(f"{name}: never below {threshold:g}; {at[threshold]:.2f} Å is the grid's limit, not the map's")
-    numbers, s = scores | numbers, [k / (box * voxel_size) for k in range(box // 2 + 1)]
+    # Compare and write.
+    found = measure(args, read_maps(map_names, args.voxel_size))
+    scores = score_curves(found, args.convention)
+    settings = vars(args)
+    write_results(outputs, found, scores, settings)
+    if args.quiet:
+        return
 
-    line = lambda values: ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n"
-    shell_rows = zip(range(len(s)), s, (1 / f if f else math.inf for f in s), *(c.tolist() for c in curves.values()))
-    files = {".csv": line(["shell", "per_angstrom", "angstrom", *curves]) + "".join(map(line, shell_rows)),
-             "_residues.csv": line(["residue", "atoms", "cc", "q_score"]) + "".join(map(line, residues))}
-    if args.star:
-        files[".star"] = star(s, curves, numbers)
-    try:
-        files[".png"] = picture(s, curves, numbers, threshold)
-    except ImportError:
-        written.remove(paths.pop(".png"))
-        notes.append("no picture: pip install matplotlib")
-    everything = {"command": sys.argv, "torch": torch.__version__, "settings": vars(args), "notes": notes} | numbers
-    everything = json.loads(json.dumps(everything), parse_constant=lambda _: None)          # JSON knows no nan
-    files[".json"] = json.dumps(everything, indent=1) + "\n"
-    for end, path in paths.items():                     # each appears whole or not at all
-        content, temporary = files[end], path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(content if end == ".png" else content.encode())
-        os.replace(temporary, path)
-    if not args.quiet:
-        given = [f"--{k} {vars(args)[k]}" for k in ("truth", "model", "mask", "convention") if vars(args)[k]]
-        print(*args.maps, *given)
-        print(table(numbers), *("note: " + n for n in notes), f"wrote {' '.join(map(str, written))}", sep="\n")
+    # Print.
+    flags = ("truth", "model", "mask", "convention")
+    print(*args.maps, *(f"--{flag} {settings[flag]}" for flag in flags if settings[flag]))
+    print(table(scores, found.numbers))
+    for note in found.notes:
+        print("note:", note)
+    print("wrote", *outputs.values())
 
 
 def main(argv=None) -> None:

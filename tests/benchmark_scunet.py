@@ -28,6 +28,7 @@ import fourier  # noqa: E402
 import fsc  # noqa: E402
 import fsc_half_maps  # noqa: E402
 import fsc_model  # noqa: E402
+import fsc_mtriage  # noqa: E402
 import mrc  # noqa: E402
 import posterior  # noqa: E402
 import sliding_windows  # noqa: E402
@@ -69,8 +70,7 @@ def real(folder: Path):
         path = next(p for p in sorted(folder.iterdir()) if p.name == row["file"] or p.name.startswith(row["file"] + ".mrc"))
         m = mrc.resample_map(mrc.read_map(path), 1.0)
         model = atoms.read_model(folder / row["model_file"])
-        at = (model.xyz.flip(1) - torch.tensor(m.corner)) / torch.tensor(m.voxel_size)
-        inside = ((at >= 0) & (at <= torch.tensor(m.density.shape) - 1)).all(1) & (model.atomic_number > 1)
+        inside = atoms.atoms_inside(model.xyz, m.density.shape, m.voxel_size, m.corner) & (model.atomic_number > 1)
         found = {name: getattr(model, name)[inside] for name in ("xyz", "atomic_number", "b_iso")}
         yield path.name.split(".")[0], m.density, None, found, float(row["resolution_A"]), \
             dict(voxel_size=m.voxel_size, shape=tuple(m.density.shape), origin=m.corner)
@@ -84,7 +84,7 @@ def b_factor_sharpened(x, resolution: float, voxel_size: float):
 def against_model(x, atoms: dict, R: float, grid: dict) -> dict[str, float]:
     place = dict(voxel_size=grid["voxel_size"], origin=grid["origin"])
     cc = fsc_model.map_model_cc(x, **atoms, resolution=R, **place)
-    curve = fsc_model.map_model_resolution(x, **atoms, **place)
+    curve = fsc_mtriage.map_model_resolution(x, **atoms, **place)
     return {"cc_box": cc["cc_box"], "cc_mask": cc["cc_mask"], "cc_peaks": cc["cc_peaks"],
             "q_score": float(fsc_model.q_score(x, atoms["xyz"], **place).nanmean()),      # nan: no density about an atom
             "fsc_05": curve["d_fsc_model_05"], "fsc_0143": curve["d_fsc_model_0143"]}

@@ -1,5 +1,9 @@
-"""What the program behind `python fsc.py` promises: its files, its numbers, its errors."""
+"""The promises of the program behind `python fsc.py`: its files, its numbers, its errors."""
+
+import csv
 import json
+import sys
+from pathlib import Path
 
 import mrcfile
 import numpy as np
@@ -10,124 +14,225 @@ from fsc import auc, fsc, radius, resolution
 from fsc_half_maps import local_resolution, masked_fsc, sharpen
 from fsc_score import main
 
+ORACLES = Path(__file__).parent / "oracles"
+
 
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def write(name, density, voxel_size=1.5):
+    with mrcfile.new(name) as file:
+        file.set_data(np.asarray(density))
+        file.voxel_size = voxel_size
+
+
+def score(command):
+    main(command.split())
+
+
+def refusal(command):
+    """The error of a command: one line, and no file is written."""
+    before = sorted(Path().iterdir())
+    with pytest.raises(SystemExit) as error:
+        score(command)
+    assert "\n" not in str(error.value)
+    assert sorted(Path().iterdir()) == before
+    return str(error.value)
+
+
 @pytest.fixture
-def files(tmp_path):
-    signal = 5 * torch.fft.irfftn(torch.fft.rfftn(noise(16, 16, 16, seed=1))
-                                  * (radius((16, 16, 16), half=True) < 5), s=(16, 16, 16))
-    mask = torch.zeros(16, 16, 16)
+def maps(tmp_path, monkeypatch):
+    """Half maps a.mrc and b.mrc and a mask.mrc in the current folder."""
+    shape = (16, 16, 16)
+    spectrum = torch.fft.rfftn(noise(*shape, seed=1)) * (radius(shape, half=True) < 5)
+    signal = 5 * torch.fft.irfftn(spectrum, s=shape)
+    mask = torch.zeros(shape)
     mask[3:13, 3:13, 3:13] = 1
-    maps = {"a": signal + noise(16, 16, 16, seed=2), "b": signal + noise(16, 16, 16, seed=3), "mask": mask}
-    for name, x in maps.items():
-        with mrcfile.new(tmp_path / f"{name}.mrc") as m:
-            m.set_data(x.numpy())
-            m.voxel_size = 1.5
-    return tmp_path, maps
+    maps = {"a": signal + noise(*shape, seed=2), "b": signal + noise(*shape, seed=3), "mask": mask}
+    monkeypatch.chdir(tmp_path)
+    for name, density in maps.items():
+        write(f"{name}.mrc", density)
+    return maps
 
 
-def test_the_program_writes_the_numbers_it_prints(files, capsys):
-    folder, maps = files
-    a, b, mask = (str(folder / f"{n}.mrc") for n in ("a", "b", "mask"))
-    main([a, b, "--mask", mask, "--star", "--directional", "--convention", "relion",
-          "--local-resolution", str(folder / "local.mrc"), "--sharpen", str(folder / "sharp.mrc"), "--b-factor", "-40"])
+# ---- Two maps
+
+
+def test_the_program_writes_the_numbers_it_prints(maps, capsys):
+    score("a.mrc b.mrc --mask mask.mrc --convention relion --star --directional")
     screen = capsys.readouterr().out
     expected = masked_fsc(maps["a"], maps["b"], maps["mask"], convention="relion")
+    curves = torch.stack(expected[:4], 1)
     best = float(resolution(expected.corrected, 1.5, convention="relion"))
-    written = json.loads((folder / "a_fsc.json").read_text())
+    written = json.loads(Path("a_fsc.json").read_text())
     assert written["corrected"]["resolution_0143"] == best and f"{best:.2f} Å" in screen
-    rows = np.loadtxt(folder / "a_fsc.csv", delimiter=",", skiprows=1)
-    assert (folder / "a_fsc.csv").read_text().splitlines()[0].endswith("corrected,unmasked,masked,randomised")
-    np.testing.assert_allclose(rows[:, 3:], torch.stack(expected[:4], 1), atol=1e-5)
+
+    header = Path("a_fsc.csv").read_text().splitlines()[0]
+    assert header.endswith("corrected,unmasked,masked,randomised")
+    rows = np.loadtxt("a_fsc.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(rows[:, 3:], curves, atol=1e-5)
     np.testing.assert_allclose(rows[:, 1], np.arange(9) / (16 * 1.5), atol=1e-6)
-    star = (folder / "a_fsc.star").read_text().splitlines()
-    assert [line.split()[0] for line in star if line.startswith("_rln")][1:4] == [
-        "_rlnSpectralIndex", "_rlnResolution", "_rlnAngstromResolution"]
-    np.testing.assert_allclose([float(x) for x in star[-1].split()[3:]], torch.stack(expected[:4], 1)[-1], atol=1e-6)
-    mean = (maps["a"] + maps["b"]) / 2
-    with mrcfile.open(folder / "sharp.mrc") as m:
-        np.testing.assert_allclose(m.data, sharpen(mean, expected.corrected, 1.5, -40, best), atol=1e-5)
+
+    star = Path("a_fsc.star").read_text().splitlines()
+    names = [line.split()[0] for line in star if line.startswith("_rln")]
+    assert names[1:4] == ["_rlnSpectralIndex", "_rlnResolution", "_rlnAngstromResolution"]
+    last = [float(word) for word in star[-1].split()[3:]]
+    np.testing.assert_allclose(last, curves[-1], atol=1e-6)
+
+
+def test_the_program_writes_the_sharpened_map_and_the_local_resolution(maps):
+    command = "a.mrc b.mrc --mask mask.mrc --convention relion --b-factor -40"
+    score(f"{command} --sharpen sharp.mrc --local-resolution local.mrc")
+    curve = masked_fsc(maps["a"], maps["b"], maps["mask"], convention="relion").corrected
+    best = float(resolution(curve, 1.5, convention="relion"))
+    sharp = sharpen((maps["a"] + maps["b"]) / 2, curve, 1.5, -40, best)
+    np.testing.assert_allclose(mrcfile.read("sharp.mrc"), sharp, atol=1e-5)
     local = local_resolution(maps["a"], maps["b"], 1.5)
-    with mrcfile.open(folder / "local.mrc") as m:
-        np.testing.assert_allclose(m.data, local, rtol=1e-5)
+    np.testing.assert_allclose(mrcfile.read("local.mrc"), local, rtol=1e-5)
+    written = json.loads(Path("a_fsc.json").read_text())
     assert written["local_resolution_median"] == pytest.approx(float(local.median()))
 
 
-def test_the_program_compares_with_a_truth_and_overwrites_only_when_asked(files):
-    folder, maps = files
-    arguments = [str(folder / "a.mrc"), "--truth", str(folder / "b.mrc"), "--quiet", "-o", str(folder / "out")]
-    main(arguments)
-    written = json.loads((folder / "out.json").read_text())
+def test_a_map_and_its_truth_are_compared(maps):
+    score("a.mrc --truth b.mrc --quiet -o out")
+    written = json.loads(Path("out.json").read_text())
     assert written["unmasked"]["auc"] == pytest.approx(float(auc(fsc(maps["a"], maps["b"]))))
     flat = np.corrcoef(maps["a"].flatten(), maps["b"].flatten())[0, 1]
     assert written["correlation"] == pytest.approx(flat, abs=1e-6)
-    with pytest.raises(SystemExit, match="out.json exists"):
-        main(arguments)
-    main([*arguments, "--overwrite"])
 
 
-def test_bad_input_gets_one_line_and_no_file(files):
-    folder, _ = files
-    with mrcfile.new(folder / "small.mrc") as m:
-        m.set_data(noise(8, 8, 8).numpy())
-        m.voxel_size = 1.5
-    with mrcfile.new(folder / "wide.mrc") as m:
-        m.set_data(noise(16, 16, 16).numpy())
-        m.voxel_size = 3.0
-    (folder / "text.mrc").write_text("not a map")
-    before = sorted(folder.iterdir())
-    for other, message in (("small.mrc", "one grid"), ("wide.mrc", "--voxel-size"), ("text.mrc", "not an MRC"),
-                           ("none.mrc", "none.mrc")):
-        with pytest.raises(SystemExit, match=message) as error:
-            main([str(folder / "a.mrc"), str(folder / other)])
-        assert "\n" not in str(error.value)
-    assert sorted(folder.iterdir()) == before
+def test_one_coefficient_does_not_decide_the_worst_direction(tmp_path, monkeypatch):
+    # Signal up to shell 10, but the two coefficients at +-1 along z disagree.
+    monkeypatch.chdir(tmp_path)
+    n = 32
+    signal = torch.fft.rfftn(noise(n, n, n, seed=1)) * (radius((n, n, n), half=True) < 10) * 10
+    for name, sign in (("a", 1), ("b", -1)):
+        spectrum = signal + torch.fft.rfftn(noise(n, n, n, seed=ord(name)))
+        spectrum[1, 0, 0] = spectrum[-1, 0, 0] = 3000 * sign
+        write(f"{name}.mrc", torch.fft.irfftn(spectrum, s=(n, n, n)), voxel_size=1.0)
+    score("a.mrc b.mrc --directional --quiet")
+    written = json.loads(Path("a_fsc.json").read_text())
+    assert n / 15 < written["best_direction"] < written["worst_direction"] < n / 8
+    assert written["sphericity"] > 0.95
 
 
-def test_arguments_that_would_be_ignored_or_make_no_sense_get_one_line_and_no_file(files):
-    folder, _ = files
-    a, b = (str(folder / f"{n}.mrc") for n in "ab")
-    before = sorted(folder.iterdir())
-    for arguments, message in (
-            ([a], "two half maps, or"), ([a, b, a], "two half maps, or"), ([a, a], "hold the same map"),
-            ([a, "--truth", b, "--star"], "want two half maps"), ([a, b, "--b-factor", "-50"], "--sharpen"),
-            ([a, b, "--resolution", "3"], "--model"), ([a, "--model", "m.pdb", "--resolution", "-3"], "positive"),
-            ([a, "--truth", b, "--mask", a], "values from 0 to 1"), ([".", b], "no such file"),
-            ([a, b, "-o", str(folder / "none" / "x")], "none: no such folder")):
-        with pytest.raises(SystemExit, match=message) as error:
-            main(arguments)
-        assert "\n" not in str(error.value)
-    assert sorted(folder.iterdir()) == before
-
-
-def test_one_coefficient_does_not_decide_the_worst_direction(tmp_path):
-    n = 32                                              # signal to shell 10; the two coefficients at +-1 along z disagree
-    r = radius((n, n, n), half=True)
-    signal = torch.fft.rfftn(noise(n, n, n, seed=1)) * (r < 10) * 10
-    for name in "ab":
-        X = signal + torch.fft.rfftn(noise(n, n, n, seed=ord(name)))
-        X[1, 0, 0], X[-1, 0, 0] = (3000, 3000) if name == "a" else (-3000, -3000)
-        with mrcfile.new(tmp_path / f"{name}.mrc") as m:
-            m.set_data(torch.fft.irfftn(X, s=(n, n, n)).numpy())
-            m.voxel_size = 1.0
-    main([str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"), "--directional", "--quiet"])
-    written = json.loads((tmp_path / "a_fsc.json").read_text())
-    assert n / 15 < written["best_direction"] < written["worst_direction"] < n / 8 and written["sphericity"] > 0.95
-
-
-def test_a_curve_that_never_falls_is_reported_as_the_limit_of_the_grid(files, capsys):
-    folder, _ = files
-    main([str(folder / "a.mrc"), "--truth", str(folder / "a.mrc"), "-o", str(folder / "same")])
+def test_a_curve_that_never_falls_is_reported_as_the_limit_of_the_grid(maps, capsys):
+    score("a.mrc --truth a.mrc -o same")
     note = "unmasked: never below 0.5; 3.00 Å is the grid's limit"
-    assert note in capsys.readouterr().out and note in json.loads((folder / "same.json").read_text())["notes"][0]
+    assert note in capsys.readouterr().out
+    assert note in json.loads(Path("same.json").read_text())["notes"][0]
 
 
-def test_without_matplotlib_all_but_the_picture_is_written(files, monkeypatch, capsys):
-    folder, _ = files
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    main([str(folder / "a.mrc"), str(folder / "b.mrc")])
+def test_without_matplotlib_all_but_the_picture_is_written(maps, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    score("a.mrc b.mrc")
     assert "pip install matplotlib" in capsys.readouterr().out
-    assert (folder / "a_fsc.csv").exists() and not (folder / "a_fsc.png").exists()
+    assert Path("a_fsc.csv").exists() and not Path("a_fsc.png").exists()
+
+
+# ---- What is refused
+
+
+def test_files_are_replaced_only_when_asked(maps):
+    score("a.mrc b.mrc --quiet -o out")
+    assert "out.json: exists" in refusal("a.mrc b.mrc --quiet -o out")
+    score("a.mrc b.mrc --quiet -o out --overwrite")
+
+
+@pytest.mark.parametrize("name", ["a.mrc", "b.mrc", "mask.mrc"])
+def test_no_input_is_ever_overwritten(maps, name):
+    command = f"a.mrc b.mrc --mask mask.mrc --sharpen {name} --overwrite"
+    assert "is the input" in refusal(command)
+    assert np.array_equal(mrcfile.read(name), maps[name.removesuffix(".mrc")])
+
+
+def test_maps_that_do_not_fit_or_cannot_be_read_are_refused(maps):
+    write("small.mrc", noise(8, 8, 8))
+    write("wide.mrc", noise(16, 16, 16), voxel_size=3.0)
+    Path("text.mrc").write_text("not a map")
+    assert "one grid" in refusal("a.mrc small.mrc")
+    assert "--voxel-size" in refusal("a.mrc wide.mrc")
+    assert "not an MRC" in refusal("a.mrc text.mrc")
+    assert "none.mrc" in refusal("a.mrc none.mrc")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("a.mrc", "two half maps, or"),
+        ("a.mrc b.mrc a.mrc", "two half maps, or"),
+        ("a.mrc a.mrc", "hold the same map"),
+        ("a.mrc --truth b.mrc --star", "want two half maps"),
+        ("a.mrc b.mrc --b-factor -50", "--sharpen"),
+        ("a.mrc b.mrc --resolution 3", "--model"),
+        ("a.mrc --model m.pdb --resolution -3", "positive"),
+        ("a.mrc --truth b.mrc --mask a.mrc", "values from 0 to 1"),
+        (". b.mrc", "no such file"),
+        ("a.mrc b.mrc -o none/x", "none: no such folder"),
+        ("a.mrc b.mrc --sharpen out.txt", "ends in .mrc"),
+        ("a.mrc b.mrc --sharpen out.mrc --local-resolution out.mrc", "give two"),
+    ],
+)
+def test_arguments_that_would_be_ignored_or_make_no_sense_are_refused(maps, command, message):
+    assert message in refusal(command)
+
+
+# ---- A map and a model
+
+
+def pdb_line(number, xyz, element, name, residue, b_factor):
+    position = "".join(f"{c:8.3f}" for c in xyz)
+    ending = f"{position}  1.00{b_factor:6.2f}          {element:>2s}"
+    return f"ATOM  {number:5d}  {name:3s} ALA A{residue:4d}    {ending}\n"
+
+
+@pytest.fixture(params=["origin", "nstart"])
+def map_and_model(request, tmp_path, monkeypatch):
+    """The oracle's map.mrc and model.pdb, both moved, with one atom far away: its numbers."""
+    monkeypatch.chdir(tmp_path)
+    oracle = np.load(ORACLES / "map_model.npz")
+    voxel_size = float(oracle["voxel"])
+    write("map.mrc", oracle["map_zyx"], voxel_size)
+    # Headers place a map by an origin in Å, or by the index of the first voxel.
+    with mrcfile.open("map.mrc", "r+") as file:
+        if request.param == "origin":
+            file.header.origin = (10, 20, -30)
+            shift = np.array([10, 20, -30])
+        else:
+            file.header.nxstart, file.header.nystart, file.header.nzstart = 4, 5, -6
+            shift = np.array([4, 5, -6]) * voxel_size
+    xyz = oracle["coords_xyz"] + shift
+    names = ("elements", "atom_names", "residue_number", "b_iso")
+    atoms = zip(range(1, 100), xyz, *(oracle[name] for name in names))
+    far = pdb_line(99, (999, 0, 0), "C", "CA", 99, 20)
+    Path("model.pdb").write_text("".join(pdb_line(*atom) for atom in atoms) + far)
+    Path("far.pdb").write_text(far)
+    return oracle
+
+
+def test_the_program_prints_phenixs_numbers_for_files_in_any_frame(map_and_model, capsys):
+    oracle = map_and_model
+    score("map.mrc --model model.pdb --resolution 4")
+    assert "1 of 60 atoms lie outside" in capsys.readouterr().out
+    written = json.loads(Path("map_fsc.json").read_text())
+    for name in ("cc_box", "cc_mask", "cc_volume", "cc_peaks"):
+        assert written[name] == pytest.approx(float(oracle[name]), abs=1e-4), name
+    assert written["d_model"] == pytest.approx(float(oracle["mtriage_d_model"]))
+    assert written["d_fsc_model_0"] is None  # JSON has no nan
+    assert written["q_score_mean"] == pytest.approx(oracle["qscore_sigma06"].mean(), abs=1e-4)
+
+
+def test_the_program_lists_the_q_score_of_every_residue(map_and_model):
+    oracle = map_and_model
+    score("map.mrc --model model.pdb --resolution 4 --quiet")
+    with open("map_fsc_residues.csv") as file:
+        row = list(csv.DictReader(file))[2]
+    third = oracle["residue_number"] == 3
+    assert row["residue"] == "A/3/ALA" and int(row["atoms"]) == third.sum()
+    expected = oracle["qscore_sigma06"][third].mean()
+    assert float(row["q_score"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_beside_the_map_is_refused(map_and_model):
+    assert "no atom lies in" in refusal("map.mrc --model far.pdb -o far")
