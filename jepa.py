@@ -394,10 +394,8 @@ def kernel(u: Tensor) -> Tensor:
     return u.square().mul_(-0.5).clamp_(min=-50).exp_()
 
 
-def soft_histogram(
-    x: Tensor, bins: int = 64, sigma: float | None = None, *, normalise: bool = True
-) -> Tensor:
-    """p of (7), or h of (6) if not normalise: maps (B, ...) -> (B, bins) float64.
+def soft_histogram(x: Tensor, bins: int = 64, sigma: float | None = None) -> Tensor:
+    """p of (7) for maps x (B, ...): (B, bins) float64.
 
     sigma: default 1 / bins, the width of a bin. Values beyond [0, 1] count in the outermost bins
     as far as sigma reaches. Raises ValueError if bins or sigma is not positive.
@@ -408,25 +406,16 @@ def soft_histogram(
         raise ValueError(f"a histogram of {bins} bins and sigma {sigma}: both must be positive")
     # bfloat16 holds 3 digits of a grey value.
     wide = torch.promote_types(x.dtype, torch.float32)
-    h = SoftHistogram.apply(x.flatten(1).to(wide), bins, sigma)
-    if not normalise:
-        return h
+    h = SoftHistogram.apply(x.flatten(1).to(wide), bins, sigma) + EPS
     # Erratum 1: eq. 2 is not normalised, yet eq. 3 takes h for a distribution.
-    return (h + EPS) / (h + EPS).sum(1, keepdim=True)  # (7)
+    return h / h.sum(1, keepdim=True)  # (7)
 
 
-def hist_kl(
-    x: Tensor,
-    y: Tensor,
-    bins: int = 64,
-    sigma: float | None = None,
-    *,
-    normalise: bool = True,
-) -> Tensor:
+def hist_kl(x: Tensor, y: Tensor, bins: int = 64, sigma: float | None = None) -> Tensor:
     """HistKL (8) in nats, the mean over maps x, y (B, ...) in [0, 1]; a scalar.
 
-    Symmetric, at most log 2, 0 for equal histograms. normalise=False: eq. 2 as printed, which has
-    no bound. Raises ValueError if the shapes differ; see also `soft_histogram`.
+    Symmetric, at most log 2, 0 for equal histograms.
+    Raises ValueError if the shapes differ; see also `soft_histogram`.
     """
     if x.shape != y.shape:
         raise ValueError(
@@ -434,8 +423,8 @@ def hist_kl(
             "want one shape"
         )
     # float64, because p - q may be a millionth of p. These are few numbers.
-    p = soft_histogram(x, bins, sigma, normalise=normalise)
-    q = soft_histogram(y, bins, sigma, normalise=normalise)
+    p = soft_histogram(x, bins, sigma)
+    q = soft_histogram(y, bins, sigma)
     m = (p + q) / 2
     js = 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(1)  # (8)
     return js.mean().to(torch.promote_types(x.dtype, torch.float32))
