@@ -149,7 +149,9 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_old_file(tmp_path):
 def refused(path, match):
     with pytest.raises(ValueError, match=match) as error:
         checkpoint.load(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "allocate" not in str(error.value)  # it did not try to take the memory
 
 
 def test_junk_is_refused_in_one_line(tmp_path):
@@ -207,3 +209,65 @@ def test_another_kind_of_network_is_refused_in_one_line(tmp_path, monkeypatch):
                           (dict(weights={}), "Missing key"), (dict(kind="vae"), "not a checkpoint of this project")):
         torch.save({**content, **change}, path)
         refused(path, match)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("weights", None),
+        ("weights", {"patch_in.proj.weight": "no tensor"}),
+        ("weights", {"patch_in.proj.weight": torch.ones(3, dtype=torch.int64)}),
+        ("config", None),
+        ("voxel_size", "x"),
+        ("voxel_size", float("nan")),
+        ("voxel_size", torch.ones(2, 2)),
+        ("voxel_size", 0.0),
+        ("box", None),
+        ("box", 16.0),
+        ("box", 10**6),
+        ("mean", float("inf")),
+        ("std", 0),
+        ("std", None),
+        ("task", 3),
+        ("training", [1]),
+    ],
+)
+def test_a_field_of_the_wrong_type_or_value_is_named_in_one_line(tmp_path, field, value):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(), **META)
+    torch.save({**checkpoint.read(path), field: value}, path)
+    refused(path, f"damaged, its {field} cannot be")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depths": (10**6, 1)},
+        {"depths": (0,) * 10**6, "widths": (24,) * 10**6},
+        {"depths": None},
+        {"depths": (1.5, 1)},
+        {"depths": "ab"},
+        {"widths": (12 * 10**6, 12 * 10**6)},
+        {"widths": (12 * 10**12, 12 * 10**12)},
+        {"widths": (24, -48)},
+        {"d_head": 0},
+        {"d_head": "x"},
+        {"mapping_width": 10**9},
+        {"ff_mult": 10**9},
+        {"patch_size": 10**4},
+        {"patch_size": float("nan")},
+        {"time_phase": 3},
+    ],
+)
+def test_an_absurd_config_is_refused_before_it_fills_the_memory(tmp_path, change):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(), **META)
+    content = checkpoint.read(path)
+    torch.save({**content, "config": {**content["config"], **change}}, path)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, limits[1]))
+    try:
+        refused(path, "its weights do not fit this version's HDiT")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
