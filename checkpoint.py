@@ -1,6 +1,7 @@
-"""Files that hold a network: weights, config, voxel size, normalisation and, for `train.py --resume`, the training state.
+"""Files that hold a network: weights, config, what is needed to use it, and the state of training.
 
-A checkpoint is one dict that `torch.load(weights_only=True)` reads, so that opening a stranger's file runs no code:
+A checkpoint is one dict that `torch.load(weights_only=True)` reads, so that opening a file from a
+stranger runs no code:
 
     kind         which network, a key of NETWORKS
     config       fields of its config
@@ -8,13 +9,16 @@ A checkpoint is one dict that `torch.load(weights_only=True)` reads, so that ope
     voxel_size   Å, the sampling the network was trained at
     box          voxels per side of its training crops: the tile that sampling.py evaluates
     mean, std    network value = (density / 99.999 percentile - mean) / std; 0 and 1 for "scunet"
-    task         "scunet" only: what it was trained for, "jepa", "mae", "sharpen", "superres" or "wedge3d"
+    task         "scunet" only: "jepa", "mae", "sharpen", "superres" or "wedge3d"
     training     None, or in train.py's own files: raw weights, optimiser states, step, flags
 
-The authors' public CryoFM weights (`model.safetensors`) load by path too; all but the kernel size follows from the shapes.
+The authors' public CryoFM weights (`model.safetensors`) load by path too. All of their config but
+the kernel size follows from the shapes.
 """
+
 import hashlib
 import pickle
+import reprlib
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,68 +33,131 @@ from model_scunet import SCUNet, SCUNetConfig
 NETWORKS = {"hdit": (HDiT, HDiTConfig), "scunet": (SCUNet, SCUNetConfig)}
 KEYS = {"kind", "config", "weights", "voxel_size", "box", "mean", "std"}
 
+# What zipfile and torch.load raise for a file of another kind, cut short or with a bit flipped.
+DAMAGED = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    UnicodeDecodeError,
+    OSError,
+)
+
+# What building a network raises for a config of wrong fields, types or values, and for weights that
+# are missing, left over or of another shape.
+UNFIT = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError)
+
+# No network of this project comes near these. Beyond, a damaged number would fill all memory.
+MOST_BLOCKS = 1000
+MOST_BOX = 1024
+
 
 @dataclass(frozen=True)
 class Prior:
     """A network with what is needed to use it; fields as in the module's docstring."""
+
     net: nn.Module
     kind: str
     voxel_size: float
     box: int
     mean: float
     std: float
-    sha256: str                      # of the file
+    sha256: str  # of the file
     task: str = ""
     training: dict | None = None
 
 
-def save(path, net: nn.Module, *, voxel_size: float, box: int, mean: float, std: float, task: str = "",
-         training: dict | None = None, half: bool = False) -> None:
-    """Write a checkpoint; a crash or kill -9 at any byte leaves the previous file whole.
+def save(
+    path,
+    net: nn.Module,
+    *,
+    voxel_size: float,
+    box: int,
+    mean: float,
+    std: float,
+    task: str = "",
+    training: dict | None = None,
+    half: bool = False,
+) -> None:
+    """Write a checkpoint; a crash or kill -9 at any byte leaves the previous file as it was.
 
-    half: store floating-point weights as float16 (half the size; loaded back as float32), for files that ship.
+    half: store the weights as float16 (half the size, loaded back as float32), for files that ship.
     Raises OSError if it cannot be written: no such folder, a full disk.
     """
-    kind = next(k for k, (cls, _) in NETWORKS.items() if isinstance(net, cls))
-    weights = {k: v.detach().cpu() for k, v in net.state_dict().items()}
+    kind = "hdit" if isinstance(net, HDiT) else "scunet"
+    weights = {key: value.detach().cpu() for key, value in net.state_dict().items()}
     if half:
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    content = dict(kind=kind, config=asdict(net.config), weights=weights, voxel_size=float(voxel_size), box=int(box),
-                   mean=float(mean), std=float(std), task=task, training=training)
+        weights = {key: value.half() for key, value in weights.items()}
+    content = dict(
+        kind=kind,
+        config=asdict(net.config),
+        weights=weights,
+        voxel_size=float(voxel_size),
+        box=int(box),
+        mean=float(mean),
+        std=float(std),
+        task=task,
+        training=training,
+    )
     with atomic_write(Path(path)) as file:
         torch.save(content, file)
 
 
 def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "float32") -> Prior:
-    """Read a checkpoint, or the authors' `model.safetensors`; the network comes in eval mode, float32, without gradients.
+    """Read a checkpoint, or the authors' `model.safetensors`.
 
-    kind: the network the caller can use ("hdit", "scunet"). time_phase: only for the authors' weights (see model_hdit).
-    Raises OSError if the file cannot be read and ValueError if it is no checkpoint, or one of another kind.
+    The network comes in eval mode, float32, without gradients. kind: the network that the caller
+    can use ("hdit", "scunet"). time_phase: only for the authors' weights (see model_hdit).
+    Raises OSError if the file cannot be read, and ValueError if it is no checkpoint, a damaged one,
+    or one of another kind.
     """
     path = Path(path)
-    content = read_public_hdit(path, time_phase) if path.suffix == ".safetensors" else read(path)
+    public = path.suffix == ".safetensors"
+    content = read_public_hdit(path, time_phase) if public else read(path)
     if kind is not None and content["kind"] != kind:
-        raise ValueError(f"{path}: holds a {content['kind']} network, this task needs {kind}; give another --ckpt")
-    network, config = NETWORKS[content["kind"]]
+        raise ValueError(
+            f"{path}: holds a {content['kind']} network, this task needs {kind}; "
+            "give another --ckpt"
+        )
+    net = build(path, content)
+    return Prior(
+        net=net.to(device).eval().requires_grad_(False),
+        kind=content["kind"],
+        voxel_size=content["voxel_size"],
+        box=content["box"],
+        mean=content["mean"],
+        std=content["std"],
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        task=content.get("task", ""),
+        training=content.get("training"),
+    )
+
+
+def build(path, content: dict) -> nn.Module:
+    """The network of a checkpoint's dict, with its weights; ValueError if they do not fit."""
+    network, config_class = NETWORKS[content["kind"]]
+    weights = {key: value.float() for key, value in content["weights"].items()}
     try:
-        net = network(config(**content["config"]))
-        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in content["weights"].items()})
-    except (TypeError, RuntimeError) as error:           # an unknown field; a tensor missing, left over or misshapen
-        raise ValueError(f"{path}: its weights do not fit this version's {network.__name__}: "
-                         f"{' '.join(str(error).split())}") from error
-    meta = {k: content[k] for k in ("kind", "voxel_size", "box", "mean", "std")}
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Prior(net.to(device).eval().requires_grad_(False), sha256=sha256, task=content.get("task", ""),
-                 training=content.get("training"), **meta)
-
-
-# What zipfile and torch.load raise for a file that is not theirs, is cut short or has a bit flipped, found by feeding them such.
-DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, OSError)
+        config = config_class(**content["config"])
+        if sum(config.depths) + len(config.depths) > MOST_BLOCKS:
+            raise ValueError(f"more than {MOST_BLOCKS} blocks and levels")
+        # Try on the meta device first, which takes no memory however wide a damaged config is.
+        with torch.device("meta"):
+            network(config).load_state_dict(weights, assign=True)
+        net = network(config)
+        net.load_state_dict(weights)
+    except UNFIT as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: its weights do not fit this version's {network.__name__}: {reason[:300]}"
+        ) from error
+    return net
 
 
 def read(path) -> dict:
-    """The dict of a checkpoint, checked. torch.load alone would not notice a damaged weight; the archive's CRC-32 does."""
-    with open(path, "rb") as file:                       # OSError: no such file, a folder, no permission
+    """The dict of a checkpoint, checked. Errors: see `load`."""
+    # torch.load alone does not notice a damaged weight. The CRC-32 of the archive does.
+    with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip() is not None:
@@ -98,41 +165,97 @@ def read(path) -> dict:
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         except DAMAGED as error:
-            raise ValueError(f"{path}: not a checkpoint of this project, or a damaged one ({type(error).__name__}); "
-                             "copy it again or give another") from error
-    if not isinstance(content, dict) or not KEYS <= content.keys() or content["kind"] not in NETWORKS:
-        raise ValueError(f"{path}: a PyTorch file, but not a checkpoint of this project ({', '.join(NETWORKS)})")
+            raise ValueError(
+                f"{path}: not a checkpoint of this project, or a damaged one "
+                f"({type(error).__name__}); copy it again or give another"
+            ) from error
+    is_ours = isinstance(content, dict) and content.keys() >= KEYS
+    if not is_ours or content["kind"] not in list(NETWORKS):
+        raise ValueError(
+            f"{path}: a PyTorch file, but not a checkpoint of this project ({', '.join(NETWORKS)})"
+        )
+    check_fields(path, content)
     return content
 
 
-def read_public_hdit(path, time_phase: str) -> dict:
-    """The authors' `model.safetensors`, as a checkpoint: config from the shapes, the rest from the paper.
+def check_fields(path, content: dict) -> None:
+    """Raise ValueError if a field has a type or value that no training run writes."""
 
-    CryoFM-S is 64^3 at 1.5 Å, CryoFM-L (three levels) 128^3 at 3 Å (section 4.1); values (x - 0.04) / 0.09 (section 4.2).
+    def is_number(value, low, high):
+        return type(value) in (int, float) and low < value < high  # false for nan
+
+    weights = content["weights"]
+    is_right = {
+        "weights": isinstance(weights, dict)
+        and all(torch.is_tensor(w) and w.is_floating_point() for w in weights.values()),
+        "config": isinstance(content["config"], dict),
+        "voxel_size": is_number(content["voxel_size"], 0, 1e6),
+        "box": type(content["box"]) is int and 0 < content["box"] <= MOST_BOX,
+        "mean": is_number(content["mean"], -1e6, 1e6),
+        "std": is_number(content["std"], 0, 1e6),
+        "task": isinstance(content.get("task", ""), str),
+        "training": isinstance(content.get("training"), dict | None),
+    }
+    for name, right in is_right.items():
+        if not right:
+            value = " ".join(reprlib.repr(content[name]).split())
+            raise ValueError(
+                f"{path}: damaged, its {name} cannot be {value}; copy it again or give another"
+            )
+
+
+def read_public_hdit(path, time_phase: str) -> dict:
+    """The authors' `model.safetensors`, as a checkpoint: config from the shapes, the rest by paper.
+
+    CryoFM-S is 64^3 at 1.5 Å, CryoFM-L (three levels) 128^3 at 3 Å (section 4.1). The values are
+    (x - 0.04) / 0.09 (section 4.2).
     """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise ValueError(f"{path}: reading .safetensors needs one more package: pip install safetensors") from None
+        raise ValueError(
+            f"{path}: reading .safetensors needs one more package: pip install safetensors"
+        ) from None
     try:
         weights = load_file(path)
         config = infer_config(weights, time_phase)
-    except (SafetensorError, KeyError) as error:         # KeyError: a tensor that every HDiT has
-        raise ValueError(f"{path}: not the weights of an HDiT, or a damaged file ({error})") from error
+    except (SafetensorError, *UNFIT) as error:
+        raise ValueError(
+            f"{path}: not the weights of an HDiT, or a damaged file ({error})"
+        ) from error
     large = len(config.widths) == 3
-    return dict(kind="hdit", config=asdict(config), weights=weights, voxel_size=3.0 if large else 1.5,
-                box=128 if large else 64, mean=0.04, std=0.09)
+    return dict(
+        kind="hdit",
+        config=asdict(config),
+        weights=weights,
+        voxel_size=3.0 if large else 1.5,
+        box=128 if large else 64,
+        mean=0.04,
+        std=0.09,
+    )
 
 
 def infer_config(weights: dict, time_phase: str = "float32") -> HDiTConfig:
-    """HDiTConfig from the shapes of a state dict; the kernel size, which no shape shows, is the paper's 7."""
-    layers = lambda prefix: len({k.split(".")[prefix.count(".")] for k in weights if k.startswith(prefix)})
-    levels = layers("down_levels.")
+    """HDiTConfig from the shapes of a state dict; the kernel size, which no shape shows, is 7."""
+
+    def count(prefix):
+        # How many numbers follow the prefix in the names: levels of a network, blocks of a level.
+        position = prefix.count(".")
+        return len({key.split(".")[position] for key in weights if key.startswith(prefix)})
+
+    levels = count("down_levels.")
+    depths = [count(f"down_levels.{i}.") for i in range(levels)]
     width, voxels = weights["patch_in.proj.weight"].shape
-    widths = [width] + [weights[f"merges.{i}.proj.weight"].shape[0] for i in range(levels)]
-    heads = weights["mid_level.0.self_attn.scale"].shape[0]
-    return HDiTConfig(patch_size=round(voxels ** (1 / 3)), widths=tuple(widths), d_head=widths[-1] // heads,
-                      depths=tuple(layers(f"down_levels.{i}.") for i in range(levels)) + (layers("mid_level."),),
-                      mapping_width=weights["time_in_proj.weight"].shape[1],
-                      ff_mult=weights["mid_level.0.ff.down_proj.weight"].shape[1] // widths[-1], time_phase=time_phase)
+    widths = [width] + [len(weights[f"merges.{i}.proj.weight"]) for i in range(levels)]
+    heads = len(weights["mid_level.0.self_attn.scale"])
+    hidden = weights["mid_level.0.ff.down_proj.weight"].shape[1]
+    return HDiTConfig(
+        patch_size=round(voxels ** (1 / 3)),
+        widths=tuple(widths),
+        depths=(*depths, count("mid_level.")),
+        d_head=widths[-1] // heads,
+        mapping_width=weights["time_in_proj.weight"].shape[1],
+        ff_mult=hidden // widths[-1],
+        time_phase=time_phase,
+    )
