@@ -1,57 +1,136 @@
-"""Files that appear whole or not at all, and never over something that exists.
+"""Files that appear whole or not at all, and never replace something by accident.
+
+with atomic_write(path) as file:              one binary file, renamed to `path` at the end
+    file.write(...)
+
+with AtomicOutputs() as outputs:              several files that appear together
+    with outputs.open(path) as file:          as often as needed; all are renamed at the end
+        file.write(...)
+
+write_json(path, value)                       NaN and infinity become null
+refuse_existing(outputs, inputs, overwrite)   call it before the work, not after it
+list_files(path, suffixes)                    the files of a folder, without hidden ones
 """
+
 import contextlib
+import glob
+import json
+import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+
+class AtomicOutputs:
+    """Files that are written under temporary names and renamed together when the block ends.
+
+    If anything fails before the renaming, no file appears and every old one is unchanged.
+    A killed process can leave temporary files behind. They are hidden, and the next write to the
+    same name removes them. Raises OSError, which names the file, if one cannot be written.
+    """
+
+    def __enter__(self) -> "AtomicOutputs":
+        self.renames: dict[Path, Path] = {}  # temporary name -> name
+        return self
+
+    @contextlib.contextmanager
+    def open(self, path: Path) -> Iterator[BinaryIO]:
+        """A binary file for `path`. When the inner block ends, its content is on the disk."""
+        # Remove what a killed process left under this name.
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+        # Two processes that write the same name must not write into the same file.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.renames[temporary] = path
+        with named_errors(path), open(temporary, "wb") as file:
+            yield file
+            # Wait until the disk has it, or a power cut after the renaming would lose it.
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        try:
+            # Every file is complete here, so only the renaming can still fail.
+            if error_type is None:
+                for temporary, path in self.renames.items():
+                    with named_errors(path):
+                        os.replace(temporary, path)
+        finally:
+            # Renamed files are gone from their temporary names.
+            for temporary in self.renames:
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path):
-    """A binary file to write to under a temporary name; on disk, it takes the place of `path`.
-
-    A crash or kill -9 at any byte leaves what `path` was. The temporary name is always the same, so
-    that the next write clears up what a killed one left. Raises OSError if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a failed write into one OSError that names the file."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # RuntimeError: what torch.save makes of a failed write
-        raise OSError(f"{path}: not written, is the disk full? What was there is unharmed ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        raise OSError(
+            f"{path}: not written ({error}); check free space and permissions. "
+            "A file that was there before is unchanged"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends without an error; see AtomicOutputs."""
+    with AtomicOutputs() as outputs, outputs.open(path) as file:
+        yield file
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write dicts, lists, numbers and strings as JSON, atomically. NaN and infinity become null."""
+    # Convert first, so that a value without a JSON form leaves the old file alone.
+    text = json.dumps(without_nan(value), indent=1, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(f"{text}\n".encode())
+
+
+def without_nan(value: Any) -> Any:
+    """The same value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def refuse_existing(
+    outputs: Iterable[Path], inputs: Iterable[Path] = (), overwrite: bool = False
+) -> None:
+    """Check the names of all files that a program will write, before it does any work.
+
+    Raises FileNotFoundError if a folder is missing, and FileExistsError if a file is one of the
+    inputs, or exists and overwrite is False.
+    """
+    existing_inputs = [path for path in inputs if path.exists()]
+    for path in outputs:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
+        if not path.exists():
+            continue
+        # samefile also finds an input behind a link.
+        if any(path.samefile(source) for source in existing_inputs):
+            raise FileExistsError(f"{path}: is the input and is never overwritten; give another -o")
+        if not overwrite:
+            raise FileExistsError(f"{path}: exists; give another name with -o, or --overwrite")
 
 
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a folder with one of the suffixes, by name; a file is returned as it is.
+    """The files of a folder that have one of the suffixes, sorted by name; or the one file given.
 
+    suffixes are in lower case. Hidden files, such as macOS's `._map.mrc`, are skipped in folders.
     Raises FileNotFoundError if there is no such file or folder.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     return [file for file in files if file.name.lower().endswith(suffixes)]
-
-
-def refuse_existing(outputs: list[Path], inputs: list[Path] = (), overwrite: bool = False) -> None:
-    """Check the names of all files to be written, before any work is done.
-
-    Raises FileNotFoundError if a folder is missing, ValueError if a file is one of the inputs, or exists without `overwrite`.
-    """
-    for path in outputs:
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
-        if path.exists() and any(source.exists() and path.samefile(source) for source in inputs):
-            raise ValueError(f"{path}: is the input, never overwritten; give another name with -o")
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path}: exists; give another name with -o, or --overwrite")
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -91,6 +91,15 @@ def draw_device(generator: torch.Generator | None, device) -> torch.device:
     return device if generator is None else generator.device
 
 
+def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...], device) -> Tensor:
+    """Standard normal noise (K, *shape) on `device`, map k from the k-th of K CPU generators.
+
+    Each map depends on its own generator alone, so it does not depend on how many are drawn at once.
+    """
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
+    return torch.stack(noise).to(device)
+
+
 def sample_t(n: int, law: str = "uniform", generator: torch.Generator | None = None,
              device: torch.device | str = "cpu") -> Tensor:
     """n training times in [0, 1], float32 (n,).
