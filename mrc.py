@@ -1,70 +1,83 @@
 """Map and stack files (MRC/CCP4).
 
-(Equations and departures of the file that this one came from; keep what belongs here.)
-Density maps: files, grids, grey scale, crops, rotations, tiles, batches; `python data.py prepare` for EMDB's.
+    r_i = corner + i v            position of voxel i in the specimen, v the voxel size    (1)
+    corner = origin, or nstart v where the origin is 0                                     (2)
+    n' = round(n v / wanted)      voxels of a new grid over the same box                   (3)
+    v' = n v / n'                 its voxel size                                           (4)
 
-    r_i = origin + (nstart + i) v                      position of voxel i, v the voxel size      (1)
-    n' = round(n v / v_wanted),  v' = n v / n'         a new grid over the same box               (2)
-    f'_k = f_k for |k| < min(n, n') / 2, else 0        f_k = 1/n sum_i x_i exp(-2 pi i k i / n)   (3)
-    x = (clip(density, 0, p) / p - mean) / std         p the 99.999 percentile: network scale     (4)
-    rotated(r) = density(R r)                          r = (x, y, z) from the centre of the box   (5)
-    M = sum_k w y_k / sum_k w                          tiles y_k blended under the window w       (6)
+Volumes are float32 (D, H, W) = (z, y, x), lengths are Å. voxel_size, origin and nstart are triples
+in the same order (z, y, x), whatever the order of the axes in the file.
 
-Volumes are float32 (D, H, W) = (z, y, x), lengths Å; voxel_size, origin and nstart are triples in
-that same order (z, y, x). (1): MRC2014, Cheng et al. 2015, J. Struct. Biol. 192:146. (2), (3):
-band-limited interpolation, voxel 0 stays in place and values keep their scale. (4): CryoFM
-(arXiv:2410.08631) §4.2, clipping as in its release; crops and rotations: its appendix F.1.
-(6): CryoLVM, appendix D.2, Algorithm 1.
-Departure 1: how F.1 dilates the mask of random crops is not stated; we use a 3^3 cube, three times.
-Departure 2: the release turns a whole map, applies (4) again and crops it. We apply (4) once, choose the
-middle of the crop first and turn no more than the crop shows: a crop of 64^3 from a map of 384^3 costs
-4 MB of reading instead of 113 MB, and 216 times fewer interpolated voxels.
-Departure 3: D.2 gives no sigma for the blending window; we use a quarter of the tile.
-Departure 4: 4.1 removes helices and "problematic cases" by eye; `RULES` goes by method and title.
+(1): MRC2014, Cheng et al. 2015, J. Struct. Biol. 192:146. (2): the standard adds both fields, but
+files that set both mean the same place twice, so we follow ChimeraX. (3), (4): `resample` of
+fourier.py keeps voxel 0 in place and the values' scale.
+
+The package mrcfile knows the header's layout and the modes. Four things are done by hand, because
+mrcfile refuses such files or reads them wrongly: machine stamps that lie about the byte order,
+headers with missing words, IMOD's unsigned bytes, and extended headers that are announced but
+absent. What was assumed about a file is told in `Map.notes`.
 """
+
 import bz2
 import contextlib
 import gzip
 import math
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
-import mrcfile
 import numpy as np
 import torch
 from mrcfile.dtypes import HEADER_DTYPE
+from mrcfile.utils import dtype_from_mode
 from torch import Tensor
 
-from files import atomic_write
+from files import atomic_write, refuse_existing
 from fourier import resample, triple
 
-Triple = tuple[float, float, float]                     # (z, y, x)
+Triple = tuple[float, float, float]  # (z, y, x)
 
-MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}  # MRC mode -> numpy type
+SUFFIXES = (".mrc", ".map", ".ccp4")  # plain, or followed by .gz or .bz2
+MAP_SUFFIXES = tuple(suffix + packing for suffix in SUFFIXES for packing in ("", ".gz", ".bz2"))
 
-SUFFIXES = (".mrc", ".map", ".ccp4")                    # written plain or followed by .gz or .bz2
+REAL_MODES = (0, 1, 2, 6, 12)
+COMPLEX_MODES = (3, 4)
 
-MAP_SUFFIXES = tuple(s + packing for s in SUFFIXES for packing in ("", ".gz", ".bz2"))
+# Header fields. An axis is 1 = x, 2 = y, 3 = z. The first three groups are in the order of the
+# file (sections, rows, columns), the samplings belong to z, y, x.
+SIZES = ("nz", "ny", "nx")
+STARTS = ("nzstart", "nystart", "nxstart")
+AXES = ("maps", "mapr", "mapc")
+SAMPLINGS = ("mz", "my", "mx")
+
+IMOD_STAMP = 1146047817
+FARTHEST_ORIGIN = 1e7  # Å; anything beyond is not a position
+MAX_PROJECTIONS = 2000
 
 
 def stem(path: Path) -> str:
+    """The name of a map or stack file without its suffixes."""
     name = path.name
-    for end in (".gz", ".bz2", ".mrcs", *SUFFIXES):
-        name = name[:-len(end)] if name.lower().endswith(end) else name
+    for suffix in (".gz", ".bz2", ".mrcs", *SUFFIXES):
+        if name.lower().endswith(suffix):
+            name = name[: -len(suffix)]
     return name
 
 
 @dataclass(eq=False)
 class Map:
-    """A density map and the header facts needed to write it back as it came.
+    """A density map, and what is needed to write it back as it came.
 
-    density (D, H, W) = (z, y, x), float32, any scale; voxel_size (Å; one number stands for three),
-    origin (Å) and nstart (voxels) are (z, y, x) whatever the order of the axes in the file. `header`
-    is the file's own, in its byte order, for all else (axis order, cell, space group, labels);
-    `path` is the file read. `dataclasses.replace(map, density=...)` is the same map, other values.
+    density: (D, H, W) = (z, y, x), float32, any grey scale.
+    voxel_size: Å, one number or (z, y, x). origin: Å. nstart: voxels.
+    header, extended_header: the file's own, for everything else (axis order, cell, labels).
+    path: the file that was read. notes: sentences about what was assumed when reading it.
+    `dataclasses.replace(map, density=...)` is the same map with other values.
     Raises ValueError if density is not three-dimensional or the voxel size is not positive.
     """
+
     density: Tensor
     voxel_size: float | Triple
     origin: Triple = (0.0, 0.0, 0.0)
@@ -72,250 +85,405 @@ class Map:
     header: np.ndarray | None = None
     extended_header: bytes = b""
     path: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        self.voxel_size, self.origin = triple(self.voxel_size), triple(self.origin)
+        self.voxel_size = triple(self.voxel_size)
+        self.origin = triple(self.origin)
         if self.density.ndim != 3:
             raise ValueError(f"a map is (D, H, W); this array is {tuple(self.density.shape)}")
-        if not all(0 < v < math.inf for v in self.voxel_size):
+        if not all_positive(self.voxel_size):
             raise ValueError(f"voxel size {self.voxel_size} Å (z, y, x): it must be positive")
 
     @property
     def corner(self) -> Triple:
-        """(1) of voxel (0, 0, 0), where a model in the map's frame begins: Å, z, y, x."""
-        return tuple(o + n * v for o, n, v in zip(self.origin, self.nstart, self.voxel_size))
+        """Position of voxel (0, 0, 0) in the frame of an atomic model: Å, (z, y, x)."""
+        if any(self.origin):
+            return self.origin
+        return tuple(n * v for n, v in zip(self.nstart, self.voxel_size))  # (2)
+
+
+def all_positive(lengths: Iterable[float]) -> bool:
+    return all(0 < length < math.inf for length in lengths)
+
+
+# ---- Reading ---------------------------------------------------------------------------------
 
 
 def read_map(path: str | Path, voxel_size: float | Triple | None = None) -> Map:
-    """Read an MRC/CCP4 map, plain or compressed by gzip or bzip2 (told by content, not by name).
+    """Read a volume, plain or compressed by gzip or bzip2 (told by content, not by name).
 
-    Modes 0, 1, 2, 6, 12, either byte order, any axis order. voxel_size (Å) replaces the header's.
-    Space group 0, usual for tomograms, is read as a volume, unless MZ = 1 or a name in .mrcs says
-    that it is a stack of images. Raises OSError if there is no such file and ValueError (one line)
-    if it is not one volume in real space, on orthogonal axes, with finite values that vary and a
-    voxel size.
+    Modes 0, 1, 2, 6 and 12, either byte order and any axis order are read. voxel_size (Å) replaces
+    the header's. Space group 0, usual for tomograms, is read as a volume, unless MZ = 1 or a name
+    in .mrcs says that it is a stack of images.
+    Raises OSError if there is no such file, and ValueError (one line) if it is not one volume in
+    real space, on orthogonal axes, with finite values that vary and a voxel size.
     """
-    path = Path(path)
-    raw = _read_bytes(path)
-    if len(raw) < 1024 or raw[208:211] != b"MAP":
-        raise ValueError(f"{path}: not an MRC file (no MAP at byte 208); convert it to .mrc first")
-    # Machine stamps are often wrong; MAPC is 1, 2 or 3 in one byte order only.
-    order = "<" if int.from_bytes(raw[64:68], "little") in (1, 2, 3) else ">"
-    header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order), count=1).reshape(()).copy()
-    _check_header(path, header)
-
-    kind = MODES[int(header["mode"])]
-    imod_flags = np.frombuffer(raw, order + "i4", 1, 156)[0]
-    if kind == "i1" and raw[152:156] in (b"IMOD", b"DOMI") and not imod_flags & 1:
-        kind = "u1"                                     # IMOD's older bytes are unsigned
-    shape = [int(header[name]) for name in ("nz", "ny", "nx")]
-    start, count = 1024 + int(header["nsymbt"]), math.prod(shape)
-    wanted = start + count * np.dtype(kind).itemsize
-    if len(raw) < wanted:
-        raise ValueError(f"{path}: truncated, {len(raw)} of {wanted} bytes are there; copy it again")
-    # File axis j (section, row, column) runs along axes[j], 1 = x, 2 = y, 3 = z; ours are 3, 2, 1.
-    axes = _file_axes(header)
-    to_zyx = [axes.index(a) for a in (3, 2, 1)]
-    data = np.frombuffer(raw, order + kind, count, start).reshape(shape).transpose(to_zyx)
-    density = torch.from_numpy(np.array(data, dtype=np.float32, order="C"))
-    if not torch.isfinite(density).all():
-        bad = int((~torch.isfinite(density)).sum())
-        raise ValueError(f"{path}: {bad} values are NaN or infinite; replace them (by 0) first")
-    if density.min() == density.max():
-        raise ValueError(f"{path}: every voxel is {density.max():g}; a map with density is wanted")
-    if voxel_size is None:
-        voxel_size = _header_voxel_size(header)
-        if not all(0 < v < math.inf for v in voxel_size):
-            raise ValueError(f"{path}: the header's voxel size is {voxel_size} Å (z, y, x); "
-                             "give the true one with --voxel-size")
-    nstart = [int(header[name]) for name in ("nzstart", "nystart", "nxstart")]   # the file's order
-    return Map(density, voxel_size, tuple(float(header["origin"][a]) for a in "zyx"),
-               tuple(nstart[j] for j in to_zyx), header, raw[1024:start], path)
+    map = read_mrc(Path(path), voxel_size, volume_problem)
+    if map.density.min() == map.density.max():
+        raise ValueError(f"{path}: every voxel is {map.density.max():g}; give a map with density")
+    return map
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_stack(path: str | Path, voxel_size: float | None = None) -> Map:
+    """Read a stack of square images (.mrcs, or space group 0 with MZ = 1) as a map (P, N, N).
+
+    The background of every image is 0: the mean of what lies outside the circle of radius
+    N/2 - 1 is subtracted. voxel_size (Å) replaces the header's.
+    Raises OSError if there is no such file, and ValueError (one line) for a volume, one image, more
+    than MAX_PROJECTIONS images, images that are not square, not finite, flat or dark on bright
+    background, and for no voxel size.
+    """
+    stack = read_mrc(Path(path), voxel_size, stack_problem)
+    images = stack.density
+
+    # A flat image is an empty place in a stack. It has no scale.
+    flat = images.amin((1, 2)) == images.amax((1, 2))
+    if flat.any():
+        number = int(flat.nonzero()[0]) + 1
+        raise ValueError(f"{path}: image {number} is flat; take it out of the stack")
+
+    # The background is what lies outside the circle that a particle fits in.
+    side = images.shape[-1]
+    squares = (torch.arange(side) - side // 2).square()
+    outside = squares[:, None] + squares >= (side / 2 - 1) ** 2
+    background = images[:, outside].mean(1)
+    images = images - background[:, None, None]
+
+    # Protein is bright, so its densities add up to more than the background's.
+    if images.sum() <= 0:
+        raise ValueError(
+            f"{path}: the protein is darker than its surroundings; multiply the images by -1"
+        )
+    return replace(stack, density=images)
+
+
+def read_mrc(
+    path: Path,
+    voxel_size: float | Triple | None,
+    find_problem: Callable[[Path, np.ndarray], str | None],
+) -> Map:
+    """A volume or a stack, (D, H, W) or (P, H, W).
+
+    find_problem(path, header) says in words why the header is not what the caller wants.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    raw = path.read_bytes()
-    try:
-        if raw[:2] == b"\x1f\x8b" and raw[208:211] != b"MAP":
-            raw = gzip.decompress(raw)
-        elif raw[:3] == b"BZh" and raw[208:211] != b"MAP":
-            raw = bz2.decompress(raw)
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path}: truncated or damaged archive ({error}); copy it again") from None
-    return raw
+    notes = []
+    with open_unpacked(path) as stream:
+        # Judge the header before the data are read, which may be large.
+        header = read_header(stream.read(HEADER_DTYPE.itemsize), notes)
+        problem = data_problem(header) or find_problem(path, header)
+        if problem:
+            raise ValueError(problem)
+        density, extended_header = read_data(stream.read(), header, notes)
+
+        # Pixels of images have no depth, so the header's may be unset.
+        if voxel_size is None:
+            voxel_size = header_voxel_size(header)
+            if is_stack(path, header):
+                voxel_size = (voxel_size[2],) * 3
+            if not all_positive(voxel_size):
+                raise ValueError(
+                    f"the header's voxel size is {voxel_size} Å (z, y, x); "
+                    "give the true one with --voxel-size"
+                )
+
+        # Where the map is. STARTS are in the order of the file, the origin is x, y, z.
+        origin = tuple(float(header["origin"][axis]) for axis in "zyx")
+        starts = integers(header, STARTS)
+        nstart = tuple(starts[i] for i in zyx_order(header))
+        return Map(density, voxel_size, origin, nstart, header, extended_header, path, tuple(notes))
 
 
-def _file_axes(header: np.ndarray) -> list[int]:
-    return [int(header[name]) for name in ("maps", "mapr", "mapc")]
+@contextlib.contextmanager
+def open_unpacked(path: Path) -> Iterator[BinaryIO]:
+    """The content of a file, decompressed. ValueErrors that are raised meanwhile name the file."""
+    with open(path, "rb") as file:
+        start = file.read(212)
+    # A plain map begins with its width, which can look like gzip's first bytes.
+    opener = open
+    if start[208:211] != b"MAP":
+        opener = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}.get(start[:2], open)
+    with opener(path, "rb") as stream:
+        try:
+            yield stream
+        except (EOFError, OSError, zlib.error) as error:
+            problem = f"truncated or damaged archive ({error}); copy it again"
+            raise ValueError(f"{path}: {problem}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
-def _header_voxel_size(header: np.ndarray) -> Triple:
-    """Cell edge over its sampling, both stored as x, y, z in any axis order; 0 where one is unset."""
-    samples = [int(header["m" + a]) for a in "zyx"]
-    return tuple(float(header["cella"][a]) / m if m > 0 else 0.0 for a, m in zip("zyx", samples))
+def read_header(raw: bytes, notes: list[str]) -> np.ndarray:
+    """The header in the byte order of the file, with missing words put in, each with a note."""
+    if len(raw) < HEADER_DTYPE.itemsize:
+        raise ValueError("not an MRC file (shorter than a header); convert it to .mrc first")
+
+    # Machine stamps are often wrong. MAPC is 1, 2 or 3 and NX is small, in one byte order only.
+    small_number = raw[64:68] if any(raw[64:68]) else raw[:4]
+    order = "<" if 0 < int.from_bytes(small_number, "little") < 2**16 else ">"
+    header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order)).reshape(()).copy()
+
+    # What is missing or impossible, with its usual value.
+    if integers(header, AXES) == [0, 0, 0]:
+        set_fields(header, AXES, (3, 2, 1))
+        notes.append("the axis order (MAPC, MAPR, MAPS) is 0 in the header; taken for x, y, z")
+    if raw[208:211] != b"MAP":
+        small = all(0 < n < 2**16 for n in integers(header, SIZES))
+        if not small or data_problem(header):
+            raise ValueError("not an MRC file (no MAP at byte 208); convert it to .mrc first")
+        notes.append("the header lacks the word MAP, but makes sense; read as MRC")
+    for axis in "xyz":
+        position = float(header["origin"][axis])
+        if not abs(position) < FARTHEST_ORIGIN:  # true for NaN, too
+            header["origin"][axis] = 0
+            notes.append(f"the header's origin along {axis} is {position:g} Å; taken for 0")
+    return header
 
 
-def _check_header(path: Path, header: np.ndarray) -> None:
-    shape = [int(header[name]) for name in ("nz", "ny", "nx")]
-    mode, group, mz = (int(header[name]) for name in ("mode", "ispg", "mz"))
+def read_data(raw: bytes, header: np.ndarray, notes: list[str]) -> tuple[Tensor, bytes]:
+    """The density (z, y, x) and the extended header, from what follows the header in a file."""
+    # The type of a value in the file.
+    kind = dtype_from_mode(int(header["mode"]))
+    if kind == np.int8 and has_unsigned_bytes(header):
+        kind = np.dtype("u1")
+    kind = kind.newbyteorder(header["nx"].dtype.byteorder)
+    shape = integers(header, SIZES)
+    count = math.prod(shape)
+    size = count * kind.itemsize
+
+    # Symmetry records may be announced without being there. Then the data alone fill the file.
+    extended_size = int(header["nsymbt"])
+    if extended_size and len(raw) == size:
+        notes.append(f"the extended header of {extended_size} bytes is absent; data are complete")
+        extended_size = 0
+    wanted = extended_size + size
+    if len(raw) < wanted:
+        raise ValueError(
+            f"truncated, {len(raw)} of {wanted} bytes after the header are there; copy it again"
+        )
+
+    # Bring sections, rows and columns into the order z, y, x.
+    stored = np.frombuffer(raw, kind, count, extended_size).reshape(shape)
+    values = stored.transpose(zyx_order(header))
+    density = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+    bad = int((~torch.isfinite(density)).sum())
+    if bad:
+        raise ValueError(f"{bad} values are NaN or infinite; replace them (by 0) first")
+    return density, raw[:extended_size]
+
+
+def volume_problem(path: Path, header: np.ndarray) -> str | None:
+    """Why a file is not one volume that we can work with; None if it is."""
+    shape = integers(header, SIZES)
     angles = [float(header["cellb"][name]) for name in ("alpha", "beta", "gamma")]
+    if min(shape) == 1:
+        return f"a single image ({shape} voxels); give a volume"
+    if is_stack(path, header):
+        return (
+            f"a stack of {shape[0]} images where a volume is wanted; "
+            "if it is one, name it .mrc and set its space group to 1 and MZ to NZ"
+        )
+    if header["ispg"] > 400 and header["mz"] != shape[0]:
+        return f"a stack of volumes (space group {header['ispg']}); give one volume per file"
+    if any(angle != 0 and abs(angle - 90) > 1e-3 for angle in angles):  # 0 means never set
+        return f"the cell angles are {angles}; resample it to an orthogonal cell first"
+    return None
+
+
+def stack_problem(path: Path, header: np.ndarray) -> str | None:
+    """Why a file is not a stack of projections that we can work with; None if it is."""
+    count, height, width = integers(header, SIZES)
+    if count < 2:
+        return "a single image; ab initio needs two projections or more"
+    if not is_stack(path, header):
+        return (
+            f"a volume of {count} x {height} x {width} voxels where a stack of projections is "
+            "wanted; if it is one, name it .mrcs"
+        )
+    if count > MAX_PROJECTIONS:
+        return (
+            f"{count} projections; give at most {MAX_PROJECTIONS}, such as class averages "
+            "or a random part"
+        )
+    if height != width:
+        return f"images of {height} x {width} pixels; crop them to squares"
+    if width < 24:
+        return f"images of {width} pixels; give 24 or more"
+    return None
+
+
+def data_problem(header: np.ndarray) -> str | None:
+    """Why the data cannot be read at all; None if they can."""
+    shape = integers(header, SIZES)
+    axes = integers(header, AXES)
+    mode = int(header["mode"])
+    if min(shape) < 1 or sorted(axes) != [1, 2, 3] or header["nsymbt"] < 0:
+        return f"damaged header ({shape} voxels, axes {axes}); write the file anew"
+    if mode in COMPLEX_MODES:
+        return f"complex numbers (mode {mode}); give the map or images, not their transform"
+    if mode not in REAL_MODES:
+        return f"unknown MRC mode {mode}; write it as mode 2 (float32)"
+    return None
+
+
+# ---- The header ------------------------------------------------------------------------------
+
+
+def integers(header: np.ndarray, names: tuple[str, ...]) -> list[int]:
+    return [int(header[name]) for name in names]
+
+
+def set_fields(header: np.ndarray, names: tuple[str, ...], values: Iterable[int]) -> None:
+    for name, value in zip(names, values, strict=True):
+        header[name] = value
+
+
+def zyx_order(header: np.ndarray) -> list[int]:
+    """Which of the file's dimensions (section, row, column) is z, which y and which x."""
+    axes = integers(header, AXES)
+    return [axes.index(axis) for axis in (3, 2, 1)]
+
+
+def is_stack(path: Path, header: np.ndarray) -> bool:
+    """Whether a file holds images and no volume, by its name or its header."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".bz2")
-    images = name.endswith(".mrcs") or (group == 0 and mz == 1 and shape[0] > 1)
-    for wrong, message in (
-            (min(shape) < 1 or sorted(_file_axes(header)) != [1, 2, 3] or header["nsymbt"] < 0,
-             f"damaged header ({shape} voxels, axes {_file_axes(header)}); write the file anew"),
-            (mode in (3, 4), f"complex values (mode {mode}); a map in real space is wanted"),
-            (mode not in MODES, f"unknown MRC mode {mode}; write it as mode 2 (float32)"),
-            (images, f"a stack of {shape[0]} images where a volume is wanted; "
-                     "if it is one, name it .mrc and set its space group to 1 and MZ to NZ"),
-            (group > 400, f"a stack of volumes (space group {group}); give one volume per file"),
-            (min(shape) == 1, f"a single image ({shape} voxels); a volume is wanted"),
-            (any(angle != 0 and abs(angle - 90) > 1e-3 for angle in angles),  # 0 means never set
-             f"the cell angles are {angles}; resample it to an orthogonal cell first")):
-        if wrong:
-            raise ValueError(f"{path}: {message}")
+    return name.endswith(".mrcs") or (header["ispg"] == 0 and header["mz"] == 1)
 
 
-def write_map(path: str | Path, map: Map, overwrite: bool = False) -> None:
-    """Write `map` as float32 (mode 2) with statistics, in its file's own axis and byte order.
+def has_unsigned_bytes(header: np.ndarray) -> bool:
+    """Whether bytes run from 0 to 255: in files of IMOD, unless bit 0 of its flags is set."""
+    stamp, flags = np.frombuffer(header.tobytes(), header["nx"].dtype, 2, offset=152)
+    return bool(stamp == IMOD_STAMP and not flags & 1)
+
+
+def header_voxel_size(header: np.ndarray) -> Triple:
+    """Edge of the cell over its sampling, (z, y, x) in any axis order; 0 where one is unset."""
+    edges = [float(header["cella"][axis]) for axis in "zyx"]
+    samplings = integers(header, SAMPLINGS)
+    return tuple(edge / m if m > 0 else 0.0 for edge, m in zip(edges, samplings))
+
+
+# ---- Writing ---------------------------------------------------------------------------------
+
+
+def write_map(
+    path: str | Path, map: Map, overwrite: bool = False, label: str = "", open_output=atomic_write
+) -> None:
+    """Write a map as float32 (mode 2) with statistics, in the axis and byte order of its file.
 
     path ends in .mrc, .map or .ccp4, or in these and .gz or .bz2. The rest of the header is copied,
-    origin and nstart both (programs differ on which they use); the cell changes only with the grid
-    or the voxel size. The file appears whole or not at all. Raises FileExistsError if path exists
-    and overwrite is False, or if it is the file that was read; ValueError for another suffix or
-    values that are not finite.
+    origin and nstart both, because programs differ on which they use. The cell changes only with
+    the grid or the voxel size. label says which program wrote the map. The file appears whole or
+    not at all; `open_output=outputs.open` makes it appear with other AtomicOutputs.
+    Raises FileExistsError if path exists and overwrite is False, or if it is the file that was
+    read, and ValueError for another suffix or values that are not finite.
     """
     path = Path(path)
-    name = path.name.lower()
-    packing = path.suffix.lower() if name.endswith((".gz", ".bz2")) else ""
-    if not name.removesuffix(packing).endswith(SUFFIXES):
-        raise ValueError(f"{path}: maps are written as .mrc, .map or .ccp4, plain or with .gz, .bz2")
-    if path.exists() and map.path is not None and map.path.exists() and path.samefile(map.path):
-        raise FileExistsError(f"{path}: is the input, never overwritten; give another name")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists; give another name or --overwrite")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
+    if not path.name.lower().endswith(MAP_SUFFIXES):
+        suffixes = ", ".join(SUFFIXES)
+        raise ValueError(f"{path}: maps are written as {suffixes}, plain or with .gz, .bz2")
+    refuse_existing([path], [map.path] if map.path else [], overwrite)
     density = map.density.detach().to("cpu", torch.float32)
     if not torch.isfinite(density).all():
-        raise ValueError(f"{path}: not written, the map holds NaN or infinite values")
+        raise ValueError(f"{path}: not written, because the map holds NaN or infinite values")
 
-    header = _header_for(map, density)
-    data = density.numpy().transpose([3 - a for a in _file_axes(header)])
-    data = np.ascontiguousarray(data, dtype=header["rms"].dtype)      # float32 in its byte order
-    with atomic_write(path) as file:
-        stream = contextlib.nullcontext(file)
-        if packing == ".gz":                            # no name, no time: equal maps, equal files
-            stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
-        elif packing:
-            stream = bz2.BZ2File(file, "wb")
-        with stream as packed:
-            packed.write(header.tobytes() + map.extended_header)
-            packed.write(data)
+    # Bring the values into the order of the file.
+    header = header_of(map, density, label)
+    dimensions = [3 - axis for axis in integers(header, AXES)]
+    stored = density.numpy().transpose(dimensions)
+    stored = np.ascontiguousarray(stored, dtype=header["rms"].dtype)
+    with open_output(path) as file, packed(file, path.suffix.lower()) as stream:
+        stream.write(header.tobytes() + map.extended_header)
+        stream.write(stored)
 
 
-def _header_for(map: Map, density: Tensor) -> np.ndarray:
+def packed(file: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    """A stream that compresses into a file if the suffix says so."""
+    if suffix == ".gz":
+        # Without a name and a time inside, equal maps make equal files.
+        return gzip.GzipFile("", "wb", fileobj=file, mtime=0)
+    if suffix == ".bz2":
+        return bz2.BZ2File(file, "wb")
+    return contextlib.nullcontext(file)
+
+
+def header_of(map: Map, density: Tensor, label: str) -> np.ndarray:
+    """The header to write: the one that was read, brought up to date."""
     if map.header is None:
         header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
-        header["mapc"], header["mapr"], header["maps"], header["ispg"] = 1, 2, 3, 1
         header["cellb"] = (90, 90, 90)
+        header["ispg"] = 1
+        set_fields(header, AXES, (3, 2, 1))
     else:
         header = map.header.copy()
-    axes = _file_axes(header)
-    shape = [density.shape[3 - a] for a in axes]
-    if (shape != [header["nz"], header["ny"], header["nx"]]
-            or not np.allclose(_header_voxel_size(header), map.voxel_size, rtol=1e-6, atol=0)):
-        header["mz"], header["my"], header["mx"] = density.shape
-        header["cella"] = tuple(n * v for n, v in zip(density.shape, map.voxel_size))[::-1]
-    header["nz"], header["ny"], header["nx"] = shape
-    header["nzstart"], header["nystart"], header["nxstart"] = (map.nstart[3 - a] for a in axes)
-    header["origin"] = map.origin[::-1]
-    header["mode"], header["nsymbt"] = 2, len(map.extended_header)
+
+    # The grid. A map may be a part of its unit cell, so the cell stays if the grid does.
+    dimensions = [3 - axis for axis in integers(header, AXES)]
+    shape = [density.shape[i] for i in dimensions]
+    same_voxels = np.allclose(header_voxel_size(header), map.voxel_size, rtol=1e-6, atol=0)
+    if shape != integers(header, SIZES) or not same_voxels:
+        set_fields(header, SAMPLINGS, density.shape)
+        edges = [n * v for n, v in zip(density.shape, map.voxel_size)]
+        header["cella"] = tuple(reversed(edges))
+    set_fields(header, SIZES, shape)
+    set_fields(header, STARTS, [map.nstart[i] for i in dimensions])
+    header["origin"] = tuple(reversed(map.origin))
+
+    # The values.
     wide = density.double()
-    header["dmin"], header["dmax"] = float(wide.min()), float(wide.max())
-    header["dmean"], header["rms"] = float(wide.mean()), float(wide.std(correction=0))
+    header["mode"] = 2
+    header["nsymbt"] = len(map.extended_header)
+    header["dmin"] = float(wide.min())
+    header["dmax"] = float(wide.max())
+    header["dmean"] = float(wide.mean())
+    header["rms"] = float(wide.std(correction=0))
+
     # What older files leave unset and mrcfile.validate asks for.
     header["map"] = b"MAP "
     big_endian = header["rms"].dtype.byteorder == ">"
     header["machst"] = (0x11, 0x11, 0, 0) if big_endian else (0x44, 0x44, 0, 0)
     if header["nversion"] not in (20140, 20141):
         header["nversion"] = 20141
-    labels = [label for label in header["label"].tolist() if label.strip()]
-    header["label"], header["nlabl"] = labels + [b""] * (10 - len(labels)), len(labels)
+
+    # Labels without gaps. There is room for ten, so a new one may replace the last.
+    labels = [old for old in header["label"].tolist() if old.strip()]
+    if label:
+        labels = [*labels[:9], label.encode("ascii", "replace")]
+    header["nlabl"] = len(labels)
+    header["label"] = labels + [b""] * (10 - len(labels))
     return header
 
 
-def resample_map(map: Map, voxel_size: float | Triple) -> Map:
-    """The same box on the grid whose voxel size (Å) is nearest to the wanted one: (2), (3).
+# ---- Another grid ----------------------------------------------------------------------------
 
-    The result's voxel_size says what it became. The first voxel stays where it is (1): nstart counts
-    new voxels if it stays whole, and becomes part of the origin if not. For the way back exactly to
-    the old grid: `replace(old_map, density=fourier_resample(x, old_map.density.shape))`.
+
+def resample_map(map: Map, voxel_size: float | Triple) -> Map:
+    """The same box on the grid whose voxel size (Å) is nearest to the wanted one, (3) and (4).
+
+    The result's voxel_size says what it became. The first voxel stays where it is: nstart counts
+    new voxels if that is a whole number, and becomes the origin if not. The way back exactly to
+    the old grid is `replace(old_map, density=fourier.resample(x, old_map.density.shape))`.
     Raises ValueError if voxel_size is not positive.
     """
-    wanted, old = triple(voxel_size), map.density.shape
-    if not all(0 < v < math.inf for v in wanted):
+    wanted = triple(voxel_size)
+    if not all_positive(wanted):
         raise ValueError(f"the wanted voxel size {voxel_size} Å must be positive")
-    sides = [n * v for n, v in zip(old, map.voxel_size)]                                  # Å
-    new = [max(1, math.floor(side / w + 0.5)) for side, w in zip(sides, wanted)]          # (2)
+    old = map.density.shape
+    sides = [n * v for n, v in zip(old, map.voxel_size)]  # Å
+    new = [max(1, math.floor(side / w + 0.5)) for side, w in zip(sides, wanted)]  # (3)
     if list(old) == new:
         return map
-    voxel_size = tuple(side / m for side, m in zip(sides, new))
-    if all(s * m % n == 0 for s, n, m in zip(map.nstart, old, new)):
-        origin, nstart = map.origin, tuple(s * m // n for s, n, m in zip(map.nstart, old, new))
+    new_voxel_size = tuple(side / n for side, n in zip(sides, new))  # (4)
+
+    # s voxels of the old grid are s m / n of the new one.
+    starts = [s * m for s, m in zip(map.nstart, new)]
+    if all(start % n == 0 for start, n in zip(starts, old)):
+        origin = map.origin
+        nstart = tuple(start // n for start, n in zip(starts, old))
     else:
-        origin, nstart = map.corner, (0, 0, 0)
+        origin = map.corner
+        nstart = (0, 0, 0)
     density = resample(map.density, new)
-    return replace(map, density=density, voxel_size=voxel_size, origin=origin, nstart=nstart)
-
-
-MAX_PROJECTIONS = 2000
-
-
-@contextlib.contextmanager
-def opened(path: Path, **how):
-    """mrcfile.open, whose errors do not name the file."""
-    try:
-        with mrcfile.open(path, **how) as file:
-            yield file
-    except (ValueError, EOFError, OSError) as error:     # no MRC file, cut short, a damaged .gz
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_stack(path: str | Path, voxel_size: float | None = None) -> Map:
-    """A stack of square images (.mrcs, or space group 0 with MZ = 1): density is (P, N, N), background 0, protein bright.
-
-    Raises OSError if there is no such file and ValueError (one line) for a volume, one image, more than MAX_PROJECTIONS,
-    images that are not square or not finite, or no voxel size.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with opened(path, header_only=True) as file:
-        P, *sides = (int(file.header[n]) for n in ("nz", "ny", "nx"))
-        group, mz, mode, voxel = int(file.header.ispg), int(file.header.mz), int(file.header.mode), float(file.voxel_size.x)
-    name = path.name.lower().removesuffix(".gz").removesuffix(".bz2")
-    voxel = voxel if voxel_size is None else voxel_size
-    for wrong, message in (
-            (mode in (3, 4), "complex numbers; give images, not their transforms"),
-            (P < 2, "a single image; ab initio wants two projections or more"),
-            (not (name.endswith(".mrcs") or (group == 0 and mz == 1)),
-             f"a volume of {P} x {sides[0]} x {sides[1]} voxels where a stack of projections is wanted; if it is one, name it .mrcs"),
-            (P > MAX_PROJECTIONS, f"{P} projections; give at most {MAX_PROJECTIONS}, such as class averages or a random part"),
-            (sides[0] != sides[1], f"images of {sides[0]} x {sides[1]} pixels; crop them to squares"),
-            (sides[0] < 24, f"images of {sides[0]} pixels; 24 or more are wanted"),
-            (not 0 < voxel < math.inf, f"the header's voxel size is {voxel:g} Å; give the true one with --voxel-size")):
-        if wrong:
-            raise ValueError(f"{path}: {message}")
-    with opened(path) as file:
-        images = torch.from_numpy(file.data.astype("float32")).reshape(P, *sides)
-    if not images.isfinite().all() or (images.amin((1, 2)) == images.amax((1, 2))).any():
-        raise ValueError(f"{path}: an image holds NaN or infinite values, or is flat; take it out of the stack")
-    r2 = (torch.arange(sides[0]) - sides[0] // 2).square()
-    outside = r2[:, None] + r2 >= (sides[0] / 2 - 1) ** 2
-    images = images - images[:, outside].mean(1)[:, None, None]
-    if images.sum() <= 0:
-        raise ValueError(f"{path}: the protein is darker than its surroundings; multiply the images by -1")
-    return Map(images, voxel)
+    return replace(map, density=density, voxel_size=new_voxel_size, origin=origin, nstart=nstart)
