@@ -215,7 +215,7 @@ def restore_half_maps(
     shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
     method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
     resolution = resolution_of(curve, half_map_1)
-    facts = {"method": method, "fsc": curve.tolist(), "resolution_0143": resolution}
+    facts = {"method": method, "fsc_of_halves": curve.tolist(), "resolution_0143": resolution}
     if method == "wiener":
         restored = settings.inside_mask(positive, average)
         return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
