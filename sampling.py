@@ -189,7 +189,7 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
 
     least, most, words = task.inputs
     if not least <= len(args.maps) <= most:
-        raise ValueError(f"--task {args.task} takes {words}; {len(args.maps)} given")
+        raise ValueError(f"--task {args.task} wants {words}; {len(args.maps)} given")
     if args.ckpt is None:
         name = f"scunet_tiny_{task.trained_for}.pt" if task.trained_for else "hdit_tiny.pt"
         args.ckpt = str(Path(__file__).parent / "weights" / name)

@@ -175,7 +175,7 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
 
 @dataclass(frozen=True)
 class NetworkSettings(MaskSettings):
-    stride: int = opt(12, "voxels from tile to tile")
+    stride: int = opt(12, "voxels from tile to tile", ONE_OR_MORE)
     fusion: str = opt("gaussian", "weights of overlapping tiles", choices=tuple(WINDOWS))
     percentile: float = opt(
         99.999,
