@@ -83,6 +83,7 @@ def observe(
 
     The grey scale comes from `start`, whose percentile is nearer to the truth's than that of y.
     """
+    # The clipped map is not used, only its scale.
     scale = volume.normalise(start, prior.mean, prior.std)[1]
     device = device_of(prior)
 
@@ -107,6 +108,7 @@ def estimate_noise(y: Tensor, measured: Tensor) -> float:
     is everywhere and density is not, so the 5th percentile of the local power counts.
     """
     corner = measured & (fourier.wavenumber(y.shape) > 0.5)
+    # Local power in blocks of 8^3 voxels.
     squares = fourier.apply_fourier(y, corner).square()
     block = min(8, *y.shape)
     local_power = torch.nn.functional.avg_pool3d(squares[None, None], block).flatten()
@@ -188,11 +190,14 @@ def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list
     tiles = []
     for k, generator in enumerate(generators):
         axes = []
+        # The starts along each axis, spread evenly around the periodic map.
         for n in shape:
             count = math.ceil(n / box)
             first = augment.randint(n, generator)
             starts = [first + i * n // count for i in range(count)]
             axes.append([(start + torch.arange(box)) % n for start in starts])
+
+        # One orientation for the whole map.
         order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
         flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
         for z, y, x in itertools.product(*axes):
@@ -213,6 +218,7 @@ def tiled_velocity(
     weight = torch.zeros_like(x)
     for i in range(0, len(tiles), tiles_per_call):
         part = tiles[i : i + tiles_per_call]
+        # Cut the tiles out, in their orientation, and ask the network.
         views = [x[tile.index].permute(tile.order).flip(tile.flips) for tile in part]
         batch = torch.stack(views)[:, None]  # (tiles, 1, box, box, box)
         times = torch.full((len(part),), t, device=x.device)
@@ -263,6 +269,7 @@ def sample_posterior(
         return flow.draw_noise(generators, y.shape, y.device)
 
     no_density = -prior.mean / prior.std
+    # The times, and how wrong the network's estimate is expected to be at each.
     times = torch.linspace(t_start, 0, steps + 1).tolist()
     ratios = [t / max(1 - t, 1e-3) for t in times[:-1]]
     r = torch.tensor(ratios, dtype=torch.float64)
@@ -307,6 +314,7 @@ def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
     share = (count / measured.numel()).to(sigma)
     r = r[:, None].to(sigma)
 
+    # Bisect on a logarithmic scale.
     low, high = 1e-3, 1.0
     while high / low > 1.001:
         rho = math.sqrt(low * high)
@@ -330,6 +338,7 @@ def missed(x: Tensor, y: Tensor, measured: Tensor, sigma: Tensor) -> Tensor:
     def measured_mean(power: Tensor) -> Tensor:
         return degrade.shell_mean(power * measured) / share
 
+    # Compare the misfit in each shell with the noise alone.
     noise = measured_mean((sigma**2).expand(y.shape))
     errors = [measured_mean(torch.fft.fftn(u - y).abs().square() / y.numel()) for u in x]
     beyond = torch.stack(errors) - noise

@@ -58,6 +58,7 @@ class Progress:
         self.begin = self.last = time.perf_counter()
 
     def __call__(self, steps: int = 1) -> None:
+        # Every five seconds, and at the end.
         self.done += steps
         now = time.perf_counter()
         if now - self.last > 5 or self.done == self.total:
@@ -68,6 +69,7 @@ class Progress:
 
 
 def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=print) -> None:
+    # Tiles overlap as little as fits, posterior.draw_tiles.
     tiles = math.prod(math.ceil(n / prior.box) for n in shape)
     device = posterior.device_of(prior)
     work = f"{samples} sample(s) x {steps} steps x {tiles} tile(s) of {prior.box}^3"
@@ -86,9 +88,12 @@ def score(
     """
     scores = {}
     for name, x in maps.items():
+        # Over all coefficients.
         curve = fsc.fsc(x, truth)
         resolution = fsc.resolution(curve, voxel_size, 0.5, box=min(truth.shape))
         found = {"auc": float(fsc.auc(curve)), "fsc_05": float(resolution), "whole": curve.tolist()}
+
+        # Over the region alone.
         if region is not None:
             missing = fsc.fsc(x, truth, region)
             found["auc_missing"] = float(fsc.auc(missing))
@@ -99,12 +104,15 @@ def score(
 
 def say_scores(title: str, scores: dict[str, dict], say=print, hands: dict | None = None) -> None:
     """Print one row per map. hands: for each map, whether its mirror image was scored."""
+    # The last column depends on what was compared.
     header = f"{title:29} FSC_AUC  FSC_0.5"
     if hands:
         header += "  hand"
     elif any("missing" in values for values in scores.values()):
         header += "  FSC_AUC in the missing wedge"
     say(header)
+
+    # One row per map.
     for name, values in scores.items():
         row = f"  {name:27} {values['auc']:8.3f} {values['fsc_05']:6.2f} Å"
         if hands:
@@ -138,6 +146,7 @@ def write_report(
     names: the file of each suffix. inputs: what else the .json holds. begin: time.perf_counter()
     at the start of the run.
     """
+    # The .json repeats all that it takes to make the map again.
     out = names[""]
     maps = {names[end]: map for end, map in result.maps.items()}
     json_path, picture_path = report_files(out)
@@ -152,6 +161,8 @@ def write_report(
         "fsc": {},
     }
     content |= result.report
+
+    # The names appear together when the block ends.
     written = [*maps, json_path]
     with AtomicOutputs() as outputs:
         for path, map in maps.items():
@@ -164,6 +175,7 @@ def write_report(
                 figure.savefig(file, dpi=110, format="png")
             written.append(picture_path)
 
+    # Say what was written, and what to look at first.
     files = ", ".join(path.name for path in written)
     if figure is None:
         files += ", no picture (pip install matplotlib)"
@@ -185,6 +197,7 @@ def draw(result: Result, content: dict[str, Any]):
         return None
 
     maps, scores, across = result.shown, content["fsc"], result.across
+    # One panel per map, and one for the curves.
     panels = len(maps) + bool(scores)
     rows = 1 if panels < 5 else 2
     columns = math.ceil(panels / rows)
@@ -214,6 +227,7 @@ def brightest(x: Tensor) -> float:
 
 def draw_scores(axis, scores: dict[str, dict], voxel_size: float) -> None:
     """The FSC of each map with the truth. Where a region was scored, it is drawn solid."""
+    # A label that begins with "_" stays out of the legend.
     curves, styles = {}, {}
     for i, (name, values) in enumerate(scores.items()):
         label = f"{name} {values.get('auc_missing', values['auc']):.2f}"
@@ -222,6 +236,8 @@ def draw_scores(axis, scores: dict[str, dict], voxel_size: float) -> None:
         if "missing" in values:
             curves[f"_{name}"] = values["whole"]
             styles[f"_{name}"] = {"color": f"C{i}", "lw": 0.8, "ls": "--"}
+
+    # Shell k is at k cycles per box.
     shells = len(values["whole"])
     frequency = [k / (2 * (shells - 1)) / voxel_size for k in range(shells)]
     draw_fsc(axis, frequency, curves, styles)

@@ -121,6 +121,9 @@ TASKS = {
     ),
 }  # fmt: skip
 
+# Flags that every task takes.
+PROGRAM_FLAGS = {"maps", "task", "model", "out", "ckpt", "device", "overwrite", "quiet"}
+
 # ---- The command line
 
 
@@ -131,30 +134,35 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # Flags of the command itself.
     add = cli.add_argument
     add("maps", nargs="*", metavar="IN", help="maps (.mrc, .map, .ccp4; .gz, .bz2), or folders")
     add("--task", required=True, choices=[name for name in TASKS if " " not in name])
     add("--model", choices=("hdit", "scunet"), help="wedge: scunet is CryoLVM's network")
     add("-o", "--out", help="the map to write, or a folder (default: IN_TASK.mrc beside IN)")
-    add("--truth", metavar="MAP", help="compare with this map (default: IN_truth.mrc, if any)")
-    add("--voxel-size", type=float, metavar="Å", help="instead of the header's")
     add("--ckpt", help="the network (default: weights/hdit_tiny.pt, or scunet_tiny_TASK.pt)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="replace files that exist (never the input)")
     add("--quiet", action="store_true", help="print errors only")
 
-    # A flag that was not typed must leave no trace, or it could not be told from one that was.
+    # Flags of the tasks. One that was not typed leaves no trace in the result, so that a flag that
+    # its task does not use can be refused.
+    hidden = {"default": argparse.SUPPRESS}
+    add("--truth", metavar="MAP", help="compare with this map (default: IN_truth.mrc)", **hidden)
+    add("--voxel-size", type=float, metavar="Å", help="instead of the header's", **hidden)
     explained = set()
     for name, task in TASKS.items():
         flags = {setting.name: setting.metadata["flag"] for setting in fields(task.settings)}
         text = f"{task.what}\n  python sampling.py --task {name} {task.example}"
+
+        # What an earlier group has explained is only named.
         old = [flag_of(name) for name in flags if name in explained]
         if old:
             text += f"\n  also: {' '.join(old)}"
         group = cli.add_argument_group(f"--task {name}", text)
         for setting, flag in flags.items():
             if setting not in explained:
-                group.add_argument(flag_of(setting), default=argparse.SUPPRESS, **flag)
+                group.add_argument(flag_of(setting), **flag, **hidden)
         explained |= flags.keys()
     return cli
 
@@ -165,6 +173,7 @@ def flag_of(name: str) -> str:
 
 def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     """The command line, its task and the settings. Raises ValueError for what cannot work."""
+    # Find the task, and the kind of network that it takes.
     args = make_parser().parse_args(argv)
     task = TASKS[args.task]
     if args.model == "scunet" and args.task == "wedge":
@@ -174,19 +183,16 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
         raise ValueError(f"--model {args.model} does not know --task {args.task}; drop --model")
     args.model = kind
 
-    # A flag that the task does not use is refused.
+    # Refuse flags that the task does not use.
     known = {setting.name: setting.default for setting in fields(task.settings)}
-    every = {setting.name for task in TASKS.values() for setting in fields(task.settings)}
-    typed = {name: value for name, value in vars(args).items() if name in every}
-    unused = [name for name in typed if name not in known]
-    for name in ("truth", "voxel_size"):
-        if getattr(args, name) is not None and name not in task.reads:
-            unused.append(name)
-    if unused:
-        raise ValueError(f"{flag_of(unused[0])}: --task {args.task} does not use it; drop it")
-    settings = task.settings(**typed)
-    vars(args).update(known | typed)
+    for name in vars(args).keys() - PROGRAM_FLAGS - known.keys() - set(task.reads):
+        raise ValueError(f"{flag_of(name)}: --task {args.task} does not use it; drop it")
 
+    # Fill in the defaults. The .json of the result holds all of these values.
+    vars(args).update({"truth": None, "voxel_size": None} | known | vars(args))
+    settings = task.settings(**{name: getattr(args, name) for name in known})
+
+    # Check the number of inputs, the network and the device.
     least, most, words = task.inputs
     if not least <= len(args.maps) <= most:
         raise ValueError(f"--task {args.task} wants {words}; {len(args.maps)} given")
@@ -205,11 +211,10 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
 
 def plan_runs(args: Namespace, settings: Settings) -> list[tuple[list[Path], Path]]:
     """(inputs, output) of every run. Raises ValueError if two runs would share one output."""
+    # Half maps belong to one run, every other map has its own.
     paths = [Path(name) for name in args.maps]
-    if isinstance(settings, DenoiseSettings):
+    if isinstance(settings, DenoiseSettings) or not paths:
         groups = [paths]
-    elif not paths:
-        groups = [[]]
     else:
         # A folder stands for its maps, without truths and results of an earlier run.
         ours = ("_truth", *(f"_{args.task}{end}" for end in settings.suffixes))
@@ -222,6 +227,7 @@ def plan_runs(args: Namespace, settings: Settings) -> list[tuple[list[Path], Pat
                 raise ValueError(f"{path}: no map ({', '.join(mrc.SUFFIXES)}) in this folder")
             groups += [[file] for file in found]
 
+    # Without -o the result lies beside its first input. A folder stands for that name in it.
     out = Path(args.out) if args.out else None
     if out and len(groups) > 1 and not out.is_dir():
         raise ValueError(f"-o {out}: for {len(groups)} inputs give an existing folder")
@@ -246,6 +252,7 @@ def run(
     args: Namespace, task: Task, settings: Settings, prior: Prior, paths: list[Path], out: Path
 ) -> None:
     """Read, check, restore, compare, write."""
+    # Look at the names of all files before any work is done.
     begin = time.perf_counter()
     say = report.silent if args.quiet else functools.partial(print, flush=True)
     names = {end: out.with_name(f"{mrc.stem(out)}{end}.mrc") for end in settings.suffixes}
@@ -262,12 +269,15 @@ def run(
         settings = read_files(settings, maps[0], grids)
         say_inputs(paths, maps, say)
 
+    # Do the task. Errors name the file.
     if isinstance(settings, DenoiseSettings) and len(maps) == 1:
         maps.append(None)
     try:
         result = task.function(*maps, prior, settings, say)
     except ValueError as error:
         raise ValueError(f"{paths[0] if paths else args.task}: {error}") from None
+
+    # Score and write.
     if truth is not None:
         result = compare(result, truth, args.task == "abinitio", say)
 
@@ -290,11 +300,14 @@ def grids_of(task: str, map: Map, prior: Prior) -> dict[tuple[int, ...], tuple[f
 
 def read_truth(args: Namespace, task: Task, source: Path, grids: dict) -> Map | None:
     """The map to compare with: --truth, or the one that lies beside the input."""
+    # A truth that was not asked for may be absent.
     path = source.with_name(f"{mrc.stem(source)}_truth.mrc")
     if args.truth:
         path = Path(args.truth)
     elif "truth" not in task.reads or not path.exists():
         return None
+
+    # Ab initio compares on the prior's grid, every other task on the truth's own.
     truth = mrc.read_map(path, args.voxel_size)
     if args.task == "abinitio":
         (voxel_size,) = grids.values()
@@ -343,6 +356,7 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
 
     align: turn and shift the maps onto the truth first, in the hand that fits better.
     """
+    # Ab initio finds a density in any pose, and in either hand.
     shown = result.shown
     facts = {"truth_voxel_size": truth.voxel_size}
     title, hands = f"with {truth.path.name}", None
@@ -352,6 +366,8 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
         hands = {name: found.mirrored for name, found in aligned.items()}
         title = f"aligned to {truth.path.name}"
         facts["mirrored"] = hands
+
+    # Score on the grid of the truth.
     shown = {name: fourier.resample(x, truth.density.shape) for name, x in shown.items()}
     scores = report.score(shown, truth.density, result.region, truth.voxel_size[2])
     report.say_scores(title, scores, say, hands)
@@ -370,6 +386,8 @@ def main(argv=None) -> int:
             f"{args.ckpt}: trained for {trained}, --task {args.task} needs {task.trained_for}; "
             "give another --ckpt"
         )
+
+    # One bad file does not stop the others.
     failed = 0
     for paths, out in runs:
         try:

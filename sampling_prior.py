@@ -22,15 +22,20 @@ from sampling_settings import GenerateSettings, LikelihoodSettings
 
 def generate(prior: Prior, settings: GenerateSettings = GenerateSettings(), say=print) -> Result:
     """Densities from noise alone. Their 99.999 percentile is about 1."""
+    # By default a density is as large as a training crop.
     box = settings.box or prior.box
     steps = settings.steps or 50
     say_work(prior, (box,) * 3, settings.samples, steps, settings.solver, say)
     tick = Progress(settings.samples * steps, say)
+
+    # Eight at a time. Each depends on the seed and its number alone.
     found = []
     for first in range(0, settings.samples, 8):
         numbers = range(first, min(first + 8, settings.samples))
         generators = [augment.item_generator(settings.seed, i) for i in numbers]
         found += generate_together(prior, box, steps, settings.solver, generators, tick)
+
+    # The picture is a contact sheet.
     shown = {f"{settings.seed}, {i + 1}": x for i, x in enumerate(found)}
     densities = dict(zip(settings.suffixes, found))
     facts = {"steps": steps, "box": box, "solver": settings.solver}
@@ -54,6 +59,7 @@ def generate_together(
             yield step
             tick(len(generators))
 
+    # Integrate from noise to data, and go to the scale of densities.
     noise = flow.draw_noise(generators, (box,) * 3, posterior.device_of(prior))
     x = flow.sample(velocity, noise, steps, solver, progress=counted)
     return x.cpu() * prior.std + prior.mean
@@ -73,7 +79,7 @@ def log_likelihood(
             f"voxels of {max(map.voxel_size):g} Å hold none of the detail that this prior of "
             f"{prior.voxel_size:g} Å gives a likelihood to; give a finer map"
         )
-    # Cut the map into tiles.
+    # Cut the map into tiles. Its sides are filled up with solvent.
     box = prior.box
     work = mrc.resample_map(map, prior.voxel_size)
     x, _ = volume.normalise(work.density, prior.mean, prior.std)
@@ -101,6 +107,8 @@ def log_likelihood(
         )
         found.append(torch.stack(pair).cpu())
         tick()
+
+    # Tiles are independent, so their log p add up, and so do the squares of their errors.
     nats, errors = torch.cat(found, 1)
     total = float(nats.sum())
     error = float(errors.square().sum().sqrt())

@@ -22,6 +22,8 @@ from sliding_windows import WINDOWS
 
 
 class Limits(NamedTuple):
+    """The smallest and the largest value of a number, and the words for an error message."""
+
     low: float
     high: float
     words: str
@@ -34,6 +36,7 @@ ONE_OR_MORE = Limits(1, sys.float_info.max, "1 or more")
 
 def opt(default, help: str, limits: Limits | None = None, choices=(), **flag):
     """A field with its default, help and limits; flag: more arguments of `add_argument`."""
+    # argparse converts what was typed to the type of the default.
     if default is not None:
         flag.setdefault("type", type(default))
         help = f"{help} (default: {default})"
@@ -48,6 +51,7 @@ class Settings:
     suffixes = ("",)  # of the maps that the task may return
 
     def __post_init__(self):
+        # None means: not given. Comparisons with nan are false, so that nan is refused, too.
         for setting in fields(self):
             value = getattr(self, setting.name)
             limits = setting.metadata["limits"]
@@ -79,6 +83,7 @@ class MaskSettings(Settings):
 
     def inside_mask(self, x: Tensor, before: Tensor | float) -> Tensor:
         """x (D, H, W) where the mask is 1, `before` where it is 0."""
+        # The mask may lie on another grid than the result, which superres refines.
         if self.mask is None:
             return x
         mask = fourier.resample(self.mask, x.shape).clamp(0, 1)
@@ -94,8 +99,9 @@ class TiltSettings(MaskSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        # Raises ValueError for a wrong range now, not after the maps were read.
         if self.tilt_range is not None:
-            degrade.wedge_mask((4, 4, 4), self.tilt_range, self.tilt_axis)  # raises if wrong
+            degrade.wedge_mask((4, 4, 4), self.tilt_range, self.tilt_axis)
 
     def measured(self, map: Map) -> Tensor:
         """m of posterior.py (1) on the grid of a map: boolean (D, H, W), `fftfreq` layout."""
@@ -104,6 +110,7 @@ class TiltSettings(MaskSettings):
         return fourier.hermitian_part(mask)
 
 
+# Flags that several tasks share word by word.
 AXIS = opt("y", "of tilting; the beam is along z (for axis z: along x)", choices=("x", "y", "z"))
 METHOD = (
     "prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise), "
@@ -116,6 +123,7 @@ class WedgeSettings(SampleSettings, TiltSettings):
     suffixes = ("", "_mean", "_std")
     tilt_axis: str = AXIS
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))
+    # Of the map as it is given, on its own grid.
     noise: float | None = opt(
         None,
         "standard deviation of the noise as a fraction of the map's 99.999 percentile "
@@ -129,6 +137,7 @@ class WedgeSettings(SampleSettings, TiltSettings):
 class DenoiseSettings(SampleSettings, MaskSettings):
     suffixes = ("", "_half1", "_half2", "_std")
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "wiener"))
+    # The noise of two half maps is estimated from them. That of one map must be given.
     noise_from_fsc: Tensor | None = opt(
         None, "FSC of the halves of one map, a .csv of fsc.py", metavar="FSC"
     )
@@ -154,6 +163,7 @@ class DenoiseSettings(SampleSettings, MaskSettings):
 class AnisotropicSettings(DenoiseSettings, TiltSettings):
     tilt_range: tuple[float, float] | None = opt(None, "", type=float, nargs=2)
     tilt_axis: str = AXIS
+    # Section 5.2 uses 50.
     alpha: float = opt(50.0, "noise power outside of the tilt range over inside", POSITIVE)
     orientations: Tensor | None = opt(
         None, "of the particles: a .star file, or lines of rot tilt psi", metavar="FILE"
@@ -166,6 +176,7 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
 
     def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
         """Noise power per shell -> per coefficient (D, H, W) of a map, by direction."""
+        # alpha is the relative noise power of each coefficient, degrade.py (6).
         if self.orientations is not None:
             alpha = degrade.orientation_alpha(self.orientations, map.density.shape)
         else:
@@ -175,6 +186,7 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
 
 @dataclass(frozen=True)
 class NetworkSettings(MaskSettings):
+    # Appendix G.4 compares strides and fusions; D.1 gives the percentile.
     stride: int = opt(12, "voxels from tile to tile", ONE_OR_MORE)
     fusion: str = opt("gaussian", "weights of overlapping tiles", choices=tuple(WINDOWS))
     percentile: float = opt(
@@ -197,6 +209,7 @@ class GenerateSettings(SampleSettings):
 
     @property
     def suffixes(self) -> list[str]:
+        # OUT.mrc, OUT_2.mrc, OUT_3.mrc, ...
         return ["", *(f"_{i + 1}" for i in range(1, self.samples))]
 
 
@@ -204,6 +217,7 @@ class GenerateSettings(SampleSettings):
 class AbInitioSettings(SampleSettings):
     suffixes = ("", "_std")
     method: str = opt("prior", METHOD, choices=("prior", "paper", "classical"))
+    # Appendix E.2.
     max_shift: float = opt(6.0, "Å that particles may be off the images' centres", NOT_NEGATIVE)
     losses: str = opt(
         "10345", "of method paper: a row of the paper's Table 6", choices=tuple(abinitio.TABLE_6)
@@ -212,5 +226,6 @@ class AbInitioSettings(SampleSettings):
 
 @dataclass(frozen=True)
 class LikelihoodSettings(SeedSettings):
+    # More probes give a smaller standard error. The tolerance is per voxel.
     probes: int = opt(4, "random vectors of Hutchinson's estimator", ONE_OR_MORE)
     tolerance: float = opt(1e-3, "of the ODE, relative and absolute", POSITIVE)

@@ -56,6 +56,7 @@ def restore_wedge(
     The result "" keeps every measured coefficient. "_mean" is the posterior mean, where measured
     coefficients lose their noise too. "_std" is the spread of the samples.
     """
+    # The classical answer first: it is shown beside the result, and may be all that makes sense.
     y = map.density
     measured = settings.measured(map)
     answer = classical_wedge(map, measured, settings)
@@ -63,13 +64,15 @@ def restore_wedge(
     if method == "pocs":
         return answer
 
-    # Settle grid, grey scale and noise, then draw samples.
+    # Settle grid, grey scale and noise.
     observation, noise = observe_wedge(map, prior, settings)
     sampler = posterior.WEDGE[method] | steps_of(settings)
     steps = sampler["steps"]
     estimated = settings.noise is None
     words = f"noise {noise:.3f} of the map's maximum" + (" (estimated)" if estimated else "")
     say_work(prior, observation.y.shape, settings.samples, steps, words, say)
+
+    # Draw samples of the posterior.
     moments = Moments()
     tick = Progress(settings.samples * steps, say)
     for sample in posterior.draw_samples(
@@ -82,6 +85,8 @@ def restore_wedge(
     restored = settings.inside_mask(fourier.put_back(mean, y, measured), y)
     mean = settings.inside_mask(mean, y)
     densities = {"": restored, "_mean": mean}
+
+    # One sample has no spread.
     if settings.samples > 1:
         std = fourier.resample(moments.std(), y.shape).clamp(min=0)
         densities["_std"] = settings.inside_mask(std, 0)
@@ -99,7 +104,7 @@ def restore_wedge(
 def classical_wedge(map: Map, measured: Tensor, settings: TiltSettings) -> Result:
     """The answer of POCS. Raises ValueError where protein is dark."""
     y = map.density
-    volume.normalise(y, 0, 1)  # raises
+    volume.normalise(y, 0, 1)  # raises for dark protein
     classical = posterior.pocs(y, measured)
     restored = settings.inside_mask(classical, y)
     return Result(
@@ -130,12 +135,14 @@ def choose_method(map: Map, prior: Prior, method: str, classical: str, say=print
 def on_network_grid(map: Map, prior: Prior, settings: TiltSettings) -> tuple[Map, Tensor]:
     """The map at the network's voxel size, and which of its coefficients were measured."""
     work = mrc.resample_map(map, prior.voxel_size)
+    # A finer grid has coefficients that the map never had.
     held = fourier.below_nyquist(work.density.shape, map.density.shape)
     return work, settings.measured(work) & held
 
 
 def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Observation, float]:
     """The observation of a map with a missing wedge; its noise as a fraction of the maximum."""
+    # The prior lives on its own grid.
     y = map.density
     work, measured = on_network_grid(map, prior, settings)
     maximum = volume.normalise(y, 0, 1)[1].maximum
@@ -167,6 +174,7 @@ def fill_wedge(
 
     The result "" keeps every measured coefficient. "_network" is what the network made of the map.
     """
+    # The classical answer, as for the prior.
     y = map.density
     measured = settings.measured(map)
     answer = classical_wedge(map, measured, settings)
@@ -203,6 +211,7 @@ def restore_half_maps(
     is the mean of "_half1" and "_half2". "_std" is the spread of all samples of both.
     Raises ValueError if the half maps do not share one grid, or hold no signal.
     """
+    # Noise and signal, from the difference between the halves.
     halves = [half_map_1] if half_map_2 is None else [half_map_1, half_map_2]
     powers, signal, curve = noise_of_half_maps(halves, settings)
 
@@ -220,12 +229,15 @@ def restore_half_maps(
         restored = settings.inside_mask(positive, average)
         return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
 
+    # Say how much work is ahead.
     sampler = posterior.DENOISE[method] | steps_of(settings)
     steps = sampler["steps"]
     count = settings.samples * len(halves)
     box = mrc.resample_map(half_map_1, prior.voxel_size).density.shape
     facts |= {"steps": steps, "box": list(box)}
     say_work(prior, box, count, steps, f"FSC 0.143 at {resolution:.2f} Å", say)
+
+    # Restore each half by itself.
     tick = Progress(count * steps, say)
     pooled = Moments()
     restored_halves = []
@@ -241,6 +253,7 @@ def restore_half_maps(
         filtered = posterior.wiener(half.density, settings.noise_on_grid(power, half), signal)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered))
 
+    # The result is the mean of both.
     restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)
     densities = {"": restored}
     if half_map_2:
@@ -260,6 +273,7 @@ def noise_of_half_maps(
     halves: list[Map], settings: DenoiseSettings
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`posterior.noise_and_signal` of half maps on one grid, or of one map by its settings."""
+    # Check that what was given is enough, and that the halves fit.
     first, last = halves[0], halves[-1]
     if settings.describes_one_map != (len(halves) == 1):
         raise ValueError("give two half maps, or one map with noise_from_fsc or snr")
@@ -281,6 +295,7 @@ def noise_of_half_maps(
 
 def resolution_of(curve: Tensor, map: Map) -> float:
     """FSC_0.143 in Å of a curve over shells 1 .. W//2."""
+    # The curve begins with shell 1. Shell 0 is the mean, which halves share.
     curve = torch.cat([curve.new_ones(1), curve])
     return float(fsc.resolution(curve, map.voxel_size[2], box=map.density.shape[-1]))
 
@@ -291,8 +306,12 @@ def observe_half_map(
     """The observation of a half map with its noise power and its signal's, both per shell."""
     work = mrc.resample_map(half, prior.voxel_size)
     y = work.density
-    gain = (y.numel() / half.density.numel()) ** 2  # of |F y|^2, by resampling
+
+    # Resampling keeps amplitudes per voxel, so |F y|^2 goes with the square of their number.
+    gain = (y.numel() / half.density.numel()) ** 2
     noise = settings.noise_on_grid(power * gain, work)
+
+    # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
     start = posterior.wiener(y, noise, signal * gain).clamp(min=0)
     held = fourier.below_nyquist(y.shape, half.density.shape)
     return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
@@ -330,7 +349,8 @@ def ask_network(
     density: Tensor, network: Prior, settings: NetworkSettings, say=print
 ) -> tuple[Tensor, dict]:
     """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
-    x, scale = volume.normalise(density, network.mean, network.std, settings.percentile)  # D.1
+    # What the network is shown goes from 0 to 1, as in appendix D.1.
+    x, scale = volume.normalise(density, network.mean, network.std, settings.percentile)
     device = posterior.device_of(network)
 
     def progress(calls):
@@ -366,17 +386,20 @@ def ab_initio(
     stack: Map, prior: Prior, settings: AbInitioSettings = AbInitioSettings(), say=print
 ) -> Result:
     """A density from a stack of projections (P, N, N) of unknown pose, see abinitio.py."""
+    # The density is found at the prior's voxel size, on the CPU.
     count, side, _ = stack.density.shape
     voxel_size = stack.voxel_size[2]
     n = box_of_stack(stack, prior)
     method = settings.method
     say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
 
+    # Only the network runs on the GPU.
     device = posterior.device_of(prior)
 
     def velocity(x: Tensor, t: float, generators: list[Generator]) -> Tensor:
         return posterior.tiled_velocity(prior, x.to(device), t, generators).to(x.device)
 
+    # Without a prior there is one density, otherwise samples.
     moments = Moments()
     shown = {}
     for name, x in abinitio.samples_of(
