@@ -154,6 +154,7 @@ def pocs(
 
     support: boolean (D, H, W) in real space; the density is 0 outside of it.
     """
+    # What y holds outside of the measured region is noise.
     y = put_back(torch.zeros_like(y), y, measured)
     u = y
     for _ in range(iterations):
@@ -311,6 +312,7 @@ def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
     """
     # Coefficients of one shell share their noise, so only the different values are counted.
     sigma, count = sigma.expand(measured.shape)[measured].unique(return_counts=True)
+    # The share of all coefficients, measured or not.
     share = (count / measured.numel()).to(sigma)
     r = r[:, None].to(sigma)
 
@@ -409,6 +411,7 @@ def draw_samples(
     algorithm = sample_posterior if "t_start" in settings else algorithm_1
     for first in range(0, samples, samples_per_call):
         numbers = range(first, min(first + samples_per_call, samples))
+        # Sample i has its own generator.
         generators = [augment.item_generator(seed, i) for i in numbers]
         x = algorithm(prior, observation, generators, tick=tick, **settings)
         yield from volume.denormalise(x.cpu(), observation.scale)
@@ -437,5 +440,6 @@ def with_fine_detail(mean: Tensor, classical: Tensor) -> Tensor:
 
     The prior changes what its own grid can hold. Finer detail comes from the classical answer.
     """
+    # Only the change is interpolated, so that no detail of the classical answer is lost.
     change = mean - fourier.resample(classical, mean.shape)
     return classical + fourier.resample(change, classical.shape)

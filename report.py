@@ -191,6 +191,7 @@ def draw(result: Result, content: dict[str, Any]):
 
     content: of the .json. Across the tilt axis a slice shows the wedge.
     """
+    # matplotlib is optional.
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -207,6 +208,7 @@ def draw(result: Result, content: dict[str, Any]):
         axis.set_axis_off()
 
     # One grey scale for all: that of the restored map where there is one.
+    # Noise in the input would set the scale otherwise.
     scaling = [maps["restored"]] if "restored" in maps else maps.values()
     top = max(brightest(x) for x in scaling)
     for axis, (name, x) in zip(axes, maps.items()):

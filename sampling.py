@@ -64,6 +64,8 @@ from star import read_angles
 
 
 class Inputs(NamedTuple):
+    """How many inputs a task takes, and the words for an error message."""
+
     least: int
     most: float
     words: str
@@ -74,6 +76,8 @@ HALF_MAPS = Inputs(1, 2, "two half maps, or one map with --noise-from-fsc or --s
 
 
 class Task(NamedTuple):
+    """A row of the table of tasks. The fields of `settings` are its flags."""
+
     function: Callable[..., Result]
     settings: type[Settings]
     inputs: Inputs
@@ -83,6 +87,7 @@ class Task(NamedTuple):
     reads: tuple[str, ...] = ("truth", "voxel_size")
 
 
+# A key is what stands behind --task in an example. What one takes is read off its settings.
 TASKS = {
     "wedge": Task(
         restore_wedge, WedgeSettings, MAPS, "fill in what a limited tilt range left out",
@@ -193,6 +198,7 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     settings = task.settings(**{name: getattr(args, name) for name in known})
 
     # Check the number of inputs, the network and the device.
+    # Denoising one map instead of two half maps wants more: noise_of_half_maps.
     least, most, words = task.inputs
     if not least <= len(args.maps) <= most:
         raise ValueError(f"--task {args.task} wants {words}; {len(args.maps)} given")
@@ -201,6 +207,8 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
         args.ckpt = str(Path(__file__).parent / "weights" / name)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # torch alone knows which devices it has.
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -231,8 +239,10 @@ def plan_runs(args: Namespace, settings: Settings) -> list[tuple[list[Path], Pat
     out = Path(args.out) if args.out else None
     if out and len(groups) > 1 and not out.is_dir():
         raise ValueError(f"-o {out}: for {len(groups)} inputs give an existing folder")
+    # Name the output of every run.
     runs = []
     for group in groups:
+        # generate has no input and writes generate.mrc.
         default = Path(f"{args.task}.mrc")
         if group:
             default = group[0].with_name(f"{mrc.stem(group[0])}_{args.task}.mrc")
@@ -287,10 +297,12 @@ def run(
 
 def grids_of(task: str, map: Map, prior: Prior) -> dict[tuple[int, ...], tuple[float, ...]]:
     """Shapes that a truth or a mask may have, and their voxel sizes: the map's, the result's."""
+    # Ab initio: the prior's grid over the images.
     if task == "abinitio":
         n = box_of_stack(map, prior)
         voxel_size = map.density.shape[1] * map.voxel_size[2] / n
         return {(n, n, n): (voxel_size,) * 3}
+    # Super-resolution: the map's own grid, or the finer one of the result.
     grids = {tuple(map.density.shape): map.voxel_size}
     if task == "superres":
         finer = finer_grid(map, prior)
@@ -326,6 +338,7 @@ def on_grid(map: Map, grids: dict) -> Map:
 
 def read_files(settings: Settings, map: Map, grids: dict) -> Settings:
     """The settings with the content of the files that they name."""
+    # Only the fields that this task has.
     content = {}
     names = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
     if names.get("orientations"):
@@ -377,9 +390,12 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
 
 
 def main(argv=None) -> int:
+    # Check all that can be checked before the network is read.
     args, task, settings = parse(argv)
     runs = plan_runs(args, settings)
     prior = checkpoint.load(args.ckpt, kind=args.model, device=args.device)
+
+    # A network for another task would give a wrong map without a word.
     if task.trained_for and prior.task != task.trained_for:
         trained = prior.task or "no task"
         raise ValueError(

@@ -81,6 +81,7 @@ def log_likelihood(
         )
     # Cut the map into tiles. Its sides are filled up with solvent.
     box = prior.box
+    # The prior knows one voxel size.
     work = mrc.resample_map(map, prior.voxel_size)
     x, _ = volume.normalise(work.density, prior.mean, prior.std)
     padded = torch.full([math.ceil(n / box) * box for n in x.shape], -prior.mean / prior.std)
@@ -91,6 +92,7 @@ def log_likelihood(
     say(f"{len(tiles)} tile(s) of {box}^3 on {device}, {settings.probes} probes")
 
     # log p of each tile, with the standard error over the probes.
+    # All tiles draw from one generator.
     generator = Generator().manual_seed(settings.seed)
     tick = Progress(len(tiles), say)
     found = []

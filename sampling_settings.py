@@ -29,6 +29,7 @@ class Limits(NamedTuple):
     words: str
 
 
+# ulp(0) is the smallest number above 0; the largest float keeps infinity out.
 POSITIVE = Limits(math.ulp(0.0), sys.float_info.max, "a positive number")
 NOT_NEGATIVE = Limits(0, sys.float_info.max, "0 or more")
 ONE_OR_MORE = Limits(1, sys.float_info.max, "1 or more")
@@ -40,6 +41,7 @@ def opt(default, help: str, limits: Limits | None = None, choices=(), **flag):
     if default is not None:
         flag.setdefault("type", type(default))
         help = f"{help} (default: {default})"
+    # The command and the checks below read these from the field.
     flag["help"] = help
     return field(default=default, metadata={"limits": limits, "choices": choices, "flag": flag})
 
@@ -70,6 +72,7 @@ class SeedSettings(Settings):
 @dataclass(frozen=True)
 class SampleSettings(SeedSettings):
     samples: int = opt(4, "samples; their mean is the result, their spread _std.mrc", ONE_OR_MORE)
+    # The default depends on the method, posterior.py.
     steps: int | None = opt(
         None, "of the sampler (default: 20; method paper 200; generate 50)", ONE_OR_MORE, type=int
     )
@@ -105,6 +108,7 @@ class TiltSettings(MaskSettings):
 
     def measured(self, map: Map) -> Tensor:
         """m of posterior.py (1) on the grid of a map: boolean (D, H, W), `fftfreq` layout."""
+        # Only what has a mirror image counts, so that the operator is a projection.
         shape, voxel_size = map.density.shape, map.voxel_size
         mask = degrade.wedge_mask(shape, self.tilt_range, self.tilt_axis, voxel_size=voxel_size)
         return fourier.hermitian_part(mask)
@@ -199,12 +203,14 @@ class NetworkSettings(MaskSettings):
 @dataclass(frozen=True)
 class NetworkWedgeSettings(NetworkSettings, TiltSettings):
     suffixes = ("", "_network")
+    # The networks learnt wedges about y alone, so that there is no tilt_axis to set.
     method: str = opt("auto", METHOD, choices=("auto", "network", "pocs"))
 
 
 @dataclass(frozen=True)
 class GenerateSettings(SampleSettings):
     box: int | None = opt(None, "voxels per side (default: the prior's)", ONE_OR_MORE, type=int)
+    # Steps of different order: flow.SOLVERS.
     solver: str = opt("heun", "of the flow's ODE", choices=tuple(flow.SOLVERS))
 
     @property
@@ -217,8 +223,9 @@ class GenerateSettings(SampleSettings):
 class AbInitioSettings(SampleSettings):
     suffixes = ("", "_std")
     method: str = opt("prior", METHOD, choices=("prior", "paper", "classical"))
-    # Appendix E.2.
+    # In Å, whatever the size of the pixels.
     max_shift: float = opt(6.0, "Å that particles may be off the images' centres", NOT_NEGATIVE)
+    # Rows differ in the terms of the loss, for synthetic and real images.
     losses: str = opt(
         "10345", "of method paper: a row of the paper's Table 6", choices=tuple(abinitio.TABLE_6)
     )

@@ -40,6 +40,7 @@ def sliding_windows(
     alone are not left out, because the network's biases answer them too. Memory is that of five
     maps and of one call. Raises ValueError if the stride leaves gaps.
     """
+    # Where the tiles begin.
     padded = volume.pad(x, box)
     corners = volume.tile_starts(padded.shape, box, stride)
 
@@ -48,6 +49,7 @@ def sliding_windows(
     bounds = [i * len(corners) // count for i in range(count + 1)]
     calls = [corners[first:last] for first, last in zip(bounds, bounds[1:])]
 
+    # Tiles are cut, answered and fused call by call.
     def answers():
         for call in progress(calls):
             tiles = volume.cut_tiles(padded, call, box)[:, None]  # (B, 1, box, box, box)

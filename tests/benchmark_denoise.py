@@ -66,6 +66,7 @@ def degrade_truth(truth: Tensor, nominal: float, b_factor: float | None) -> tupl
     if b_factor is None:
         curve = half_map_fsc(nominal, box)
         return truth, degrade.noise_power_from_fsc(truth, curve, clean=True)
+    # As a refinement leaves them: a decayed signal and white noise.
     s2 = (torch.arange(1, box // 2 + 1) / (box * VOXEL_SIZE)).square()
     decay = degrade.expand_shells(torch.exp(-b_factor * s2 / 4), truth.shape)
     clean = fourier.apply_fourier(truth, decay)
@@ -84,6 +85,7 @@ def restore(
     prior: Prior, halves: list[Map], settings: DenoiseSettings, sampler: dict, samples: int
 ) -> tuple[Tensor, Tensor]:
     """The Wiener filter of the average, and all samples of both halves (2 samples, D, H, W)."""
+    # As sampling_tasks.restore_half_maps does it, but all samples come back.
     densities = [half.density for half in halves]
     powers, signal, _ = posterior.noise_and_signal(densities)
     noise = settings.noise_on_grid(sum(powers) / 4, halves[0])
@@ -118,6 +120,7 @@ def one_level(args, prior: Prior, structures: list, nominal: float, angle: int |
             halves.append(Map(noisy, VOXEL_SIZE))
         results = {("average", 0): (halves[0].density + halves[1].density) / 2}
 
+        # Restore them in every way that was asked for.
         begin = time.perf_counter()
         for variant in args.variants:
             for steps in args.steps or [VARIANTS[variant]["steps"]]:
@@ -128,6 +131,8 @@ def one_level(args, prior: Prior, structures: list, nominal: float, angle: int |
                 results[variant, steps] = drawn.mean(0)
         seconds = time.perf_counter() - begin
         bands.append(in_band(clean, truth, drawn))
+
+        # Score.
         for (name, steps), x in results.items():
             curve = fsc(x, truth)
             score = [float(auc(curve)), float(resolution(curve, VOXEL_SIZE, 0.5))]
@@ -135,6 +140,7 @@ def one_level(args, prior: Prior, structures: list, nominal: float, angle: int |
             numbers = [f"{value:.4f}" for value in score]
             rows.append([structure.label, nominal, angle, name, steps, *numbers, f"{seconds:.1f}"])
 
+    # The table of this level.
     title = f"{nominal} Å" + (f", +-{angle} degrees" if angle else "")
     print(f"{title}    {'FSC_AUC':>14} {'FSC_0.5':>16}   failures")
     for (name, steps), scores in table.items():
@@ -171,6 +177,7 @@ def main() -> None:
     add("--calibration", action="store_true")
     add("--csv", default="runs/denoise.csv")
     args = cli.parse_args()
+    # The structures, and the prior.
     prior = checkpoint.load(args.ckpt, kind="hdit")
     structures = atoms.read_structures(args.structures)
     if args.held_out:

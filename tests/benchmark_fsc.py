@@ -5,6 +5,7 @@ it is installed (pip install torch-fourier-shell-correlation), by that package. 
 which warms up, is not counted. Printed: the median in seconds of CPU (a busy machine changes it little), the ratio to fsc.py,
 the largest difference from fsc.py. The package shares each coefficient between two shells: another estimator, so it differs.
 """
+
 import argparse
 import math
 import statistics
@@ -34,9 +35,13 @@ def numpy_fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     n = len(a)
     A, B = np.fft.fftn(a), np.fft.fftn(b)
     k = np.fft.fftfreq(n, 1 / n)
-    shell = np.floor(np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) + 0.5).astype(int).ravel()
-    cross, power_a, power_b = (np.bincount(shell, x.ravel(), n)[: n // 2 + 1]
-                               for x in ((A * B.conj()).real, np.abs(A) ** 2, np.abs(B) ** 2))
+    shell = (
+        np.floor(np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2) + 0.5).astype(int).ravel()
+    )
+    cross, power_a, power_b = (
+        np.bincount(shell, x.ravel(), n)[: n // 2 + 1]
+        for x in ((A * B.conj()).real, np.abs(A) ** 2, np.abs(B) ** 2)
+    )
     return cross / np.sqrt(power_a * power_b)
 
 
@@ -44,11 +49,18 @@ def numpy_masked_fsc(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarr
     """(2). The random phases are fsc.py's, at its cost: on others the curves could not agree."""
     unmasked, masked = numpy_fsc(a, b), numpy_fsc(a * mask, b * mask)
     start = int(np.argmax(unmasked[1:] < 0.8)) + 1
-    randomised = numpy_fsc(*(randomise_phases(torch.from_numpy(x), start, i).numpy() * mask for i, x in enumerate((a, b))))
+    randomised = numpy_fsc(
+        *(
+            randomise_phases(torch.from_numpy(x), start, i).numpy() * mask
+            for i, x in enumerate((a, b))
+        )
+    )
     return correct_for_mask(torch.from_numpy(masked), torch.from_numpy(randomised), start).numpy()
 
 
-def numpy_local_resolution(a: np.ndarray, b: np.ndarray, voxel_size: float, window: int, step: int) -> np.ndarray:
+def numpy_local_resolution(
+    a: np.ndarray, b: np.ndarray, voxel_size: float, window: int, step: int
+) -> np.ndarray:
     """Resolution in the window about every voxel of the coarse grid, one after the other."""
     n, h = len(a), window // 2
     axis = np.arange(window) - h
@@ -64,20 +76,25 @@ def numpy_local_resolution(a: np.ndarray, b: np.ndarray, voxel_size: float, wind
     return np.reshape(values, (len(centres),) * 3).clip(max=window * voxel_size)
 
 
-def numpy_q_score(density: np.ndarray, xyz: np.ndarray, voxel_size: float, origin: float) -> np.ndarray:
+def numpy_q_score(
+    density: np.ndarray, xyz: np.ndarray, voxel_size: float, origin: float
+) -> np.ndarray:
     """(8), atom after atom, shell after shell, as MapQ does it."""
+
     def spiral(n):
         h = np.linspace(-1, 1, n)
         theta = np.concatenate([[0], np.cumsum(3.6 / np.sqrt(n * (1 - h[1:-1] ** 2))), [0]])
         flat = np.sqrt(1 - h**2)
         return np.stack([flat * np.cos(theta), flat * np.sin(theta), h], 1)
 
-    def values(points):                                 # trilinear
+    def values(points):  # trilinear
         at = (points[:, ::-1] - origin) / voxel_size
         low = np.floor(at).astype(int)
         f, total = at - low, 0
         for corner in np.ndindex(2, 2, 2):
-            total = total + density[tuple((low + corner).T)] * np.prod(np.where(corner, f, 1 - f), 1)
+            total = total + density[tuple((low + corner).T)] * np.prod(
+                np.where(corner, f, 1 - f), 1
+            )
         return total
 
     spheres, scores = {n: spiral(n) for n in range(8, 108, 2)}, []
@@ -110,7 +127,10 @@ def compare(job: str, rounds: int, ways: dict) -> None:
         t = statistics.median(seconds[name])
         difference = (results[name] - results[ours]).nan_to_num().abs().max()
         ratio = t / statistics.median(seconds[ours])
-        print(f"{job if name == ours else '':46}{name:34}{t:9.3f} s{ratio:8.1f}x{difference:10.0e}", flush=True)
+        print(
+            f"{job if name == ours else '':46}{name:34}{t:9.3f} s{ratio:8.1f}x{difference:10.0e}",
+            flush=True,
+        )
 
 
 def halves(n: int) -> list[torch.Tensor]:
@@ -118,18 +138,29 @@ def halves(n: int) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     k = torch.fft.fftfreq(n) ** 2, torch.fft.rfftfreq(n) ** 2
     fall = torch.exp(-100 * (k[0][:, None, None] + k[0][:, None] + k[1]))
-    signal = torch.fft.irfftn(torch.fft.rfftn(torch.randn(n, n, n, generator=g)) * fall, s=(n, n, n))
+    signal = torch.fft.irfftn(
+        torch.fft.rfftn(torch.randn(n, n, n, generator=g)) * fall, s=(n, n, n)
+    )
     return [signal / signal.std() + torch.randn(n, n, n, generator=g) for _ in range(2)]
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cli.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
-    cli.add_argument("--box", type=int, default=256, help="of the pair of maps; local resolution: half of it less one")
+    cli.add_argument(
+        "--box",
+        type=int,
+        default=256,
+        help="of the pair of maps; local resolution: half of it less one",
+    )
     cli.add_argument("--rounds", type=int, default=5, help="of FSC; the slower jobs take fewer")
     args = cli.parse_args()
-    print(f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} thread(s)\n"
-          f"{'':80}{'median':>11}{'to ours':>9}{'differs':>10}")
+    print(
+        f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} thread(s)\n"
+        f"{'':80}{'median':>11}{'to ours':>9}{'differs':>10}"
+    )
 
     n, few = args.box, max(1, args.rounds // 2)
     if {"fsc", "masked"} & set(args.jobs):
@@ -143,21 +174,50 @@ def main() -> None:
             ways["torch-fourier-shell-correlation"] = lambda: fourier_shell_correlation(a, b)
         compare(f"FSC, {n}^3", args.rounds, ways)
     if "masked" in args.jobs:
-        compare(f"masked and corrected, {n}^3", few, {
-            "fsc.py": lambda: masked_fsc(a, b, mask).corrected, "numpy": lambda: numpy_masked_fsc(x, y, m)})
+        compare(
+            f"masked and corrected, {n}^3",
+            few,
+            {
+                "fsc.py": lambda: masked_fsc(a, b, mask).corrected,
+                "numpy": lambda: numpy_masked_fsc(x, y, m),
+            },
+        )
     if "local" in args.jobs:
-        n, window, step = n // 2 - 1, 28, 9             # 127: windows 9 voxels apart end where the map ends
+        n, window, step = n // 2 - 1, 28, 9  # 127: windows 9 voxels apart end where the map ends
         a, b = halves(n)
-        compare(f"local resolution, {n}^3, {((n - 1) // step + 1) ** 3} windows of {window}^3", few, {
-            "fsc.py": lambda: local_resolution(a, b, 1.0, window=window, step=step)[::step, ::step, ::step],
-            "numpy": lambda: numpy_local_resolution(a.numpy(), b.numpy(), 1.0, window, step)})
+        compare(
+            f"local resolution, {n}^3, {((n - 1) // step + 1) ** 3} windows of {window}^3",
+            few,
+            {
+                "fsc.py": lambda: local_resolution(a, b, 1.0, window=window, step=step)[
+                    ::step, ::step, ::step
+                ],
+                "numpy": lambda: numpy_local_resolution(a.numpy(), b.numpy(), 1.0, window, step),
+            },
+        )
     if "q" in args.jobs:
-        xyz = next(torch.from_numpy(s.xyz).double() for s in ProceduralChains() if 2900 < len(s.xyz) < 3300)
+        xyz = next(
+            torch.from_numpy(s.xyz).double() for s in ProceduralChains() if 2900 < len(s.xyz) < 3300
+        )
         side = 2 * math.ceil(float(xyz.abs().max()) + 5)
-        density = molmap(xyz, torch.full((len(xyz),), 7.0), 2.5, voxel_size=1.0, shape=(side,) * 3, origin=-side / 2)[0]
-        compare(f"Q-score, {len(xyz)} atoms", few, {
-            "fsc.py": lambda: q_score(density, xyz, 1.0, -side / 2),
-            "numpy": lambda: numpy_q_score(density.double().numpy(), xyz.numpy(), 1.0, -side / 2)})
+        density = molmap(
+            xyz,
+            torch.full((len(xyz),), 7.0),
+            2.5,
+            voxel_size=1.0,
+            shape=(side,) * 3,
+            origin=-side / 2,
+        )[0]
+        compare(
+            f"Q-score, {len(xyz)} atoms",
+            few,
+            {
+                "fsc.py": lambda: q_score(density, xyz, 1.0, -side / 2),
+                "numpy": lambda: numpy_q_score(
+                    density.double().numpy(), xyz.numpy(), 1.0, -side / 2
+                ),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -67,11 +67,15 @@ def simulated(task: str, structures: list, extent: float, count: int, noise: flo
         xyz = torch.from_numpy(s.xyz) @ augment.random_rotation(generator).T
         high, low = xyz.amax(0), xyz.amin(0)
         xyz = xyz - (high + low) / 2
+
+        # The grid.
         box = 12 * math.ceil((float((high - low).max()) + 30) / voxel_size / 12)
         origin = -voxel_size * (box // 2)
         grid = {"voxel_size": voxel_size, "shape": (box,) * 3, "origin": origin}
         resolution = augment.uniform(*RESOLUTIONS[task], generator)
         b_factor = torch.from_numpy(s.b_factor)
+
+        # What is observed, and what is wanted.
         if task == "wedge3d":
             wanted = atoms.molmap(xyz, s.atomic_number, resolution, **grid)[0]
             white = torch.randn(wanted.shape, generator=generator)
@@ -135,6 +139,7 @@ def answers(task: str, case: Case, networks: dict, prior, args) -> dict[str, Ten
                 result = sharpen(observed, network, NetworkSettings(**numbers), silent)
                 found[name] = result.densities[""]
     if prior:
+        # As sampling.py does it without --model scunet.
         # The settings count noise in percentiles, the simulation in maxima.
         percentile = volume.normalise(observed.density, 0, 1)[1].maximum
         noise = args.noise * float(observed.density.max()) / percentile
@@ -192,6 +197,7 @@ def main() -> None:
     add("--prior", action="store_true", help="wedge3d: the shipped flow prior too")
     add("--csv", default="runs/scunet.csv")
     args = cli.parse_args()
+    # What restores, and what is restored.
     networks = {path: checkpoint.load(path, kind="scunet") for path in args.ckpt}
     prior = checkpoint.load(WEIGHTS, kind="hdit") if args.prior else None
     if args.data.is_dir():
@@ -200,6 +206,7 @@ def main() -> None:
         structures = atoms.read_structures(args.data)
         cases = simulated(args.task, structures, args.extent, args.count, args.noise)
 
+    # Restore and score case by case.
     score = against_truth if args.task == "wedge3d" else against_model
     rows = []
     for case in cases:

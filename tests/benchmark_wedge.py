@@ -54,6 +54,7 @@ def truth_of(structure: atoms.Structure) -> Tensor:
 
 def answers(y: Tensor, measured: Tensor, prior: Prior, settings: WedgeSettings) -> dict:
     """Every answer to a degraded map (D, H, W), by name."""
+    # The classical answers.
     found = {"zeros in the wedge": y, "POCS": posterior.pocs(y, measured)}
     observation, _ = observe_wedge(mrc.Map(y, VOXEL_SIZE), prior, settings)
     sampler = posterior.WEDGE[settings.method]
@@ -62,6 +63,8 @@ def answers(y: Tensor, measured: Tensor, prior: Prior, settings: WedgeSettings) 
     samples = posterior.draw_samples(
         prior, observation, sampler, samples=settings.samples, seed=settings.seed
     )
+
+    # Running means of the samples.
     total = torch.zeros_like(y)
     for k, sample in enumerate(samples, 1):
         total += sample
@@ -81,15 +84,20 @@ def simulated_maps(args: argparse.Namespace) -> None:
     rows = []
     for noise in args.noise:
         for i, structure in enumerate(structures, args.first):
+            # Degrade.
             truth = truth_of(structure)
             white = torch.randn(truth.shape, generator=torch.Generator().manual_seed(i))
             y = fourier.apply_fourier(truth + noise * white, measured)
             if args.write:
                 write_pair(Path(args.write) / f"{structure.label}_noise{noise}", y, truth)
                 continue
+
+            # Restore.
             begin = time.perf_counter()
             found = answers(y, measured, prior, settings)
             seconds = time.perf_counter() - begin
+
+            # Score.
             for name, x in found.items():
                 curve = fsc(x, truth)
                 scores = [
@@ -143,6 +151,7 @@ def real_maps(args: argparse.Namespace) -> None:
     """Take the wedge out of each map of a folder, restore it by the program, and score it."""
     print("map, voxels, Å, method, seconds, FSC_AUC in the missing wedge: POCS, restored")
     for path in files.list_files(args.data, mrc.MAP_SUFFIXES):
+        # The wedge is taken out of a copy.
         truth = mrc.read_map(path)
         measured = degrade.wedge_mask(truth.density.shape, voxel_size=truth.voxel_size)
         with tempfile.TemporaryDirectory() as folder:
