@@ -75,10 +75,7 @@ def restore_wedge(
     # Draw samples of the posterior.
     moments = Moments()
     tick = Progress(settings.samples * steps, say)
-    for sample in posterior.draw_samples(
-        prior, observation, sampler, samples=settings.samples, seed=settings.seed, tick=tick
-    ):
-        moments.add(sample)
+    draw(prior, observation, sampler, settings.samples, settings.seed, tick, moments)
 
     # Go back to the grid of the map.
     mean = posterior.with_fine_detail(moments.mean, answer.shown["POCS"])
@@ -167,6 +164,15 @@ def steps_of(settings: SampleSettings) -> dict[str, int]:
     return {"steps": settings.steps} if settings.steps else {}
 
 
+def draw(prior, observation, sampler, samples: int, seed: int, tick, *moments: Moments) -> None:
+    """Add samples of the posterior to all moments."""
+    for sample in posterior.draw_samples(
+        prior, observation, sampler, samples=samples, seed=seed, tick=tick
+    ):
+        for moment in moments:
+            moment.add(sample)
+
+
 def fill_wedge(
     map: Map, network: Prior, settings: NetworkWedgeSettings = NetworkWedgeSettings(), say=print
 ) -> Result:
@@ -245,11 +251,7 @@ def restore_half_maps(
         observation = observe_half_map(half, power, signal, prior, settings)
         seed = settings.seed + (i << 32)
         moments = Moments()
-        for sample in posterior.draw_samples(
-            prior, observation, sampler, samples=settings.samples, seed=seed, tick=tick
-        ):
-            moments.add(sample)
-            pooled.add(sample)
+        draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
         filtered = posterior.wiener(half.density, settings.noise_on_grid(power, half), signal)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered))
 
@@ -419,7 +421,7 @@ def ab_initio(
         if name == method:
             moments.add(x)
     shown["restored"] = moments.mean
-    say("projections do not tell a density from its mirror image; a helix must turn right")
+    say("projections do not tell a density from its mirror image: if helices turn left, mirror it")
 
     # Go back to the pixel size of the images.
     cube = (side,) * 3

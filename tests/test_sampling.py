@@ -4,7 +4,6 @@ import gzip
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -750,7 +749,3 @@ def test_an_error_ends_the_program_with_one_line_and_a_non_zero_status(tmp_path,
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines() == ["sampling.py: nope.mrc: no such file"]
-
-
-def test_waiting_threads_do_not_spin():
-    assert os.environ["OMP_WAIT_POLICY"]
