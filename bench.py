@@ -310,7 +310,7 @@ def train_step(name: str, args, device: torch.device) -> dict:
 
 
 def sampling_step(name: str, args, device: torch.device) -> dict:
-    """As in sampling.sample_posterior: the network on every tile, the data term, noise."""
+    """As in posterior.sample_posterior: the network on every tile, the data term, noise."""
     cfg = train_config.PRESETS[name]
     if name == "tiny":
         prior = checkpoint.load(HERE / "weights/hdit_tiny.pt", kind="hdit", device=device)
@@ -320,7 +320,8 @@ def sampling_step(name: str, args, device: torch.device) -> dict:
     side = prior.box if args.quick else max(64, prior.box)
     y, generator = torch.randn(side, side, side, device=device), torch.Generator().manual_seed(0)
     measured = fourier.hermitian_part(degrade.wedge_mask(y.shape)).to(device)
-    step = lambda: posterior.sample_posterior(prior, y, measured, y, [generator], steps=1, t_start=0.4, inner=2)
+    observation = posterior.Observation(y, measured, 0.0, y)
+    step = lambda: posterior.sample_posterior(prior, observation, [generator], steps=1, t_start=0.4, inner=2)
     with torch.no_grad():
         t = median_seconds(step, device, args.seconds)
     return {"step": f"{side}^3 in tiles of {prior.box}^3", "who": name, "s": t, "voxels/s": side**3 / t, "peak GiB": peak(device)}

@@ -1,56 +1,43 @@
-"""Restore maps with a trained prior: `python sampling.py --task wedge in.mrc` writes in_wedge.mrc.
+"""The inverse problem: densities that agree with what was observed and with the prior.
 
---task sharpen, superres and, with --model scunet, wedge ask CryoLVM's fine-tuned network f instead, (10) below.
+The prior is a velocity v(x_t, t) that turns noise (t = 1) into density (t = 0), see flow.py. It
+was trained without knowing any task. It meets an observation y of N voxels,
 
-The prior is a velocity field v(x_t, t) that turns noise (t = 1) into density (t = 0); it was trained without knowing any
-task (flow.py, train.py). Here it meets what was observed,
+    y = A x + n,   (F A x)_k = m_k (F x)_k,   E |(F n)_k|^2 = P_k   for Fourier coefficient k    (1)
 
-    y = A x + n,   (F A x)_k = m_k (F x)_k,   E |(F n)_k|^2 = P_k   for coefficient k of N                    (1)
+    missing wedge   m_k = 1 where a tilt series measured, else 0; the noise is white
+    half maps       m_k = 1; P depends on the shell, degrade.py (5), or on the direction too, (6)
 
-    --task wedge        m = 1 where a tilt series measured, else 0; n white
-    --task denoise      m = 1; P one number per shell, from two half maps or an FSC (degrade.py (5))
-    --task anisotropic  m = 1; P differs between directions, too (degrade.py (6))
+in steps from a time t to s < t:
 
-by sampling densities that agree with it:
+    x_0'  = x_t - t v(x_t, t)             E[x_0 | x_t], what the prior makes of x_t              (2)
+    x_0'' = x_0' + F^-1[w F(y - x_0')]    observation put back; w = m in Algorithm 2, line 3     (3)
+    x_s   = (s/t) x_t + (1 - s/t) x_0''   Algorithm 2, line 4                                    (4)
+    x_s   = (1 - s) x_0'' + s z           the same with fresh noise z ~ N(0, I)                  (5)
+    w_k   = m_k V_k / (V_k + P_k / N)     trust in a coefficient: V_k is the error of x_0'       (6)
+    u <- A y + (1 - A) max(u, 0)          POCS, the classical answer for the wedge               (7)
+    u  = F^-1[S / (S + P) F y]            Wiener filter, S is the signal's power per shell       (8)
+    x_s   = x_t - (t - s) v - lambda g / |g|,   g = dl/dx_t   Algorithm 1                        (9)
+    l     = mean_k |F(A x_0' - y)|_k^2 / (2 P_k)
 
-    x_0' = x_t - t v(x_t, t)              what the prior makes of x_t: an estimate of E[x_0 | x_t]             (2)
-    x_0'' = x_0' + F^-1[w F(y - x_0')]    the observed coefficients put back; w = m: Algorithm 2, line 3       (3)
-    x_s = (s/t) x_t + (1 - s/t) x_0''     from t to s < t: Algorithm 2, line 4                                 (4)
-    x_s = (1 - s) x_0'' + s z             the same with fresh noise, z ~ N(0, I)                               (5)
-    w_k = m_k V_k / (V_k + P_k / N)                             trust in a coefficient, by its noise           (6)
-    V_k = r^2 / rho, r = t/(1-t), rho = 1                       how wrong x_0' is; denoise: or more
+(1)-(4), (9): CryoFM (arXiv:2410.08631) Algorithms 1 and 2, appendices D and E.1. (5): DDNM (Wang et
+al. 2023, arXiv:2212.00490). (6): the proximal step of DiffPIR (Zhu et al. 2023, arXiv:2305.08995),
+exact because A is diagonal in Fourier space. (7): Youla & Webb 1982. Maps are (D, H, W), samples
+(K, D, H, W), masks and noise per coefficient are (D, H, W) in `fftfreq` layout.
 
-What the prior must beat, the classical answers:
-
-    u <- A y + (1 - A) max(u, 0)          POCS: density is not negative                                        (7)
-    u = F^-1[S / (S + P) F y]             Wiener, S the signal's power per shell; then max(u, 0)               (8)
-
-And Algorithm 1, by the gradient through the network of what y says of x_0':
-
-    l = mean_k |F(A x_0' - y)|_k^2 / (2 P_k),   x_s = x_t - (t - s) v - lambda g / |g|,   g = dl/dx_t          (9)
-
-CryoLVM has no prior and no y = A x: its network f (model_scunet.py) was trained on pairs and is asked once, by cubes x_k of its
-box every --stride voxels, whose answers are fused under a window w, its Algorithm 1:
-
-    M = sum_k w f(x_k) / sum_k w                                data.py (6)                                     (10)
-
-CryoFM (arXiv:2410.08631): Algorithm 1, appendix D, E.1. (5): DDNM (Wang et al. 2023, arXiv:2212.00490); (6): the proximal step of
-DiffPIR (Zhu et al. 2023, arXiv:2305.08995), in closed form since A is diagonal in Fourier space; (7): Youla & Webb 1982.
-(10): CryoLVM sections 4.2-4.4, appendix D.1 (what the network is shown), D.2 (fusion), G.4 (stride 24 and --fusion mean).
-The result is the mean of several samples: FSC rewards the mean of the posterior, and their spread says where not to trust it.
-
-Erratum: Algorithm 1 leaves out the 1/N before v and prints + lambda g, which climbs the loss; (9) as in the release.
-Departure 1: `--method prior` starts from (7) or (8) at t < 1 instead of noise at t = 1, takes (5) instead of (4), trusts y
-only as far as (6) says (denoise, anisotropic: `least_rho`, `missed`), and keeps density non-negative; what each is worth: README, "What helped". `--method paper` is
-Algorithm 2 (wedge) or 1 as printed, but for the erratum.
-Departure 2: the paper's maps are 64^3. Ours are of any size: (3) always acts on the whole volume, only v goes by tiles.
-Departure 3: D.2 normalises the fused map, by what is not stated; we undo D.1, so that it has the input's grey scale. For
---task wedge we put the measured coefficients back, (3), which the paper does not; IN_wedge_network.mrc is without.
+Erratum: Algorithm 1 leaves out the 1/N before v and adds lambda g, which climbs the loss. (9) is
+what the release does.
+Departure 1: the method "prior" starts from (7) or (8) at t < 1, takes (5) instead of (4), weighs by
+(6) and keeps density non-negative. RESULTS.md says what each is worth. "paper" is as printed.
+Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles.
 """
+
 import itertools
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
+import torch
 import torch.utils.checkpoint
 from torch import Generator, Tensor
 
@@ -62,179 +49,381 @@ import fsc
 import volume
 from checkpoint import Prior
 from fourier import put_back
+from volume import Scale
+
+# Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
+WEDGE = {
+    "prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
+    "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0),
+}
+DENOISE = {
+    "prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2, leak=1 / 8),
+    "paper": dict(steps=200),
+}
 
 
-def pocs(y: Tensor, measured: Tensor, iterations: int = 100, support: Tensor | None = None) -> Tensor:
-    """(7): projections onto convex sets, from y itself. support: boolean (D, H, W), density is 0 outside of it."""
-    u = y = put_back(torch.zeros_like(y), y, measured)
+# ---- The observation
+
+
+@dataclass(frozen=True)
+class Observation:
+    """y of (1) on the prior's grid and in network scale, and the way back to its grey scale."""
+
+    y: Tensor  # (D, H, W)
+    measured: Tensor  # m of (1), boolean (D, H, W)
+    sigma: Tensor | float  # root of P / N in (6): one number, or (D, H, W)
+    start: Tensor  # the classical answer (D, H, W), where sampling begins
+    scale: Scale = Scale(1.0, 0.0, 1.0)
+
+
+def observe(
+    prior: Prior, y: Tensor, measured: Tensor, sigma: Tensor | float, start: Tensor
+) -> Observation:
+    """An Observation of maps y and start (D, H, W), whose grey scale and sigma are their own.
+
+    The grey scale comes from `start`, whose percentile is nearer to the truth's than that of y.
+    """
+    # The clipped map is not used, only its scale.
+    scale = volume.normalise(start, prior.mean, prior.std)[1]
+    device = device_of(prior)
+
+    def to_network(density: Tensor) -> Tensor:
+        # Not clipped: y has noise below 0, and (3) needs all of it.
+        return ((density / scale.maximum - prior.mean) / prior.std).to(device)
+
+    sigma = sigma / scale.maximum / prior.std
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
+    return Observation(to_network(y), measured.to(device), sigma, to_network(start), scale)
+
+
+def device_of(prior: Prior) -> torch.device:
+    """The device of a network; the CPU if it has no weights."""
+    return next(prior.net.parameters(), torch.empty(0)).device
+
+
+def estimate_noise(y: Tensor, measured: Tensor) -> float:
+    """The standard deviation of white noise in y (D, H, W), in its units.
+
+    Taken from the measured coefficients beyond Nyquist, in the corners of the Fourier cube. Noise
+    is everywhere and density is not, so the 5th percentile of the local power counts.
+    """
+    corner = measured & (fourier.wavenumber(y.shape) > 0.5)
+    # Local power in blocks of 8^3 voxels.
+    squares = fourier.apply_fourier(y, corner).square()
+    block = min(8, *y.shape)
+    local_power = torch.nn.functional.avg_pool3d(squares[None, None], block).flatten()
+    variance = local_power.quantile(0.05) / corner.float().mean()
+    return float(variance.sqrt())
+
+
+def noise_and_signal(
+    maps: list[Tensor], curve: Tensor | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Per shell 1 .. W//2: the noise power of each map, the signal's power S of (8), and the FSC.
+
+    maps: two half maps (D, H, W). Or one map and its curve: signal over signal and noise. Powers
+    are means of |F|^2. Raises ValueError if there is no signal.
+    """
+    if curve is None:
+        half_map_1, half_map_2 = maps
+        curve = fsc.fsc(half_map_1, half_map_2, convention="cryofm")[1:]
+        powers = [
+            degrade.noise_power(half_map_1, half_map_2),
+            degrade.noise_power(half_map_2, half_map_1),
+        ]
+    else:
+        powers = [degrade.noise_power_from_fsc(x, curve) for x in maps]
+
+    # From the first shell on that the halves do not share there is no signal: the difference
+    # between power and noise is chance. RELION's limit is 0.0001; at 15 Å 0.05 does better.
+    shared = (curve >= 0.05).long().cumprod(0)
+    excess = [degrade.radial_power(x) - power for x, power in zip(maps, powers)]
+    signal = torch.stack(excess).mean(0).clamp(min=0) * shared
+    if not signal.any():
+        raise ValueError("no signal: the FSC is below 0.05 in the first shell already")
+    return powers, signal, curve
+
+
+# ---- The classical answers
+
+
+def pocs(
+    y: Tensor, measured: Tensor, iterations: int = 100, support: Tensor | None = None
+) -> Tensor:
+    """(7): projections onto convex sets, starting from y itself.
+
+    support: boolean (D, H, W) in real space; the density is 0 outside of it.
+    """
+    # What y holds outside of the measured region is noise.
+    y = put_back(torch.zeros_like(y), y, measured)
+    u = y
     for _ in range(iterations):
         u = u.clamp(min=0)
-        u = put_back(u if support is None else u * support, y, measured)
+        if support is not None:
+            u = u * support
+        u = put_back(u, y, measured)
     return u
 
 
-def wiener(y: Tensor, power: Tensor, signal: Tensor) -> Tensor:
-    """(8) on a map (D, H, W); power and signal (D, H, W) or one number per shell, in |F y|^2."""
-    grid = lambda p: p if p.ndim == 3 else degrade.expand_shells(p, y.shape)
-    S, P = grid(signal), grid(power)
+def wiener(y: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+    """(8) for a map (D, H, W). noise, signal: powers |F|^2 per shell, or (D, H, W)."""
+    P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape) for p in (noise, signal))
     return fourier.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
 
 
-def tiled_velocity(prior: Prior, x: Tensor, t: float, generators: list[Generator], tiles_per_call: int = 8) -> Tensor:
-    """v(x, t) for maps x (K, D, H, W) of any size in network scale, by tiles of the prior's box; one generator for each map.
+# ---- The prior on a map of any size
 
-    The tiles cover the (periodic) map with as little overlap as fits, from a random corner on and in one of the 24
-    orientations along the axes, both drawn anew at every call: no seam stays in one place, so none can form.
+
+class Tile(NamedTuple):
+    """A cube of a periodic map, seen in one of the 24 orientations along the axes."""
+
+    index: tuple[Tensor, ...]  # of its voxels in (K, D, H, W)
+    order: tuple[int, int, int]
+    flips: list[int]
+
+
+def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list[Tile]:
+    """Tiles that cover maps (D, H, W), one map per generator, with as little overlap as fits.
+
+    They begin at a random corner and have a random orientation. Both are drawn anew at every call,
+    so that no seam stays in one place.
     """
-    box, tiles = prior.box, []                           # of every tile: voxels (k, z, y, x), order of axes, flips
+    tiles = []
     for k, generator in enumerate(generators):
         axes = []
-        for n in x.shape[1:]:
-            count, first = math.ceil(n / box), int(torch.randint(n, (), generator=generator))
-            axes.append([(first + i * n // count + torch.arange(box)) % n for i in range(count)])
-        order, signs = volume.ROTATIONS_24[int(torch.randint(24, (), generator=generator))]
+        # The starts along each axis, spread evenly around the periodic map.
+        for n in shape:
+            count = math.ceil(n / box)
+            first = augment.randint(n, generator)
+            starts = [first + i * n // count for i in range(count)]
+            axes.append([(start + torch.arange(box)) % n for start in starts])
+
+        # One orientation for the whole map.
+        order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
         flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
-        tiles += [((torch.tensor(k), z[:, None, None], y[None, :, None], w[None, None, :]), order, flips)
-                  for z, y, w in itertools.product(*axes)]
-    total, weight = torch.zeros_like(x), torch.zeros_like(x)
+        for z, y, x in itertools.product(*axes):
+            index = (torch.tensor(k), z[:, None, None], y[:, None], x)
+            tiles.append(Tile(index, order, flips))
+    return tiles
+
+
+def tiled_velocity(
+    prior: Prior, x: Tensor, t: float, generators: list[Generator], tiles_per_call: int = 8
+) -> Tensor:
+    """v(x, t) for maps x (K, D, H, W) of any size, by tiles of the prior's box.
+
+    x is in network scale; each map has its own generator, which draws its tiles.
+    """
+    tiles = draw_tiles(x.shape[1:], prior.box, generators)
+    total = torch.zeros_like(x)
+    weight = torch.zeros_like(x)
     for i in range(0, len(tiles), tiles_per_call):
-        batch = torch.stack([x[tile].permute(order).flip(flips) for tile, order, flips in tiles[i:i + tiles_per_call]])[:, None]
-        times = torch.full((len(batch),), t, device=x.device)
-        with flow.autocast(x.device):                    # the backward pass of (9) computes each batch again: memory for one
-            v = (torch.utils.checkpoint.checkpoint(prior.net, batch, times, use_reentrant=False) if x.requires_grad
-                 else prior.net(batch, times))[:, 0]
-        for (tile, order, flips), part in zip(tiles[i:i + tiles_per_call], v):
-            part = part.flip(flips).permute(tuple(np.argsort(order)))
-            total.index_put_(tile, part, accumulate=True)
-            weight.index_put_(tile, torch.ones_like(part), accumulate=True)
+        part = tiles[i : i + tiles_per_call]
+        # Cut the tiles out, in their orientation, and ask the network.
+        views = [x[tile.index].permute(tile.order).flip(tile.flips) for tile in part]
+        batch = torch.stack(views)[:, None]  # (tiles, 1, box, box, box)
+        times = torch.full((len(part),), t, device=x.device)
+        with flow.autocast(x.device):
+            if x.requires_grad:
+                # The backward pass of (9) computes each batch again: memory for one at a time.
+                v = torch.utils.checkpoint.checkpoint(prior.net, batch, times, use_reentrant=False)
+            else:
+                v = prior.net(batch, times)
+
+        # Turn each velocity back and add it where its tile came from.
+        for tile, velocity in zip(part, v[:, 0]):
+            inverse = [tile.order.index(axis) for axis in range(3)]
+            velocity = velocity.flip(tile.flips).permute(inverse)
+            total.index_put_(tile.index, velocity, accumulate=True)
+            weight.index_put_(tile.index, torch.ones_like(velocity), accumulate=True)
     return total / weight
 
 
-def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
-    """rho of (6): 1 or the least, 0.001 at the lowest, with mean_k (w_k sigma_k / r)^2 <= leak * rho at all r (T,).
+# ---- Algorithm 2
 
-    The mean, over all coefficients, is the noise of y that (6) lets into x_0'' for what the network expects there; the most that
-    one coefficient gets is 1 / (4 rho) of it. It is their product that is bounded: where noise keeps to few coefficients, more of
-    y is used. Beyond 1, the lowest frequencies would be left to the network. Ours; leak: README, "What helped".
+
+def no_tick(samples: int) -> None:
+    """Takes the place of a Progress, which counts the steps of all samples."""
+
+
+def sample_posterior(
+    prior: Prior,
+    observation: Observation,
+    generators: list[Generator],
+    *,
+    steps: int,
+    t_start: float,
+    fresh_noise: bool = True,
+    inner: int = 0,
+    leak: float | None = None,
+    tick=no_tick,
+) -> Tensor:
+    """Samples (K, D, H, W) in network scale, one per generator: Algorithm 2 from t_start on.
+
+    It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
+    non-negativity projections in every step. leak: of `least_rho`, for noise that differs between
+    coefficients; None: rho = 1, without `missed`. tick is called after every step.
     """
-    sigma, count = sigma.expand(measured.shape)[measured].unique(return_counts=True)   # shells share theirs
+    y, measured, sigma = observation.y, observation.measured, observation.sigma
+
+    def draw_noise() -> Tensor:
+        return flow.draw_noise(generators, y.shape, y.device)
+
+    no_density = -prior.mean / prior.std
+    # The times, and how wrong the network's estimate is expected to be at each.
+    times = torch.linspace(t_start, 0, steps + 1).tolist()
+    ratios = [t / max(1 - t, 1e-3) for t in times[:-1]]
+    r = torch.tensor(ratios, dtype=torch.float64)
+    rho = 1.0 if leak is None else least_rho(sigma, measured, r, leak)
+    variances = (r**2 / rho).tolist()
+
+    x = (1 - t_start) * observation.start + t_start * draw_noise()
+    for t, s, variance in zip(times, times[1:], variances):
+        # Ask the prior what the clean map looks like.
+        velocity = tiled_velocity(prior, x, t, generators)
+        estimate = flow.posterior_mean(x, velocity, t)  # (2)
+
+        # Trust each coefficient of y as far as its noise and the error of the estimate say.
+        if leak is not None:
+            variance = missed(estimate, y, measured, sigma).clamp(min=variance)
+        trust = measured * (variance / (variance + sigma**2))  # (6)
+
+        # Put the observation back, and keep density non-negative.
+        for _ in range(inner):
+            estimate = put_back(estimate, y, trust).clamp(min=no_density)
+        estimate = put_back(estimate, y, trust)  # (3)
+
+        # Go to the next, less noisy time.
+        if fresh_noise:
+            x = (1 - s) * estimate + s * draw_noise()  # (5)
+        else:
+            x = s / t * x + (1 - s / t) * estimate  # (4)
+        tick(len(generators))
+    return x
+
+
+def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
+    """The smallest rho in 0.001 .. 1 with mean_k (w_k sigma_k / r)^2 <= leak * rho at all r (T,).
+
+    In (6), V_k = r^2 / rho with r = t / (1 - t). Equation (3) copies part of the noise of y into
+    x_0''. The mean is that part, relative to the noise that the network expects at that time. One
+    coefficient gets 1 / (4 rho) of it at most. With rho > 1 the lowest frequencies would be left
+    to the network. Ours; RESULTS.md says how leak was chosen.
+    """
+    # Coefficients of one shell share their noise, so only the different values are counted.
+    sigma, count = sigma.expand(measured.shape)[measured].unique(return_counts=True)
+    # The share of all coefficients, measured or not.
     share = (count / measured.numel()).to(sigma)
     r = r[:, None].to(sigma)
+
+    # Bisect on a logarithmic scale.
     low, high = 1e-3, 1.0
     while high / low > 1.001:
         rho = math.sqrt(low * high)
-        noise = (sigma * r / (r ** 2 + rho * sigma ** 2)).square() @ share
-        low, high = (rho, high) if noise.max() > leak * rho else (low, rho)
+        copied = (sigma * r / (r**2 + rho * sigma**2)).square() @ share
+        if copied.max() > leak * rho:
+            low = rho
+        else:
+            high = rho
     return high
 
 
 def missed(x: Tensor, y: Tensor, measured: Tensor, sigma: Tensor) -> Tensor:
-    """A V_k for (6): the mean square error of maps x (K, D, H, W) that y betrays in each shell, (K, D, H, W) in `fftfreq` layout.
+    """V_k for (6): the mean square error of maps x (K, D, H, W) that y shows in each shell.
 
-    |F(y - x)|^2 / N less the noise sigma^2, over the measured coefficients of a shell; 0 unless that is more than the noise
-    itself (Morozov's discrepancy principle, by twice the noise): the network has lost there what y knows well. Ours.
+    This is |F(y - x)|^2 / N less the noise sigma^2, over the measured coefficients of a shell. It
+    is 0 unless it exceeds the noise itself (Morozov's discrepancy principle, at twice the noise):
+    there the network has lost what y knows well. Returns (K, D, H, W). Ours.
     """
-    mean = lambda p: degrade.shell_mean(p * measured) / degrade.shell_mean(measured.double()).clamp(min=1e-12)
-    noise = mean((sigma ** 2).expand(y.shape))
-    beyond = torch.stack([mean(torch.fft.fftn(u - y).abs().square() / y.numel()) for u in x]) - noise
-    return degrade.expand_shells(torch.where(beyond > noise, beyond, 0).to(y.dtype), y.shape)
+    share = degrade.shell_mean(measured.double()).clamp(min=1e-12)
+
+    def measured_mean(power: Tensor) -> Tensor:
+        return degrade.shell_mean(power * measured) / share
+
+    # Compare the misfit in each shell with the noise alone.
+    noise = measured_mean((sigma**2).expand(y.shape))
+    errors = [measured_mean(torch.fft.fftn(u - y).abs().square() / y.numel()) for u in x]
+    beyond = torch.stack(errors) - noise
+    variance = torch.where(beyond > noise, beyond, 0).to(y.dtype)
+    return degrade.expand_shells(variance, y.shape)
 
 
-def sample_posterior(prior: Prior, y: Tensor, measured: Tensor, start: Tensor, generators: list[Generator], *, steps: int,
-                     t_start: float, sigma: float | Tensor = 0.0, fresh_noise: bool = True, inner: int = 0,
-                     leak: float | None = None, tick=lambda: None) -> Tensor:
-    """Samples (K, D, H, W) of the posterior, one per generator: Algorithm 2 from t_start on, maps (D, H, W) in network scale.
+# ---- Algorithm 1
 
-    start: where to begin, noised to t_start (irrelevant at t_start = 1); sigma: root of P/N in (6), the standard deviation
-    of the noise in y, one number or (D, H, W) in `fftfreq` layout; fresh_noise: (5) instead of (4); inner: non-negativity
-    projections in every step; leak: of `least_rho`, for noise that differs between shells; None: rho = 1, without `missed`.
+
+def algorithm_1(
+    prior: Prior,
+    observation: Observation,
+    generators: list[Generator],
+    *,
+    steps: int,
+    lambda_max: float = 5.0,
+    operator_noise: bool = False,
+    per_time: bool = False,
+    tick=no_tick,
+) -> Tensor:
+    """Samples (K, D, H, W) in network scale by (9), Algorithm 1, from noise; sigma must be > 0.
+
+    operator_noise: A adds fresh noise to x_0', as the release's does. per_time: lambda times
+    200 / steps, so that the weight of y does not depend on the number of steps.
     """
-    noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
-    zero = -prior.mean / prior.std                       # no density, in network scale
-    times = torch.linspace(t_start, 0, steps + 1).tolist()
-    r = torch.tensor([t / max(1 - t, 1e-3) for t in times[:-1]], dtype=torch.float64)
-    rho = 1.0 if leak is None else least_rho(sigma, measured, r, leak)
-    x = (1 - t_start) * start + t_start * noise()
-    for t, s, V in zip(times, times[1:], (r ** 2 / rho).tolist()):
-        estimate = x - t * tiled_velocity(prior, x, t, generators)                     # (2)
-        if leak is not None:
-            V = missed(estimate, y, measured, sigma).clamp(min=V)
-        w = measured * (V / (V + sigma ** 2))                                          # (6)
-        for _ in range(inner):
-            estimate = put_back(estimate, y, w).clamp(min=zero)
-        estimate = put_back(estimate, y, w)                                            # (3)
-        x = (1 - s) * estimate + s * noise() if fresh_noise else s / t * x + (1 - s / t) * estimate   # (5) or (4)
-        tick()
-    return x
-
-
-def algorithm_1(prior: Prior, y: Tensor, measured: Tensor, generators: list[Generator], *, steps: int, sigma: Tensor,
-                lambda_max: float = 5.0, operator_noise: bool = False, per_time: bool = False, tick=lambda: None) -> Tensor:
-    """Samples (K, D, H, W) by (9), Algorithm 1: maps as in `sample_posterior`, sigma > 0.
-
-    operator_noise: A adds fresh noise to x_0', as the release's does. per_time: lambda times 200/N, so that the sum of all
-    lambda, and with it the weight of y, does not depend on the number of steps N.
-    """
-    noise = lambda: torch.stack([torch.randn(y.shape, generator=g) for g in generators]).to(y.device)
-    x = noise()
+    y, measured, sigma = observation.y, observation.measured, observation.sigma
+    x = flow.draw_noise(generators, y.shape, y.device)
     for i in range(steps):
+        # What the prior makes of x_t, seen through the operator A.
         t = 1 - i / steps
         x.requires_grad_()
-        v = tiled_velocity(prior, x, t, generators)
-        estimate = fourier.apply_fourier(x - t * v, measured)
-        if operator_noise:                               # P = N sigma^2 in units of the network
-            estimate = degrade.add_spectral_noise(estimate, sigma ** 2 * y.numel(), noise=noise())
+        velocity = tiled_velocity(prior, x, t, generators)
+        estimate = fourier.apply_fourier(flow.posterior_mean(x, velocity, t), measured)  # (2)
+        if operator_noise:
+            power = sigma**2 * y.numel()
+            noise = flow.draw_noise(generators, y.shape, y.device)
+            estimate = degrade.add_spectral_noise(estimate, power, noise=noise)
+
+        # The misfit l, and its gradient. No sample's loss depends on another sample.
         residual = torch.fft.fftn(estimate - y, dim=fourier.XYZ)
-        loss = torch.where(measured, residual.abs() ** 2 / (2 * y.numel() * sigma ** 2), 0).mean(fourier.XYZ)
-        g, = torch.autograd.grad(loss.sum(), x)          # each sample's own: no sample's loss knows another
-        x = flow.guided_step(x, v, g, t, steps, lambda_max, per_time).detach()                                     # (9)
-        tick()
+        misfit = residual.abs() ** 2 / (2 * y.numel() * sigma**2)
+        loss = torch.where(measured, misfit, 0).mean(fourier.XYZ)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        x = flow.guided_step(x, velocity, gradient, t, steps, lambda_max, per_time).detach()  # (9)
+        tick(len(generators))
     return x
 
 
-# The best we know for each task (README, "What helped"), and Algorithms 2 and 1 as printed.
-METHODS = {"prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
-           "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0)}
-
-DENOISE = {"prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2, leak=1 / 8),
-           "paper": dict(steps=200)}
+# ---- Samples, their moments, and the way back
 
 
-def draw_samples(prior: Prior, y: Tensor, measured: Tensor, first: Tensor, sigma: float | Tensor, settings: dict, *,
-                 samples: int, seed: int, tick=lambda: None, samples_per_call: int = 8):
-    """Yields samples of the posterior for the map y (D, H, W) at the prior's voxel size, in y's own units.
+def draw_samples(
+    prior: Prior,
+    observation: Observation,
+    settings: dict,
+    *,
+    samples: int,
+    seed: int,
+    tick=no_tick,
+    samples_per_call: int = 8,
+):
+    """Yield samples (D, H, W) on the prior's grid, in the grey scale that the observation had.
 
-    first: the classical answer, whose percentile is nearer the truth's than that of y; sigma: root of P/N in y's units.
-    Sample i depends on (seed, i) alone; `samples_per_call` of them are drawn at a time.
+    settings: an entry of WEDGE or DENOISE. Sample i depends on (seed, i) alone; `samples_per_call`
+    samples are drawn at a time.
     """
-    scale = volume.normalise(first, prior.mean, prior.std)[1]
-    device = next(prior.net.parameters()).device
-    network = lambda u: ((u / scale.maximum - prior.mean) / prior.std).to(device)
-    sigma = torch.as_tensor(sigma / scale.maximum / prior.std, dtype=torch.float32, device=device)
-    for i in range(0, samples, samples_per_call):
-        generators = [augment.item_generator(seed, j) for j in range(i, min(i + samples_per_call, samples))]
-        each = lambda: [tick() for _ in generators]      # a step of every sample
-        common = dict(sigma=sigma, tick=each, **settings)
-        if "t_start" in settings:
-            x = sample_posterior(prior, network(y), measured.to(device), network(first), generators, **common)
-        else:
-            x = algorithm_1(prior, network(y), measured.to(device), generators, **common)
-        yield from volume.denormalise(x.cpu(), scale)
-
-
-def wedge_samples(prior: Prior, y: Tensor, measured: Tensor, method: str, *, samples: int, seed: int, noise: float | None = None,
-                  steps: int | None = None, tick=lambda: None):
-    """`draw_samples` for --task wedge. noise: standard deviation of the noise in y, in its units; None: estimated."""
-    settings = METHODS[method] | ({"steps": steps} if steps else {})
-    noise = estimate_noise(y, measured) if noise is None else noise
-    return draw_samples(prior, y, measured, pocs(y, measured), noise if method == "prior" else 0.0, settings,
-                        samples=samples, seed=seed, tick=tick)
+    algorithm = sample_posterior if "t_start" in settings else algorithm_1
+    for first in range(0, samples, samples_per_call):
+        numbers = range(first, min(first + samples_per_call, samples))
+        # Sample i has its own generator.
+        generators = [augment.item_generator(seed, i) for i in numbers]
+        x = algorithm(prior, observation, generators, tick=tick, **settings)
+        yield from volume.denormalise(x.cpu(), observation.scale)
 
 
 class Moments:
     """Mean and standard deviation of samples that come one by one (Welford 1962)."""
+
     def __init__(self):
-        self.count, self.mean, self.square = 0, 0.0, 0.0
+        self.count = 0
+        self.mean = 0.0
+        self.square = 0.0
 
     def add(self, x: Tensor) -> None:
         self.count += 1
@@ -246,35 +435,11 @@ class Moments:
         return (self.square / (self.count - 1)).sqrt()
 
 
-def noise_and_signal(maps: list[Tensor], curve: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
-    """In shells 1 .. W//2: the noise power of each map (D, H, W), the power S of the signal in them, (8), both in |F|^2, and the
-    FSC. Of two half maps; or of one and its curve, signal over signal and noise. Raises ValueError if there is no signal."""
-    if curve is None:
-        a, b = maps
-        curve = fsc.fsc(a, b, convention="cryofm")[1:]
-        powers = [degrade.noise_power(a, b), degrade.noise_power(b, a)]
-    else:
-        powers = [degrade.noise_power_from_fsc(x, curve) for x in maps]
-    # No signal from the first shell on that the halves do not share: P_y - P would be noise. RELION: 0.0001; at 15 Å 0.05 is better.
-    shared = (curve >= 0.05).long().cumprod(0)
-    signal = torch.stack([degrade.radial_power(x) - P for x, P in zip(maps, powers)]).mean(0).clamp(min=0) * shared
-    if not signal.any():
-        raise ValueError("no signal: the FSC is below 0.05 in the first shell already")
-    return powers, signal, curve
+def with_fine_detail(mean: Tensor, classical: Tensor) -> Tensor:
+    """The mean of samples on the grid of the classical answer, both (D, H, W) in one grey scale.
 
-
-def estimate_noise(y: Tensor, measured: Tensor) -> float:
-    """Standard deviation of white noise in y, from its measured coefficients beyond Nyquist, in the corners of the cube.
-
-    Noise is everywhere, density is not: of the local powers (blocks of 8^3 voxels), the 5th percentile counts.
+    The prior changes what its own grid can hold. Finer detail comes from the classical answer.
     """
-    kz, ky, kx = fourier.freq_grid(y.shape)
-    corner = measured & ((kz ** 2 + ky ** 2 + kx ** 2).sqrt() > 0.5)
-    high = fourier.apply_fourier(y, corner)
-    power = torch.nn.functional.avg_pool3d(high.square()[None, None], min(8, *y.shape)).flatten()
-    return float((power.quantile(0.05) / corner.float().mean()).sqrt())
-
-
-def on_grid_of(y: Tensor, mean: Tensor, classical: Tensor) -> Tensor:
-    """The mean of samples on y's grid: the prior changes what its own grid can hold, finer detail is the classical answer's."""
-    return classical + fourier.resample(mean - fourier.resample(classical, mean.shape), y.shape)
+    # Only the change is interpolated, so that no detail of the classical answer is lost.
+    change = mean - fourier.resample(classical, mean.shape)
+    return classical + fourier.resample(change, classical.shape)

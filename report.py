@@ -1,107 +1,247 @@
-"""What a restoration leaves beside its maps: progress, scores, a picture, a .json.
+"""What a restoration prints and writes: progress, scores, maps, a picture, a .json.
+
+`say` is what prints a line: `print`, or `silent` for no output.
 """
-import argparse
+
+import json
 import math
 import platform
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch.utils.checkpoint
+import torch
 from torch import Tensor
 
 import fsc
+import mrc
+import posterior
 from checkpoint import Prior
-from files import write_json
-from mrc import MAP_SUFFIXES, SUFFIXES, stem
+from files import AtomicOutputs, without_nan
+from fsc_picture import draw_fsc
+from mrc import MAP_SUFFIXES, SUFFIXES, Map
 
 
-def say(args: argparse.Namespace, text: str) -> None:
-    if not args.quiet:
-        print(text, flush=True)
+@dataclass
+class Result:
+    """What a task returns. All densities (D, H, W) have the grid and the grey scale of `grid`."""
+
+    grid: Map  # its grid and header are those of the result
+    densities: dict[str, Tensor]  # to write, by the suffix of their names; "" is the result
+    shown: dict[str, Tensor]  # to score and draw, by name: the input, classical answers
+    report: dict[str, Any]
+    region: Tensor | None = None  # coefficients to score apart: those that the wedge misses
+    across: int = 1  # axis that pictures are cut across
+
+    @property
+    def maps(self) -> dict[str, Map]:
+        return {end: replace(self.grid, density=x) for end, x in self.densities.items()}
 
 
-def say_work(args: argparse.Namespace, prior: Prior, shape, samples: int, steps: int, more: str) -> None:
-    say(args, f"{samples} sample(s) x {steps} steps x {math.prod(math.ceil(n / prior.box) for n in shape)} tile(s) of "
-              f"{prior.box}^3 on {args.device}; {more}")
+# ---- Progress
+
+
+def silent(*_) -> None:
+    """Takes the place of `print` where nothing is wanted."""
 
 
 class Progress:
-    """Called once a step: prints how far the run is and how long it will take, every few seconds."""
-    def __init__(self, args: argparse.Namespace, total: int, what: str = "step"):
-        self.args, self.total, self.done, self.what = args, total, 0, what
+    """Counts steps; every few seconds it says how far the run is and how long it will take."""
+
+    def __init__(self, total: int, say=print, what: str = "step"):
+        self.total = total
+        self.say = say
+        self.what = what
+        self.done = 0
         self.begin = self.last = time.perf_counter()
 
-    def __call__(self) -> None:
-        self.done += 1
+    def __call__(self, steps: int = 1) -> None:
+        # Every five seconds, and at the end.
+        self.done += steps
         now = time.perf_counter()
         if now - self.last > 5 or self.done == self.total:
             self.last = now
-            left = (now - self.begin) / self.done * (self.total - self.done)
-            say(self.args, f"  {self.what} {self.done}/{self.total}  {now - self.begin:.0f} s  ETA {left:.0f} s")
+            passed = now - self.begin
+            left = passed / self.done * (self.total - self.done)
+            self.say(f"  {self.what} {self.done}/{self.total}  {passed:.0f} s  ETA {left:.0f} s")
 
 
-def score(maps: dict[str, Tensor], truth: Tensor, region: Tensor | None, voxel_size: float) -> dict[str, dict]:
-    """FSC of each map with the truth: curve, FSC_AUC, FSC_0.5 in Å; over all coefficients and over those of a region."""
+def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=print) -> None:
+    # Tiles overlap as little as fits, posterior.draw_tiles.
+    tiles = math.prod(math.ceil(n / prior.box) for n in shape)
+    device = posterior.device_of(prior)
+    work = f"{samples} sample(s) x {steps} steps x {tiles} tile(s) of {prior.box}^3"
+    say(f"{work} on {device}; {words}")
+
+
+# ---- Scores
+
+
+def score(
+    maps: dict[str, Tensor], truth: Tensor, region: Tensor | None, voxel_size: float
+) -> dict[str, dict]:
+    """FSC of each map (D, H, W) with the truth: the curve, FSC_AUC, and FSC_0.5 in Å.
+
+    region: boolean (D, H, W) in `fftfreq` layout, coefficients that are also scored by themselves.
+    """
     scores = {}
     for name, x in maps.items():
-        whole = fsc.fsc(x, truth)
-        scores[name] = {"auc": float(fsc.auc(whole)), "fsc_05": float(fsc.resolution(whole, voxel_size, 0.5, box=min(truth.shape))),
-                        "whole": whole.tolist()}
+        # Over all coefficients.
+        curve = fsc.fsc(x, truth)
+        resolution = fsc.resolution(curve, voxel_size, 0.5, box=min(truth.shape))
+        found = {"auc": float(fsc.auc(curve)), "fsc_05": float(resolution), "whole": curve.tolist()}
+
+        # Over the region alone.
         if region is not None:
             missing = fsc.fsc(x, truth, region)
-            scores[name] |= {"auc_missing": float(fsc.auc(missing)), "missing": missing.tolist()}
+            found["auc_missing"] = float(fsc.auc(missing))
+            found["missing"] = missing.tolist()
+        scores[name] = found
     return scores
 
 
-def draw(path: Path, maps: dict[str, Tensor], scores: dict[str, dict], voxel_size: float, across: int) -> None:
-    """Central slices (D, H, W), one grey scale, cut where the wedge shows: across the tilt axis; the FSC beside them."""
-    from matplotlib.figure import Figure
-    panels = len(maps) + bool(scores)
-    rows = 1 if panels < 5 else 2
-    columns = -(-panels // rows)
-    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    high = lambda x: float(torch.quantile(x.flatten()[::7][:10 ** 7], 0.9995))
-    top = high(maps["restored"]) if "restored" in maps else max(map(high, maps.values()))
-    for ax, (name, x) in zip(axes, maps.items()):
-        ax.imshow(x.select(across, x.shape[across] // 2).numpy(), cmap="gray_r", vmin=-0.15 * top, vmax=top, origin="lower")
-        ax.set_title(name)
-        ax.set_axis_off()
-    if scores:
-        part = "missing" if "missing" in next(iter(scores.values())) else "whole"
-        n = len(next(iter(scores.values()))["whole"])
-        frequency = [k / (2 * (n - 1)) / voxel_size for k in range(n)]
-        for i, (name, values) in enumerate(scores.items()):
-            auc = values["auc_missing" if part == "missing" else "auc"]
-            axes[-1].plot(frequency, values[part], color=f"C{i}", label=f"{name} {auc:.2f}")
-            if part == "missing":
-                axes[-1].plot(frequency, values["whole"], color=f"C{i}", lw=0.8, ls="--")
-        axes[-1].set(title="FSC: missing wedge (-), whole (--)" if part == "missing" else "FSC with the truth", xlabel="1/Å",
-                     ylim=(-0.1, 1.02), xlim=(0, frequency[-1]))
-        axes[-1].legend(frameon=False, fontsize=8)
-    for ax in axes[panels:]:
-        ax.set_axis_off()
-    figure.savefig(path, dpi=110, format="png")
+def say_scores(title: str, scores: dict[str, dict], say=print, hands: dict | None = None) -> None:
+    """Print one row per map. hands: for each map, whether its mirror image was scored."""
+    # The last column depends on what was compared.
+    header = f"{title:29} FSC_AUC  FSC_0.5"
+    if hands:
+        header += "  hand"
+    elif any("missing" in values for values in scores.values()):
+        header += "  FSC_AUC in the missing wedge"
+    say(header)
+
+    # One row per map.
+    for name, values in scores.items():
+        row = f"  {name:27} {values['auc']:8.3f} {values['fsc_05']:6.2f} Å"
+        if hands:
+            row += "  mirrored" if hands[name] else "  as it is"
+        elif "missing" in values:
+            row += f"{values['auc_missing']:8.3f}"
+        say(row)
+
+
+# ---- Files
 
 
 def report_files(out: Path) -> list[Path]:
-    """The names that `write_report` writes beside a map `out`. Raises ValueError if `out` is no name of a map."""
+    """The .json and .png beside a map `out`. Raises ValueError if `out` has no name of a map."""
     if not out.name.lower().endswith(MAP_SUFFIXES):
-        raise ValueError(f"{out}: maps are written as {', '.join(SUFFIXES)}, plain or with .gz, .bz2")
-    return [out.with_name(stem(out) + end) for end in (".json", ".png")]
+        raise ValueError(f"{out}: maps are written as {', '.join(SUFFIXES)}, plain or .gz, .bz2")
+    return [out.with_name(mrc.stem(out) + end) for end in (".json", ".png")]
 
 
-def write_report(args: argparse.Namespace, out: Path, shown: dict[str, Tensor], prior: Prior, begin: float, report: dict) -> None:
-    """The .json and the picture beside `out`."""
-    settings = {"command": sys.argv, "settings": vars(args), "checkpoint_sha256": prior.sha256, "torch": torch.__version__,
-                "python": platform.python_version(), "seconds": time.perf_counter() - begin}
-    json_path, picture = report_files(out)
-    write_json(json_path, settings | report)
-    voxel_size = min(report.get("truth_voxel_size") or report.get("voxel_size", (prior.voxel_size,)))
+def write_report(
+    result: Result,
+    names: dict[str, Path],
+    inputs: dict[str, Any],
+    prior: Prior,
+    begin: float,
+    overwrite: bool = False,
+    say=print,
+) -> None:
+    """Write the maps of a result, a .json and a picture; all files appear together.
+
+    names: the file of each suffix. inputs: what else the .json holds. begin: time.perf_counter()
+    at the start of the run.
+    """
+    # The .json repeats all that it takes to make the map again.
+    out = names[""]
+    maps = {names[end]: map for end, map in result.maps.items()}
+    json_path, picture_path = report_files(out)
+    content = inputs | {
+        "command": sys.argv,
+        "checkpoint_sha256": prior.sha256,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seconds": time.perf_counter() - begin,
+        "output": [str(path) for path in maps],
+        "voxel_size": result.grid.voxel_size,
+        "fsc": {},
+    }
+    content |= result.report
+
+    # The names appear together when the block ends.
+    written = [*maps, json_path]
+    with AtomicOutputs() as outputs:
+        for path, map in maps.items():
+            mrc.write_map(path, map, overwrite, "sampling.py", outputs.open)
+        with outputs.open(json_path) as file:
+            file.write(json.dumps(without_nan(content), indent=1).encode() + b"\n")
+        figure = draw(result, content)
+        if figure:
+            with outputs.open(picture_path) as file:
+                figure.savefig(file, dpi=110, format="png")
+            written.append(picture_path)
+
+    # Say what was written, and what to look at first.
+    files = ", ".join(path.name for path in written)
+    if figure is None:
+        files += ", no picture (pip install matplotlib)"
+    seconds = time.perf_counter() - begin
+    say(f"wrote {out.parent}/: {files}  ({seconds:.0f} s); open {out.name}")
+
+
+# ---- The picture
+
+
+def draw(result: Result, content: dict[str, Any]):
+    """A figure of central slices in one grey scale, beside the FSC; None without matplotlib.
+
+    content: of the .json. Across the tilt axis a slice shows the wedge.
+    """
+    # matplotlib is optional.
     try:
-        draw(picture, shown, report.get("fsc", {}), voxel_size, "zyx".index(args.tilt_axis))
-        written = [out.name, json_path.name, picture.name]
+        from matplotlib.figure import Figure
     except ImportError:
-        written = [out.name, json_path.name, "no picture (pip install matplotlib)"]
-    say(args, f"wrote {out.parent}/: {', '.join(written)}  ({time.perf_counter() - begin:.0f} s)")
+        return None
+
+    maps, scores, across = result.shown, content["fsc"], result.across
+    # One panel per map, and one for the curves.
+    panels = len(maps) + bool(scores)
+    rows = 1 if panels < 5 else 2
+    columns = math.ceil(panels / rows)
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+
+    # One grey scale for all: that of the restored map where there is one.
+    # Noise in the input would set the scale otherwise.
+    scaling = [maps["restored"]] if "restored" in maps else maps.values()
+    top = max(brightest(x) for x in scaling)
+    for axis, (name, x) in zip(axes, maps.items()):
+        middle = x.select(across, x.shape[across] // 2)
+        axis.imshow(middle.numpy(), cmap="gray_r", vmin=-0.15 * top, vmax=top, origin="lower")
+        axis.set_title(name)
+    if scores:
+        axes[panels - 1].set_axis_on()
+        voxel_size = min(content["truth_voxel_size"])
+        draw_scores(axes[panels - 1], scores, voxel_size)
+    return figure
+
+
+def brightest(x: Tensor) -> float:
+    """A value that hardly any voxel exceeds, from a part of the voxels."""
+    return float(torch.quantile(x.flatten()[::7][: 10**7], 0.9995))
+
+
+def draw_scores(axis, scores: dict[str, dict], voxel_size: float) -> None:
+    """The FSC of each map with the truth. Where a region was scored, it is drawn solid."""
+    # A label that begins with "_" stays out of the legend.
+    curves, styles = {}, {}
+    for i, (name, values) in enumerate(scores.items()):
+        label = f"{name} {values.get('auc_missing', values['auc']):.2f}"
+        curves[label] = values.get("missing", values["whole"])
+        styles[label] = {"color": f"C{i}"}
+        if "missing" in values:
+            curves[f"_{name}"] = values["whole"]
+            styles[f"_{name}"] = {"color": f"C{i}", "lw": 0.8, "ls": "--"}
+
+    # Shell k is at k cycles per box.
+    shells = len(values["whole"])
+    frequency = [k / (2 * (shells - 1)) / voxel_size for k in range(shells)]
+    draw_fsc(axis, frequency, curves, styles)
+    has_region = "missing" in values
+    axis.set_title("FSC: missing wedge (-), whole (--)" if has_region else "FSC with the truth")

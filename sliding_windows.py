@@ -1,39 +1,64 @@
 """A fine-tuned network on a map of any size: CryoLVM Algorithm 1.
 
-    M = sum_k w f(x_k) / sum_k w                                data.py (6)                                     (10)
+    M = sum_k w f(x_k) / sum_k w                                                              (1)
+
+The network f answers cubes x_k of its box, one every `stride` voxels. The answers are fused under a
+window w. (1): CryoLVM appendix D.2; appendix G.4 compares strides and the plain mean.
 """
+
 import math
 
-import torch.utils.checkpoint
+import torch
 from torch import Tensor
 
 import flow
 import volume
 
-WINDOWS = {"gaussian": volume.gaussian_window, "mean": lambda box: torch.ones(box, box, box)}
+
+def mean_window(box: int) -> Tensor:
+    return torch.ones(box, box, box)
+
+
+WINDOWS = {"gaussian": volume.gaussian_window, "mean": mean_window}
 
 
 @torch.no_grad()
-def sliding_windows(net, x: Tensor, box: int, stride: int, fusion: str = "gaussian", *, tiles_per_call: int = 4,
-                    progress=iter) -> Tensor:
-    """(10) for one map (D, H, W) of any size in network scale: what `net`, (B, 1, box, box, box) -> the same, makes of it.
+def sliding_windows(
+    net,
+    x: Tensor,
+    box: int,
+    stride: int,
+    fusion: str = "gaussian",
+    *,
+    tiles_per_call: int = 4,
+    progress=iter,
+) -> Tensor:
+    """(1) for one map (D, H, W) of any size in network scale.
 
-    fusion: a key of WINDOWS. progress: takes the list of calls and yields them. Sides shorter than the box are padded with
-    solvent, 0, for the time being. Tiles of nothing but solvent are not left out: the network's biases answer them, too.
-    Cubes are cut, evaluated and fused call by call: memory is that of five maps and of one call.
-    Raises ValueError if the stride leaves gaps.
+    net: (B, 1, box, box, box) -> the same. fusion: a key of WINDOWS. progress: takes the list of
+    calls and yields them. Short sides are padded with solvent, 0, and cut again. Tiles of solvent
+    alone are not left out, because the network's biases answer them too. Memory is that of five
+    maps and of one call. Raises ValueError if the stride leaves gaps.
     """
+    # Where the tiles begin.
     padded = volume.pad(x, box)
     corners = volume.tile_starts(padded.shape, box, stride)
-    # Calls of equal size: a last one of a single tile would take torch's slow 3-D convolution on a CPU.
-    count = math.ceil(len(corners) / tiles_per_call)
-    calls = [corners[i * len(corners) // count:(i + 1) * len(corners) // count] for i in range(count)]
 
+    # Calls of equal size: on a CPU torch would take its slow convolution for a last single tile.
+    count = math.ceil(len(corners) / tiles_per_call)
+    bounds = [i * len(corners) // count for i in range(count + 1)]
+    calls = [corners[first:last] for first, last in zip(bounds, bounds[1:])]
+
+    # Tiles are cut, answered and fused call by call.
     def answers():
         for call in progress(calls):
+            tiles = volume.cut_tiles(padded, call, box)[:, None]  # (B, 1, box, box, box)
             with flow.autocast(x.device):
-                batch = net(volume.cut_tiles(padded, call, box)[:, None])[:, 0]
+                batch = net(tiles)[:, 0]
             yield from batch.float()
+
     fused = volume.blend_tiles(answers(), corners, padded.shape, WINDOWS[fusion](box))
-    first = [m // 2 - n // 2 for n, m in zip(x.shape, padded.shape)]                    # where data.pad put x
-    return fused[tuple(slice(f, f + n) for f, n in zip(first, x.shape))]
+    # `volume.pad` put voxel n // 2 of x at m // 2 of the padded map.
+    for dim, (n, m) in enumerate(zip(x.shape, padded.shape)):
+        fused = fused.narrow(dim, m // 2 - n // 2, n)
+    return fused

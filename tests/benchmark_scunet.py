@@ -1,157 +1,228 @@
-"""The README's CryoLVM tables: `python tests/benchmark_scunet.py sharpen ../shared/data/models/val.npz --ckpt weights/scunet_tiny_sharpen.pt`.
+"""The CryoLVM tables of RESULTS.md.
 
-Simulated: the smaller structures of an archive (up to --extent Å across), each as `data.simulated_pair` makes it (sharpen 3 to 6 Å,
-superres 4 to 6 Å, on 1 Å voxels), or, for wedge3d, 8 to 15 Å on 4 Å voxels, tilt range ±60°, white noise of --noise of the maximum.
-Real: the maps of a folder whose maps.tsv names a model (../shared/data/maps), resampled to 1 Å. Printed for what was given, the classical answer and each checkpoint:
+    python data_prepare.py structures structures/val.tsv       # writes structures/val.npz
+    S=weights/scunet_tiny_sharpen.pt
+    python tests/benchmark_scunet.py sharpen structures/val.npz --ckpt $S
+    python tests/benchmark_scunet.py sharpen maps --ckpt $S
 
-    sharpen, superres    CC_box, CC_mask, CC_peaks, Q-score, map-model FSC 0.5 and 0.143 (fsc.py)
+Simulated: the smaller structures of an archive, as `data_pairs.simulated_pair` makes them (sharpen
+3 to 6 Å, superres 4 to 6 Å, on 1 Å voxels). For wedge3d 8 to 15 Å on 4 Å voxels, a tilt range of
+±60° and white noise. Real: maps of a folder with a maps.tsv (columns file, model_file,
+resolution_A), resampled to 1 Å. Scored are the input, the classical answer and each checkpoint:
+
+    sharpen, superres    CC_box, CC_mask, CC_peaks, Q-score, map-model FSC 0.5 and 0.143
     wedge3d              FSC_AUC over all and over what the wedge misses, correlation with the truth
 
-Classical: sharpening by a B-factor from a Guinier fit between 10 Å and the resolution, cut off there (FSC taken as 1); POCS.
+Classical: POCS, or a B-factor from a Guinier fit between 10 Å and the resolution (FSC taken as 1).
 """
+
 import argparse
 import csv
 import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import atoms  # noqa: E402
-import augment  # noqa: E402
-import checkpoint  # noqa: E402
-import data_pairs  # noqa: E402
-import degrade  # noqa: E402
-import fourier  # noqa: E402
-import fsc  # noqa: E402
-import fsc_half_maps  # noqa: E402
-import fsc_model  # noqa: E402
-import fsc_mtriage  # noqa: E402
-import mrc  # noqa: E402
-import posterior  # noqa: E402
-import sliding_windows  # noqa: E402
-import volume  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from benchmark_wedge import WEIGHTS, write_rows
+
+import atoms
+import augment
+import checkpoint
+import data_pairs
+import fourier
+import fsc
+import fsc_half_maps
+import fsc_model
+import mrc
+import volume
+from mrc import Map
+from report import silent
+from sampling_settings import NetworkSettings, NetworkWedgeSettings, WedgeSettings
+from sampling_tasks import fill_wedge, restore_wedge, sharpen
 
 RESOLUTIONS = {"sharpen": (3, 6), "superres": (4, 6), "wedge3d": (8, 15)}
 VOXEL_SIZE = {"sharpen": 1.0, "superres": 1.0, "wedge3d": 4.0}
 
 
-def region(shape, voxel_size=4.0):
-    return fourier.hermitian_part(degrade.wedge_mask(shape, voxel_size=voxel_size))
+class Case(NamedTuple):
+    label: str
+    observed: Map
+    wanted: Tensor | None  # unknown for a deposited map
+    model: dict[str, Tensor]  # xyz, atomic_number, b_iso
+    resolution: float  # Å
 
 
 def simulated(task: str, structures: list, extent: float, count: int, noise: float):
-    """Yields (label, observed, wanted, atoms, resolution, grid) of the first `count` structures that are small enough."""
-    small = [s for s in structures if (s.xyz.max(0) - s.xyz.min(0)).max() <= extent][:count]
-    v = VOXEL_SIZE[task]
-    for i, s in enumerate(small):
-        g = augment.item_generator(1, i)
-        xyz = torch.from_numpy(s.xyz) @ augment.random_rotation(g).T
-        xyz, side = xyz - (xyz.amax(0) + xyz.amin(0)) / 2, float((xyz.amax(0) - xyz.amin(0)).max())
-        box = 12 * math.ceil((side + 30) / v / 12)
-        R, b = augment.uniform(*RESOLUTIONS[task], g), torch.from_numpy(s.b_factor)
-        grid = dict(voxel_size=v, shape=(box,) * 3, origin=-v * (box // 2))
+    """Yield cases from the first `count` structures that are small enough."""
+    small = [s for s in structures if (s.xyz.max(0) - s.xyz.min(0)).max() <= extent]
+    voxel_size = VOXEL_SIZE[task]
+    for i, s in enumerate(small[:count]):
+        # A random orientation, in the middle of a box with a margin.
+        generator = augment.item_generator(1, i)
+        xyz = torch.from_numpy(s.xyz) @ augment.random_rotation(generator).T
+        high, low = xyz.amax(0), xyz.amin(0)
+        xyz = xyz - (high + low) / 2
+
+        # The grid.
+        box = 12 * math.ceil((float((high - low).max()) + 30) / voxel_size / 12)
+        origin = -voxel_size * (box // 2)
+        grid = {"voxel_size": voxel_size, "shape": (box,) * 3, "origin": origin}
+        resolution = augment.uniform(*RESOLUTIONS[task], generator)
+        b_factor = torch.from_numpy(s.b_factor)
+
+        # What is observed, and what is wanted.
         if task == "wedge3d":
-            wanted = atoms.molmap(xyz, s.atomic_number, R, **grid)[0]
-            noisy = wanted + noise * wanted.max() * torch.randn(wanted.shape, generator=g)
-            observed = fourier.apply_fourier(noisy, region(wanted.shape))
+            wanted = atoms.molmap(xyz, s.atomic_number, resolution, **grid)[0]
+            white = torch.randn(wanted.shape, generator=generator)
+            measured = WedgeSettings().measured(Map(wanted, voxel_size))
+            noisy = wanted + noise * wanted.max() * white
+            observed = fourier.apply_fourier(noisy, measured)
         else:
-            observed, wanted = data_pairs.simulated_pair(task, xyz, s.atomic_number, (b - b.quantile(0.05)).clamp(min=0), R, g, **grid)
-        yield s.label, observed, wanted, dict(xyz=xyz, atomic_number=torch.from_numpy(s.atomic_number), b_iso=b), R, grid
+            sharp = (b_factor - b_factor.quantile(0.05)).clamp(min=0)
+            observed, wanted = data_pairs.simulated_pair(
+                task, xyz, s.atomic_number, sharp, resolution, generator, **grid
+            )
+        number = torch.from_numpy(s.atomic_number)
+        model = {"xyz": xyz, "atomic_number": number, "b_iso": b_factor}
+        observed = Map(observed, voxel_size, (origin,) * 3)
+        yield Case(s.label, observed, wanted, model, resolution)
 
 
 def real(folder: Path):
-    """The same of deposited maps at 1 Å per voxel; nothing is wanted but agreement with the model."""
+    """Yield cases from the maps of a folder that have a model, at 1 Å per voxel."""
     with open(folder / "maps.tsv", newline="") as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["model_file"].strip(" -")]
+        rows = list(csv.DictReader(file, delimiter="\t"))
     for row in rows:
-        path = next(p for p in sorted(folder.iterdir()) if p.name == row["file"] or p.name.startswith(row["file"] + ".mrc"))
+        if not row["model_file"].strip(" -"):
+            continue
+        path = next(path for path in sorted(folder.iterdir()) if path.name.startswith(row["file"]))
         m = mrc.resample_map(mrc.read_map(path), 1.0)
         model = atoms.read_model(folder / row["model_file"])
-        inside = atoms.atoms_inside(model.xyz, m.density.shape, m.voxel_size, m.corner) & (model.atomic_number > 1)
+        # Heavy atoms inside the map.
+        at = (model.xyz.flip(1) - torch.tensor(m.corner)) / torch.tensor(m.voxel_size)
+        last = torch.tensor(m.density.shape) - 1
+        inside = ((at >= 0) & (at <= last)).all(1) & (model.atomic_number > 1)
         found = {name: getattr(model, name)[inside] for name in ("xyz", "atomic_number", "b_iso")}
-        yield path.name.split(".")[0], m.density, None, found, float(row["resolution_A"]), \
-            dict(voxel_size=m.voxel_size, shape=tuple(m.density.shape), origin=m.corner)
+        yield Case(path.name.split(".")[0], m, None, found, float(row["resolution_A"]))
 
 
-def b_factor_sharpened(x, resolution: float, voxel_size: float):
+def sharpened(map: Map, resolution: float) -> Tensor:
+    """The classical answer: a B-factor from a Guinier fit."""
+    x, voxel_size = map.density, map.voxel_size[2]
     ones = torch.ones(min(x.shape) // 2 + 1, dtype=torch.float64)
-    return fsc_half_maps.sharpen(x, ones, voxel_size, fsc_half_maps.guinier_b_factor(x, ones, voxel_size, resolution), resolution)
+    b_factor = fsc_half_maps.guinier_b_factor(x, ones, voxel_size, resolution)
+    return fsc_half_maps.sharpen(x, ones, voxel_size, b_factor, resolution)
 
 
-def against_model(x, atoms: dict, R: float, grid: dict) -> dict[str, float]:
-    place = dict(voxel_size=grid["voxel_size"], origin=grid["origin"])
-    cc = fsc_model.map_model_cc(x, **atoms, resolution=R, **place)
-    curve = fsc_mtriage.map_model_resolution(x, **atoms, **place)
-    return {"cc_box": cc["cc_box"], "cc_mask": cc["cc_mask"], "cc_peaks": cc["cc_peaks"],
-            "q_score": float(fsc_model.q_score(x, atoms["xyz"], **place).nanmean()),      # nan: no density about an atom
-            "fsc_05": curve["d_fsc_model_05"], "fsc_0143": curve["d_fsc_model_0143"]}
+def answers(task: str, case: Case, networks: dict, prior, args) -> dict[str, Tensor]:
+    """All answers to a case by name, made by the tasks of sampling.py."""
+    observed = case.observed
+    found = {"input": observed.density}
+    if task != "wedge3d":
+        found["B-factor"] = sharpened(observed, case.resolution)
+    for path, network in networks.items():
+        for fusion in args.fusion:
+            numbers = {"stride": args.stride, "fusion": fusion}
+            name = f"{path} {fusion}"
+            if task == "wedge3d":
+                settings = NetworkWedgeSettings(method="network", **numbers)
+                result = fill_wedge(observed, network, settings, silent)
+                found["POCS"] = result.shown["POCS"]
+                found[name] = result.densities["_network"]
+                found[f"{name}, kept"] = result.densities[""]
+            else:
+                result = sharpen(observed, network, NetworkSettings(**numbers), silent)
+                found[name] = result.densities[""]
+    if prior:
+        # As sampling.py does it without --model scunet.
+        # The settings count noise in percentiles, the simulation in maxima.
+        percentile = volume.normalise(observed.density, 0, 1)[1].maximum
+        noise = args.noise * float(observed.density.max()) / percentile
+        settings = WedgeSettings(method="prior", samples=1, noise=noise)
+        result = restore_wedge(observed, prior, settings, silent)
+        found["flow prior, one sample"] = result.densities["_mean"]
+        found["flow prior, kept"] = result.densities[""]
+    return found
 
 
-def against_truth(x, wanted, missing) -> dict[str, float]:
-    return {"auc": float(fsc.auc(fsc.fsc(x, wanted))), "auc_missing": float(fsc.auc(fsc.fsc(x, wanted, missing))),
-            "cc": fsc_model.correlation(x, wanted)}
+def against_model(x: Tensor, case: Case) -> dict[str, float]:
+    place = {"voxel_size": case.observed.voxel_size, "origin": case.observed.corner}
+    cc = fsc_model.map_model_cc(x, **case.model, resolution=case.resolution, **place)
+    curve = fsc_model.map_model_resolution(x, **case.model, **place)
+    q = fsc_model.q_score(x, case.model["xyz"], **place)
+    return {
+        "cc_box": cc["cc_box"],
+        "cc_mask": cc["cc_mask"],
+        "cc_peaks": cc["cc_peaks"],
+        "q_score": float(q.nanmean()),  # nan: no density about an atom
+        "fsc_05": curve["d_fsc_model_05"],
+        "fsc_0143": curve["d_fsc_model_0143"],
+    }
+
+
+def against_truth(x: Tensor, case: Case) -> dict[str, float]:
+    missing = ~WedgeSettings().measured(case.observed)
+    return {
+        "auc": float(fsc.auc(fsc.fsc(x, case.wanted))),
+        "auc_missing": float(fsc.auc(fsc.fsc(x, case.wanted, missing))),
+        "cc": fsc_model.correlation(x, case.wanted),
+    }
+
+
+def say_means(rows: list[dict]) -> None:
+    for name in dict.fromkeys(row["answer"] for row in rows):
+        line = f"{name:60}"
+        for key in list(rows[0])[3:]:
+            values = [row[key] for row in rows if row["answer"] == name]
+            line += f" {key} {torch.tensor(values, dtype=torch.float64).nanmean():.3f}"
+        print(line)
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("task", choices=RESOLUTIONS)
-    cli.add_argument("data", type=Path, help="archive of structures (.npz), or a folder of maps and models")
-    cli.add_argument("--ckpt", nargs="+", required=True)
-    cli.add_argument("--count", type=int, default=12)
-    cli.add_argument("--extent", type=float, default=70, help="Å; larger structures are passed over")
-    cli.add_argument("--stride", type=int, default=12)
-    cli.add_argument("--fusion", nargs="+", choices=sliding_windows.WINDOWS, default=["gaussian"])
-    cli.add_argument("--noise", type=float, default=0.03, help="wedge3d: standard deviation, of the maximum")
-    cli.add_argument("--prior", action="store_true", help="wedge3d: the flow prior, too, on its own grid: slow")
-    cli.add_argument("--csv", default="runs/scunet.csv")
+    cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = cli.add_argument
+    add("task", choices=RESOLUTIONS)
+    add("data", type=Path, help="archive of structures, or folder of maps with a maps.tsv")
+    add("--ckpt", nargs="+", required=True, help="networks")
+    add("--count", type=int, default=12, help="structures")
+    add("--extent", type=float, default=70, help="Å: the largest structure")
+    add("--stride", type=int, default=12)
+    add("--fusion", nargs="+", default=["gaussian"])
+    add("--noise", type=float, default=0.03, help="wedge3d: of the maximum")
+    add("--prior", action="store_true", help="wedge3d: the shipped flow prior too")
+    add("--csv", default="runs/scunet.csv")
     args = cli.parse_args()
+    # What restores, and what is restored.
     networks = {path: checkpoint.load(path, kind="scunet") for path in args.ckpt}
-    prior = checkpoint.load(Path(__file__).parent.parent / "weights" / "hdit_tiny.pt", kind="hdit") if args.prior else None
-    maps = (real(args.data) if args.data.is_dir() else
-            simulated(args.task, atoms.read_structures(args.data), args.extent, args.count, args.noise))
+    prior = checkpoint.load(WEIGHTS, kind="hdit") if args.prior else None
+    if args.data.is_dir():
+        cases = real(args.data)
+    else:
+        structures = atoms.read_structures(args.data)
+        cases = simulated(args.task, structures, args.extent, args.count, args.noise)
+
+    # Restore and score case by case.
+    score = against_truth if args.task == "wedge3d" else against_model
     rows = []
-    for label, observed, wanted, model, R, grid in maps:
-        begin, answers = time.perf_counter(), {"input": observed}
-        v = fourier.triple(grid["voxel_size"])[2]
-        if args.task == "wedge3d":
-            measured = region(observed.shape)
-            answers["POCS"] = posterior.pocs(observed, measured)
-        else:
-            answers["B-factor"] = b_factor_sharpened(observed, R, v)
-        x, scale = volume.normalise(observed, 0, 1)
-        for path, network in networks.items():
-            for fusion in args.fusion:
-                answer = sliding_windows.sliding_windows(network.net, x, network.box, args.stride, fusion)
-                answers[name := f"{path} {fusion}"] = volume.denormalise(answer, scale)
-                if args.task == "wedge3d":
-                    answers[f"{name}, kept"] = fourier.put_back(answers[name], observed, measured)
-        if prior:                                        # as sampling.py does with --method prior
-            work = mrc.resample_map(mrc.Map(observed, v), prior.voxel_size).density
-            there = region(work.shape) & fourier.below_nyquist(work.shape, observed.shape)
-            sample, = posterior.wedge_samples(prior, work, there, "prior", samples=1, seed=0, noise=args.noise * float(observed.max()))
-            answers["flow prior, one sample"] = fourier.resample(sample, observed.shape)
-            answers["flow prior, kept"] = fourier.put_back(answers["flow prior, one sample"], observed, measured)
-        seconds = time.perf_counter() - begin
-        for name, answer in answers.items():
-            numbers = against_truth(answer, wanted, ~measured) if args.task == "wedge3d" else against_model(answer, model, R, grid)
-            rows.append({"map": label, "resolution": R, "answer": name, **numbers})
-            print(f"{label:28} {R:5.2f} Å  {name:60}" + "".join(f" {k} {n:.3f}" for k, n in numbers.items()), flush=True)
-        print(f"  {seconds:.0f} s", flush=True)
+    for case in cases:
+        begin = time.perf_counter()
+        found = answers(args.task, case, networks, prior, args)
+        print(f"{case.label}: {time.perf_counter() - begin:.0f} s", flush=True)
+        for name, x in found.items():
+            row = {"map": case.label, "resolution": case.resolution, "answer": name}
+            rows.append(row | score(x, case))
     if not rows:
-        sys.exit(f"{args.data}: no structure up to --extent {args.extent:g} Å across, or no map with a model")
-    print(f"\nmean of {len({row['map'] for row in rows})} maps, torch {torch.__version__}")
-    for name in dict.fromkeys(row["answer"] for row in rows):
-        mine = [row for row in rows if row["answer"] == name]
-        mean = lambda key: torch.tensor([row[key] for row in mine], dtype=torch.float64).nanmean()
-        print(f"{name:60}" + "".join(f" {k} {mean(k):.3f}" for k in list(mine[0])[3:]))
-    Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        sys.exit(
+            f"{args.data}: no structure up to {args.extent:g} Å across, or no map with a model"
+        )
+    print(f"means, torch {torch.__version__}")
+    say_means(rows)
+    write_rows(args.csv, [list(rows[0]), *[list(row.values()) for row in rows]])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""What sampling.py promises: the data term, the tiled prior, the samplers, and the program on good and on bad input."""
+"""What sampling.py and its tasks promise, on good and on bad input."""
+
 import gzip
+import itertools
 import json
 import math
 import subprocess
@@ -10,9 +12,23 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from made_maps import (
+    close,
+    degraded,
+    fft,
+    filtered,
+    molecule,
+    names,
+    prior_of,
+    random,
+    values,
+    wedge,
+    write_mrc,
+)
 from mrcfile.dtypes import HEADER_DTYPE
+from test_sliding_windows import Uneven, dense
+from torch import nn
 
-import atoms
 import checkpoint
 import degrade
 import fourier
@@ -21,331 +37,27 @@ import fsc_score
 import mrc
 import posterior
 import sampling
+import sampling_tasks
 import volume
-from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
-
-ORACLES = Path(__file__).parent / "oracles"
-
-
-def fixture(name):
-    return {key: torch.from_numpy(value) for key, value in np.load(ORACLES / name).items()}
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random(shape, seed=0):
-    return torch.randn(shape, generator=rng(seed))
-
-
-def fft(x):
-    return torch.fft.fftn(x.double(), dim=(-3, -2, -1))
-
-
-def filtered(x, weights):
-    return torch.fft.ifftn(torch.fft.fftn(x) * weights).real
-
-
-def wedge(shape, tilt_range=(-60, 60), tilt_axis="y", voxel_size=1.0):
-    return fourier.hermitian_part(degrade.wedge_mask(shape, tilt_range, tilt_axis, voxel_size=voxel_size))
-
-
-def close(a, b, tolerance=1e-5):
-    """Within float32 rounding of values and of sums (FFTs), relative to the largest."""
-    return float((a - b).abs().max()) < tolerance * float(b.abs().max())
-
-
-# ---- The data term and POCS ----------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("shape, tilt_range", [((8, 10, 12), (-60, 60)), ((9, 7, 11), (-60, 60)), ((8, 8, 8), (-40, 60))])
-def test_put_back_takes_measured_coefficients_from_y_and_all_others_from_x(shape, tilt_range):
-    x, y, measured = random(shape, 1), random(shape, 2), wedge(shape, tilt_range)
-    once = fourier.put_back(x, y, measured)
-    assert close(fft(once), torch.where(measured, fft(y), fft(x)))
-    assert close(fourier.put_back(once, y, measured), once)
-    assert close(fft(fourier.put_back(x, y, 0.25 * measured)), torch.where(measured, 0.75 * fft(x) + 0.25 * fft(y), fft(x)))
-
-
-def test_pocs_equals_50_iterations_of_the_oracle_inside_its_support():
-    f = fixture("pocs_wedge.npz")
-    shape = tuple(f["shape"].tolist())
-    support = torch.from_numpy(np.unpackbits(f["support"].numpy(), count=math.prod(shape)).reshape(shape).astype(bool))
-    kz, _, kx = fourier.freq_grid(shape)
-    measured = (kz.abs() <= kx.abs() * math.tan(math.radians(60))).expand(shape)
-    assert close(posterior.pocs(f["degraded"], measured, 50, support), f["pocs_50"])
-
-
-def test_pocs_leaves_alone_a_map_that_needs_nothing():
-    measured = wedge((10, 9, 8))
-    y = filtered(random((10, 9, 8)), measured)
-    y = y - y.min() + 0.1                                       # not negative, nothing in the wedge: a fixed point
-    assert close(posterior.pocs(y, measured, 20), y)
-
-
-def test_every_pocs_iteration_comes_nearer_to_a_non_negative_truth():
-    truth, measured = random((12, 12, 12)).clamp(min=0) ** 2, wedge((12, 12, 12))
-    y = filtered(truth, measured)
-    error = [float((posterior.pocs(y, measured, n) - truth).norm()) for n in (0, 1, 2, 5, 10, 30)]
-    assert all(after < 0.99 * before for before, after in zip(error, error[1:]))
-
-
-# ---- The prior, by tiles -------------------------------------------------------------------------------------------------
-
-def stub(net, box):
-    return Prior(net=net, kind="hdit", voxel_size=1.5, box=box, mean=0.04, std=0.09, sha256="")
-
-
-@pytest.mark.parametrize("shape", [(8, 8, 8), (16, 8, 24), (9, 13, 20), (5, 8, 11), (3, 2, 7)])
-def test_a_local_velocity_is_the_same_by_tiles_of_8_whatever_the_map(shape):
-    prior = stub(lambda x, t: 3 * x + t[:, None, None, None, None], 8)
-    x = random(shape)
-    for seed in range(4):
-        assert close(posterior.tiled_velocity(prior, x[None], 0.3, [rng(seed)])[0], 3 * x + 0.3, 1e-6)
-
-
-def test_tiles_are_turned_back_as_they_were_turned():
-    # Rolling the tile along its own axes tells all 48 orientations apart once it is turned back, and only the 24 of
-    # determinant +1 may occur. One periodic tile is the whole map, so that its corner does not matter.
-    prior = stub(lambda x, t: x.roll(1, -3) + 2 * x.roll(1, -2) + 4 * x.roll(1, -1), 4)
-    x, seen = random((4, 4, 4)), set()
-    wanted = torch.stack([sum(2 ** i * x.roll(sign, axis) for i, (axis, sign) in enumerate(zip(order, signs)))
-                          for order, signs in volume.ROTATIONS_24])
-    for seed in range(200):
-        distance = (posterior.tiled_velocity(prior, x[None], 0.5, [rng(seed)])[0] - wanted).abs().amax((1, 2, 3))
-        assert distance.min() < 1e-5
-        seen.add(int(distance.argmin()))
-    assert len(seen) == 24
-
-
-def test_no_seam_stays_in_one_place():
-    def faces(x, t):                                            # a network that marks the faces of its tile
-        v = torch.ones_like(x)
-        v[..., 1:-1, 1:-1, 1:-1] = 0
-        return v
-
-    calls, p = 400, 1 - (6 / 8) ** 3
-    mean = sum(posterior.tiled_velocity(stub(faces, 8), torch.zeros(1, 8, 8, 8), 0.5, [g])[0] for g in map(rng, range(calls))) / calls
-    assert (mean - p).abs().max() < 5 * math.sqrt(p * (1 - p) / calls)          # five standard errors
-
-
-# ---- The samplers, with velocities in closed form --------------------------------------------------------------------------
-
-def test_algorithm_2_goes_through_the_states_of_the_reference(monkeypatch):
-    f, states = fixture("parity/posterior_sampling.npz"), []
-
-    def velocity(prior, x, t, *_):
-        states.append(x[0])
-        return 0.8 * x - 1.5 * torch.tanh(x) * (1 - t) + 0.3 * t
-
-    monkeypatch.setattr(posterior, "tiled_velocity", velocity)
-    monkeypatch.setattr(torch, "randn", lambda *a, **k: f["x1"])                # the reference's initial noise
-    y = (f["y_wedge"] - f["z_mean"].float()) / f["z_std"].float()
-    measured = wedge((8, 8, 8), tilt_axis="z")
-    assert torch.equal(measured, torch.fft.ifftshift(f["mask"]))
-    last = posterior.sample_posterior(stub(None, 8), y, measured, torch.zeros_like(y), [rng()], steps=20, t_start=1.0, sigma=0.0,
-                                     fresh_noise=False, inner=0)[0]
-    assert close(torch.stack(states[1:] + [last]), f["inpaint_x"])
-
-
-def gaussian_prior(monkeypatch):
-    """x_0 ~ N(mean, power per Fourier coefficient) on 8^3 voxels; its velocity in place of the network's."""
-    kz, ky, kx = (k.float() for k in fourier.freq_grid((8, 8, 8)))
-    k2 = kz ** 2 + ky ** 2 + kx ** 2
-    power, mean = 0.5 + 2 * torch.exp(-8 * k2), filtered(random((8, 8, 8), 3), 2 * torch.exp(-10 * k2))
-
-    def velocity(prior, x, t, *_):
-        expected = mean + filtered(x - (1 - t) * mean, (1 - t) * power / ((1 - t) ** 2 * power + t ** 2))    # E[x_0 | x_t]
-        return (x - expected) / t
-
-    monkeypatch.setattr(posterior, "tiled_velocity", velocity)
-    return mean, power
-
-
-def gaussian_samples(y, measured, n, **settings):
-    return posterior.sample_posterior(stub(None, 8), y, measured, y, list(map(rng, range(n))), steps=40, t_start=1.0, inner=0, **settings)
-
-
-@pytest.mark.parametrize("fresh_noise", [False, True])
-def test_samples_hold_what_was_measured_and_follow_a_gaussian_prior_where_nothing_was(monkeypatch, fresh_noise):
-    mean, power = gaussian_prior(monkeypatch)
-    measured, n = wedge((8, 8, 8)), 48
-    y = filtered(mean + filtered(random((8, 8, 8), 5), power.sqrt()), measured)
-    samples = gaussian_samples(y, measured, n, fresh_noise=fresh_noise)
-    assert close(fft(samples)[:, measured], fft(y)[measured].expand(n, -1))
-    # Coefficients are independent under this prior: the conditional mean of a missing one is its mean.
-    variance = 512 * power[~measured]                           # of an unnormalised coefficient
-    chi2 = (fft(samples.mean(0) - mean)[~measured].abs() ** 2 / (variance / n)).mean()
-    assert chi2 < 1 + 5 * math.sqrt(2 / len(variance))          # real degrees of freedom: one per coefficient
-    if not fresh_noise:                                         # the ODE keeps the spread; fresh noise narrows it
-        spread = (fft(samples - samples.mean(0))[:, ~measured].abs() ** 2).sum(0) / (n - 1) / variance
-        assert 0.85 < spread.mean() < 1.1                       # exact as steps -> infinity
-
-
-@pytest.mark.parametrize("fresh_noise", [False, True])
-def test_the_posterior_mean_takes_noise_out_of_the_measured_coefficients(monkeypatch, fresh_noise):
-    mean, power = gaussian_prior(monkeypatch)
-    measured, sigma = wedge((8, 8, 8)), 1.0
-    truth = mean + filtered(random((8, 8, 8), 5), power.sqrt())
-    y = filtered(truth + sigma * random((8, 8, 8), 6), measured)
-    error = lambda x: float(fft(x - truth)[measured].abs().square().sum())
-    wiener = mean + filtered(y - mean, power / (power + sigma ** 2))            # the exact posterior mean
-    restored = gaussian_samples(y, measured, 24, fresh_noise=fresh_noise, sigma=sigma).mean(0)
-    assert error(restored) < 1.6 * error(wiener) < 0.75 * error(y)
-
-
-def test_least_rho_lets_in_as_much_noise_as_it_is_told_to():
-    times = torch.linspace(0.5, 0, 41)[:-1]
-    ratio = times / (1 - times)                                 # r
-    white, everywhere = torch.tensor(0.3), torch.ones(8, 8, 8, dtype=bool)      # its worst time is inside: r = sigma rho^(1/2)
-    assert posterior.least_rho(white, everywhere, ratio, 1) == pytest.approx(0.5, rel=0.01)         # 1 / (4 rho) = leak rho
-    assert posterior.least_rho(white, everywhere, ratio, 1 / 8) == 1       # never more
-    half = everywhere.clone()
-    half[4:] = False                                            # half the noise: 1 / (8 rho)
-    assert posterior.least_rho(white, half, ratio, 1) == pytest.approx(8 ** -0.5, rel=0.01)
-    few = torch.where(wedge((8, 8, 8)), 50.0, 0.3)              # most coefficients are hopeless: the others are trusted more
-    rho = posterior.least_rho(few, everywhere, ratio, 1 / 8)
-    let_in = []
-    for r in ratio.tolist():
-        w = r ** 2 / (r ** 2 + rho * few.numpy().astype("f8") ** 2)
-        let_in.append(np.mean(w ** 2 * few.numpy() ** 2) / r ** 2)
-    assert max(let_in) == pytest.approx(rho / 8, rel=0.01) and rho < 1
-
-
-def test_missed_is_the_error_that_y_betrays_beyond_its_noise():
-    truth, measured = random((2, 16, 16, 16), 1) * 3, wedge((16, 16, 16))
-    shell = degrade.noise_shells((16, 16, 16))
-    sigma = torch.where(shell == 3, 9.0, 0.5)                   # as good as nothing known of shell 3
-    error = filtered(random((2, 16, 16, 16), 2), torch.where((shell == 3) | (shell == 5), 2.0, 0.1))
-    y = truth[0] + filtered(random((16, 16, 16), 3), sigma) + filtered(random((16, 16, 16), 4) * 99, ~measured)
-    found = posterior.missed(truth[:1] + error[:1], y, measured, sigma)
-    assert found.shape == (1, 16, 16, 16)
-    assert float(found[0][shell == 5].mean()) == pytest.approx(4, rel=0.2)      # 2^2, though the noise adds 0.25
-    assert not found[0][(shell != 5) & (shell > 0)].any()       # 0.01 in 0.25, or 4 in 81, may be chance; shell 0 is one number
-    two = posterior.missed(truth[0] + error, y, measured, sigma)                 # each sample its own
-    assert close(two[0], found[0], 1e-5) and not close(two[1], found[0], 1e-2)
-
-
-def test_a_map_that_the_prior_deems_impossible_is_believed_where_its_noise_is_small(monkeypatch):
-    mean, power = gaussian_prior(monkeypatch)
-    shell, everywhere = degrade.noise_shells((8, 8, 8)), torch.ones(8, 8, 8, dtype=bool)
-    truth = mean + filtered(random((8, 8, 8), 5), torch.where(shell == 1, 10.0, 1.0) * power.sqrt())
-    sigma = torch.full((8, 8, 8), 0.5)
-    y = truth + filtered(random((8, 8, 8), 6), sigma)
-    error = lambda x: float(fft(x - truth)[shell == 1].abs().square().mean() / 512 / 0.25)         # in noise powers
-    with_noise = lambda leak: error(gaussian_samples(y, everywhere, 8, sigma=sigma, leak=leak).mean(0))
-    assert with_noise(None) > 10 and with_noise(1 / 8) < 3
-
-
-@pytest.mark.parametrize("operator_noise", [False, True])
-def test_algorithm_1_goes_through_the_states_of_the_reference(monkeypatch, operator_noise):
-    f, states = fixture("parity/posterior_sampling.npz"), []
-    roll = lambda x: torch.fft.ifftshift(x)                     # the reference's middle voxel and frequency, to ours
-
-    def velocity(prior, x, t, *_):
-        states.append(x.detach()[0])
-        return 0.8 * x - 1.5 * torch.tanh(x) * (1 - t) + 0.3 * t
-
-    drawn = iter([roll(f["x1"]), *map(roll, f["op_noise"])])
-    monkeypatch.setattr(posterior, "tiled_velocity", velocity)
-    monkeypatch.setattr(torch, "randn", lambda *a, **k: next(drawn))
-    y = roll((f["y_noisy"] - f["z_mean"].float()) / f["z_std"].float())
-    sigma = (roll(f["noise_power"]) / 512).sqrt() / f["z_std"].float()
-    last = posterior.algorithm_1(stub(None, 8), y, torch.ones(8, 8, 8, dtype=bool), [rng()], steps=20, sigma=sigma,
-                                operator_noise=operator_noise)[0]
-    wanted = f["denoise_with_op_noise_x" if operator_noise else "denoise_no_op_noise_x"]
-    assert close(torch.stack(states[1:] + [last]), torch.stack(list(map(roll, wanted))), 1e-4)      # 20 normalised gradients
-
-
-def test_the_weight_of_the_observation_does_not_depend_on_the_steps_where_asked(monkeypatch):
-    monkeypatch.setattr(posterior, "tiled_velocity", lambda prior, x, t, g: 0 * x)
-    y, everywhere = random((8, 8, 8), 3), torch.ones(8, 8, 8, dtype=bool)
-    sample = lambda **kw: posterior.algorithm_1(stub(None, 8), y, everywhere, [rng()], sigma=torch.tensor(9.0), lambda_max=0.01, **kw)[0]
-    moved = lambda steps, per_time: float((sample(steps=steps, per_time=per_time) - random((8, 8, 8))).norm())
-    assert moved(50, True) == pytest.approx(moved(200, True), rel=0.05)         # 0.01 is always the lesser: 2 in all
-    assert moved(200, False) == pytest.approx(4 * moved(50, False), rel=0.05)   # the paper's
-
-
-@pytest.mark.parametrize("settings", [posterior.DENOISE["prior"] | {"steps": 3}, {"steps": 3}])       # and Algorithm 1
-def test_samples_drawn_together_are_those_drawn_one_by_one(settings):
-    torch.manual_seed(0)
-    conv = torch.nn.Conv3d(1, 1, 3, padding=1).requires_grad_(False)
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = conv
-
-        def forward(self, x, t):
-            return self.conv(x) + t[:, None, None, None, None]
-
-    prior, y = stub(Net(), 6), random((9, 8, 7)).abs()
-    draw = lambda per_call: torch.stack(list(posterior.draw_samples(
-        prior, y, torch.ones(y.shape, dtype=bool), y, torch.tensor(0.3), settings, samples=5, seed=1, samples_per_call=per_call)))
-    together, alone = draw(4), draw(1)
-    assert close(together, alone, 1e-5) and not close(together[0], together[1], 1e-2)
-
-
-def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
-    shape = (8, 8, 8)
-    signal, noise = torch.tensor([9.0, 4.0, 2.0, 0.0]), torch.tensor([1.0, 4.0, 0.5, 2.0])     # per shell
-    y, shell = random(shape), degrade.noise_shells(shape).clamp(max=3)
-    assert close(posterior.wiener(y, noise, signal), filtered(y, torch.tensor([0.9, 0.5, 0.8, 0.0])[shell]))
-    assert close(posterior.wiener(y, noise[shell], signal), posterior.wiener(y, noise, signal))
-
-
-def test_trust_in_a_coefficient_follows_its_noise(monkeypatch):
-    mean, power = gaussian_prior(monkeypatch)
-    truth, everywhere = mean + filtered(random((8, 8, 8), 5), power.sqrt()), torch.ones(8, 8, 8, dtype=bool)
-    sigma = torch.where(wedge((8, 8, 8)), 0.3, 3.0)
-    y = truth + filtered(random((8, 8, 8), 6), sigma)
-    error = lambda x: float(fft(x - truth).abs().square().sum())
-    exact = mean + filtered(y - mean, power / (power + sigma ** 2))
-    anisotropic = gaussian_samples(y, everywhere, 24, sigma=sigma).mean(0)
-    isotropic = gaussian_samples(y, everywhere, 24, sigma=sigma.square().mean().sqrt()).mean(0)
-    assert error(anisotropic) < 1.6 * error(exact) and error(anisotropic) < 0.7 * error(isotropic)
-
-
-# ---- The noise -------------------------------------------------------------------------------------------------------------
-
-def molecule(shape, voxel_size=(1.5, 1.5, 1.5), resolution=3.0, atom_count=80, radius=0.3, seed=0):
-    """Random atoms in a ball (radius in shortest sides), simulated, maximum 1: (D, H, W)."""
-    side = min(n * v for n, v in zip(shape, voxel_size))
-    direction = torch.nn.functional.normalize(random((atom_count, 3), seed), dim=1)
-    xyz = direction * torch.rand(atom_count, 1, generator=rng(seed)) ** (1 / 3) * radius * side
-    density = atoms.molmap(xyz, torch.full((atom_count,), 7.0), resolution, voxel_size=voxel_size, shape=shape)[0]
-    return density / density.max()
-
-
-@pytest.mark.parametrize("sd", [0.03, 0.1])
-def test_the_noise_of_a_simulated_molecule_is_estimated_within_15_percent(sd):
-    shape = (48, 48, 48)
-    y = filtered(molecule(shape, atom_count=500) + sd * random(shape, 1), wedge(shape))
-    assert posterior.estimate_noise(y, wedge(shape)) == pytest.approx(sd, rel=0.15)
-
-
-# ---- The program -----------------------------------------------------------------------------------------------------------
-
-def write_mrc(path, density, voxel_size=(1.5, 1.5, 1.5), axes=(1, 2, 3)):
-    """A map (z, y, x) in a file whose columns, rows and sections run along `axes` (1 = x, 2 = y, 3 = z)."""
-    with mrcfile.new(path, overwrite=True) as file:
-        file.set_data(np.ascontiguousarray(density.numpy().transpose([3 - a for a in axes[::-1]])))
-        h = file.header
-        h["mz"], h["my"], h["mx"] = density.shape
-        h["cella"] = tuple(n * v for n, v in zip(density.shape, voxel_size))[::-1]
-        h["mapc"], h["mapr"], h["maps"] = axes
-        h["nxstart"], h["nystart"], h["nzstart"], h["origin"] = 5, -6, 7, (10.5, -20.0, 30.25)
-        file.add_label("made by a test")
-    return path
-
-
-def degraded(truth, measured, noise=0.05):
-    return filtered(truth + noise * random(truth.shape, 9), measured)
+from model_scunet import SCUNet, SCUNetConfig
+from sampling_prior import log_likelihood
+from sampling_settings import (
+    AnisotropicSettings,
+    DenoiseSettings,
+    LikelihoodSettings,
+    WedgeSettings,
+)
+
+SHAPE = (16, 16, 16)
+SMALL_HDIT = HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4)
+SMALL_SCUNET = SCUNetConfig(width=16, depths=(1, 1, 2, 1, 1), d_head=8)
+VOXEL_SIZE = {"sharpen": 1.0, "superres": 1.0, "wedge": 4.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_matplotlib():                                       # drawing takes longer than everything else
+def without_matplotlib():
+    """Drawing takes longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         yield
@@ -355,393 +67,685 @@ def without_matplotlib():                                       # drawing takes 
 def ckpt(tmp_path_factory):
     """A random network, every weight of which matters."""
     torch.manual_seed(0)
-    net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4))
-    for p in net.parameters():
-        if not p.any():                                         # HDiT starts as v = 0
-            torch.nn.init.normal_(p, std=0.2)
+    net = HDiT(SMALL_HDIT)
+    for weight in net.parameters():
+        if not weight.any():  # HDiT starts as v = 0
+            nn.init.normal_(weight, std=0.2)
     path = tmp_path_factory.mktemp("ckpt") / "random.pt"
     checkpoint.save(path, net, voxel_size=1.5, box=16, mean=0.04, std=0.09)
     return path
 
 
 @pytest.fixture
-def run(ckpt):
-    """The program on a small budget; what comes last on the command line counts."""
-    return lambda *argv: sampling.main([str(a) for a in ("--ckpt", ckpt, "--steps", 2, "--samples", 2, *argv)])
+def run(ckpt, tmp_path, monkeypatch):
+    """run("wedge in.mrc", flags): the program in tmp_path on a small budget."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(command, *flags):
+        task, *words = command.split()
+        argv = ["--task", task, "--ckpt", ckpt, *words, *flags]
+        if task != "likelihood":
+            argv[2:2] = ["--steps", 2, "--samples", 2]
+        return sampling.main([str(word) for word in argv])
+
+    return start
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """ask("sharpen in.mrc", net): the program with a function as CryoLVM's network."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(command, net=None):
+        task, *words = command.split()
+        trained = sampling.TASKS["wedge --model scunet" if task == "wedge" else task].trained_for
+        prior = prior_of(net or nn.Identity(), 12, "scunet", VOXEL_SIZE[task], 0, 1, trained)
+        monkeypatch.setattr(checkpoint, "load", lambda *_, **__: prior)
+        return sampling.main(["--task", task, "--model", "scunet", "--device", "cpu", *words])
+
+    return start
+
+
+class Seen(nn.Module):
+    """A function as a network that keeps what it was shown."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.tiles = function, []
+
+    def forward(self, tiles):
+        self.tiles.append(tiles)
+        return self.function(tiles)
 
 
 @pytest.fixture
 def small(tmp_path):
-    """One tile: 16^3 voxels of 1.5 Å."""
-    return write_mrc(tmp_path / "in.mrc", degraded(molecule((16, 16, 16)), wedge((16, 16, 16))))
+    """in.mrc is one tile, 16^3 voxels of 1.5 Å."""
+    return write_mrc(tmp_path / "in.mrc", degraded(molecule(SHAPE), wedge(SHAPE)))
 
-
-def names(folder):
-    return sorted(p.name for p in folder.iterdir())
-
-
-def values(path):
-    return mrc.read_map(path).density
-
-
-@pytest.mark.parametrize("shape, voxel_size, axes, tilt_axis", [((20, 24, 28), (1.6, 1.4, 1.5), (2, 3, 1), "y"),
-                                                                ((21, 15, 19), (2.0, 2.0, 2.0), (1, 2, 3), "x")])
-def test_a_restored_map_is_the_input_with_its_wedge_filled(tmp_path, run, capsys, shape, voxel_size, axes, tilt_axis):
-    truth, measured = molecule(shape, voxel_size, 4.0), wedge(shape, (-50, 60), tilt_axis, voxel_size=voxel_size)
-    source, out = write_mrc(tmp_path / "in.mrc", 50 * degraded(truth, measured), voxel_size, axes), tmp_path / "in_wedge.mrc"
-    write_mrc(tmp_path / "in_truth.mrc", truth, voxel_size, axes)               # found by its name
-    assert run(source, "--tilt-range", -50, 60, "--tilt-axis", tilt_axis) == 0
-    assert mrcfile.validate(out) and mrcfile.validate(tmp_path / "in_wedge_std.mrc")
-    with mrcfile.open(source) as a, mrcfile.open(out) as b:
-        assert a.data.shape == b.data.shape and b.data.dtype == np.float32
-        for name in set(HEADER_DTYPE.names) - {"dmin", "dmax", "dmean", "rms"}:
-            assert a.header[name].tobytes() == b.header[name].tobytes(), name
-
-    x, y = fft(values(out)), fft(values(source))
-    assert close(x[measured], y[measured])
-    assert x[~measured].abs().square().mean() > 0.01 * y[measured].abs().square().mean()
-
-    report = json.loads((tmp_path / "in_wedge.json").read_text())
-    assert report["settings"]["tilt_range"] == [-50, 60] and report["settings"]["seed"] == 0 and report["steps"] == 2
-    assert report["torch"] == torch.__version__ and report["python"] and report["seconds"] > 0
-    assert report["checkpoint_sha256"] == checkpoint.load(report["settings"]["ckpt"]).sha256
-    rows = [line.split() for line in capsys.readouterr().out.split("missing wedge\n")[1].splitlines()]
-    assert {"input", "POCS", "restored"} <= set(report["fsc"])
-    for label, scores in report["fsc"].items():
-        assert [*label.split(), f"{scores['auc']:.3f}", f"{scores['fsc_05']:.2f}", "Å", f"{scores['auc_missing']:.3f}"] in rows
-    if len(set(voxel_size)) == 1:
-        for key, region in (("auc", None), ("auc_missing", ~measured)):
-            wanted = float(fsc.auc(fsc.fsc(values(out), truth, region)))
-            assert report["fsc"]["restored"][key] == pytest.approx(wanted, abs=1e-6)
-
-
-def test_mean_and_spread_are_those_of_the_samples_and_sample_i_depends_on_seed_and_i_alone(tmp_path, small, run, ckpt):
-    y, measured, prior = values(small), wedge((16, 16, 16)), checkpoint.load(ckpt)
-    noise = 0.05 * volume.normalise(y, 0, 1)[1].maximum
-    draw = lambda n: list(posterior.wedge_samples(prior, y, measured, "prior", samples=n, seed=4, noise=noise, steps=2))
-    samples = torch.stack(draw(3))
-    assert close(samples[0], draw(1)[0], 1e-5) and not close(samples[0], samples[1], 1e-2)         # other batches round otherwise
-    run(small, "--samples", 3, "--seed", 4, "--noise", 0.05, "--method", "prior")
-    assert close(values(tmp_path / "in_wedge.mrc"), fourier.put_back(samples.mean(0), y, measured))
-    assert close(values(tmp_path / "in_wedge_mean.mrc"), samples.mean(0))
-    assert close(values(tmp_path / "in_wedge_std.mrc"), samples.std(0))
-
-
-def test_a_seed_fixes_every_byte_and_another_gives_another_map(tmp_path, small, run):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run(small, "--seed", seed, "-o", tmp_path / f"{name}.mrc")
-    a, b, c = ((tmp_path / f"{name}.mrc").read_bytes() for name in "abc")
-    assert a == b and a != c
-    assert (tmp_path / "a_std.mrc").read_bytes() == (tmp_path / "b_std.mrc").read_bytes()
-
-
-def test_the_grey_scale_of_the_input_is_kept_whatever_its_unit(tmp_path, small, run):
-    write_mrc(tmp_path / "big.mrc", 1024 * values(small))       # a power of two: the same rounding everywhere
-    for name in ("in", "big"):
-        run(tmp_path / f"{name}.mrc")
-    for end in ("", "_std"):
-        assert close(values(tmp_path / f"big_wedge{end}.mrc"), 1024 * values(tmp_path / f"in_wedge{end}.mrc"))
-
-
-@pytest.mark.parametrize("voxel_size, side", [(1.5, 24), (1.0, 36), (2.0, 18), (2.6, 16)])
-def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_found(tmp_path, run, monkeypatch, voxel_size, side):
-    shape, size, draw, given = (side,) * 3, (voxel_size,) * 3, posterior.wedge_samples, []
-    monkeypatch.setattr(posterior, "wedge_samples", lambda *a, noise, **k: given.append(noise) or draw(*a, noise=noise, **k))
-    y = degraded(molecule(shape, size, 3.0), wedge(shape), noise=0.2)
-    write_mrc(tmp_path / "in.mrc", y, size)
-    assert run(tmp_path / "in.mrc", "--samples", 1, "--steps", 1, "--method", "prior") == 0
-    assert values(tmp_path / "in_wedge.mrc").shape == shape and "in_wedge_std.mrc" not in names(tmp_path)
-    report = json.loads((tmp_path / "in_wedge.json").read_text())
-    assert report["noise"] * volume.normalise(y, 0, 1)[1].maximum == pytest.approx(0.2, rel=0.25)
-    # Resampling keeps |F|^2 / n^2 of every coefficient, n voxels in all: for white noise, variance / n.
-    assert given[0] ** 2 / math.prod(report["box"]) == pytest.approx(0.2 ** 2 / side ** 3, rel=0.5)
-
-
-def test_pocs_is_a_method_and_what_is_left_where_voxels_are_far_too_coarse_for_the_prior(tmp_path, small, run):
-    run(small, "--method", "pocs")
-    assert close(values(tmp_path / "in_wedge.mrc"), posterior.pocs(values(small), wedge((16, 16, 16))))
-    run(small, "--voxel-size", 9, "-o", tmp_path / "coarse.mrc")
-    assert json.loads((tmp_path / "coarse.json").read_text())["method"] == "pocs"
-
-
-def test_quiet_prints_nothing_and_compressed_input_gives_the_same_map(tmp_path, small, run, capfd):
-    (tmp_path / "packed.map.gz").write_bytes(gzip.compress(small.read_bytes()))
-    run(small, "--quiet")
-    run(tmp_path / "packed.map.gz", "--quiet")
-    assert capfd.readouterr() == ("", "")
-    assert (tmp_path / "in_wedge.mrc").read_bytes() == (tmp_path / "packed_wedge.mrc").read_bytes()
-
-
-def test_one_bad_file_does_not_stop_a_folder_but_is_said_and_counted(tmp_path, small, run, capsys):
-    (tmp_path / "bad.mrc").write_bytes(small.read_bytes()[:5000])
-    (tmp_path / "notes.txt").write_text("not a map")
-    (tmp_path / "out").mkdir()
-    write_mrc(tmp_path / "other.mrc", -values(small).flip(0))
-    assert run(tmp_path, "-o", tmp_path / "out", "--method", "pocs") == 1
-    assert {"in_wedge.mrc", "other_wedge.mrc"} == {n for n in names(tmp_path / "out") if n.endswith(".mrc")}
-    [line] = capsys.readouterr().err.splitlines()
-    assert "bad.mrc: truncated" in line
-
-
-def test_a_folder_is_restored_from_its_inputs_alone(tmp_path, small, run):
-    write_mrc(tmp_path / "in_truth.mrc", values(small))
-    for _ in range(2):                                          # the second time it holds results, too
-        run(tmp_path, "--overwrite", "--method", "pocs")
-    assert {n for n in names(tmp_path) if n.endswith(".mrc")} == {"in.mrc", "in_truth.mrc", "in_wedge.mrc"}
-
-
-def test_files_that_exist_stay_unless_told_otherwise_and_the_input_always(tmp_path, small, run):
-    original = small.read_bytes()
-    run(small, "--method", "pocs")
-    first = (tmp_path / "in_wedge.mrc").read_bytes()
-    with pytest.raises((ValueError, OSError), match="in_wedge.mrc: exists.*--overwrite"):
-        run(small)
-    assert (tmp_path / "in_wedge.mrc").read_bytes() == first
-    run(small, "--overwrite")
-    assert (tmp_path / "in_wedge.mrc").read_bytes() != first
-    (tmp_path / "in_wedge.mrc").unlink()
-    with pytest.raises((ValueError, OSError), match="in_wedge.*: exists.*--overwrite"):        # what lies beside it counts
-        run(small)
-    assert "in_wedge.mrc" not in names(tmp_path)
-    with pytest.raises((ValueError, OSError), match="in.mrc: is the input"):
-        run(small, "-o", small, "--overwrite")
-    assert small.read_bytes() == original
-
-
-def test_a_picture_is_drawn_where_matplotlib_is(tmp_path, small, run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib.figure")
-    pytest.importorskip("matplotlib.figure")
-    run(small, "--method", "pocs", "--truth", small)
-    assert (tmp_path / "in_wedge.png").read_bytes().startswith(b"\x89PNG")
-
-
-# ---- Bad input -------------------------------------------------------------------------------------------------------------
-
-def edited(folder, name="bad.mrc", **fields):
-    """in.mrc with other header fields."""
-    raw = bytearray((folder / "in.mrc").read_bytes())
-    header = np.frombuffer(raw, HEADER_DTYPE, count=1)
-    for key, value in fields.items():
-        header[key] = value
-    (folder / name).write_bytes(raw)
-    return folder / name
-
-
-def saved(folder, content):
-    torch.save(content, folder / "bad.pt")
-    return folder / "bad.pt"
-
-
-def put(path, content):
-    path.write_bytes(content)
-    return path
-
-
-DARK = -molecule((16, 16, 16)) - 0.1
-BAD = {                                                         # what is wrong: the command line, what the message says
-    "no such file": lambda d: ([d / "nope.mrc"], "nope.mrc: no such file"),
-    "not an MRC": lambda d: ([put(d / "bad.mrc", b"text" * 999)], "bad.mrc: not an MRC"),
-    "truncated": lambda d: ([put(d / "bad.mrc", (d / "in.mrc").read_bytes()[:-7])], "bad.mrc: truncated"),
-    "NaN": lambda d: ([put(d / "bad.mrc", (d / "in.mrc").read_bytes()[:-4] + np.float32("nan").tobytes())],
-                      "bad.mrc: 1 values are NaN"),
-    "constant": lambda d: ([write_mrc(d / "bad.mrc", torch.full((16, 16, 16), 2.0))], "bad.mrc: every voxel is 2"),
-    "zero voxel size": lambda d: ([edited(d, cella=(0, 0, 0))], "bad.mrc.*--voxel-size"),
-    "complex": lambda d: ([edited(d, mode=4)], "bad.mrc: complex"),
-    "image stack": lambda d: ([edited(d, "bad.mrcs", ispg=0, mz=1)], "bad.mrcs: a stack of 16 images"),
-    "tilt beyond 90": lambda d: ([d / "in.mrc", "--tilt-range", -60, 90], "tilt range -60.* 90"),
-    "tilt reversed": lambda d: ([d / "in.mrc", "--tilt-range", 60, -60], "tilt range 60.* -60"),
-    "another kind": lambda d: ([d / "in.mrc", "--ckpt", saved(d, {"kind": "other", "weights": {}})], "bad.pt.*not a checkpoint"),
-    "pickled code": lambda d: ([d / "in.mrc", "--ckpt", saved(d, Path("x"))], "bad.pt: not a checkpoint"),
-    "random bytes": lambda d: ([d / "in.mrc", "--ckpt", put(d / "bad.pt", bytes(range(256)))], "bad.pt: not a checkpoint"),
-    "no checkpoint": lambda d: ([d / "in.mrc", "--ckpt", d / "nope.pt"], "nope.pt"),
-    "truth of another shape": lambda d: ([d / "in.mrc", "--truth", write_mrc(d / "bad.mrc", molecule((16, 16, 18)))],
-                                         r"bad.mrc: \(16, 16, 18\)"),
-    "no truth": lambda d: ([d / "in.mrc", "--truth", d / "nope.mrc"], "nope.mrc: no such file"),
-    "no such folder": lambda d: ([d / "in.mrc", "-o", d / "nope" / "out.mrc"], "nope: no such folder"),
-    "no map by its name": lambda d: ([d / "in.mrc", "-o", d / "out.txt"], "out.txt: maps are written as .mrc"),
-    "one output for two": lambda d: ([d / "in.mrc", d / "nope.mrc", "-o", d / "out.mrc"], "-o .*out.mrc: for 2 inputs"),
-    "no steps": lambda d: ([d / "in.mrc", "--steps", 0], "--steps 0"),
-    "no samples": lambda d: ([d / "in.mrc", "--samples", 0], "--samples 0"),
-    "noise": lambda d: ([d / "in.mrc", "--noise", "nan"], "--noise nan"),
-    "voxel size": lambda d: ([d / "in.mrc", "--voxel-size", -1], "--voxel-size -1"),
-    "seed": lambda d: ([d / "in.mrc", "--seed", 10 ** 20], "--seed 1"),
-    "dark protein": lambda d: ([write_mrc(d / "bad.mrc", DARK)], "bad.mrc.*multiply"),
-    "device": lambda d: ([d / "in.mrc", "--device", "toaster"], "--device toaster"),
-    "device that is not here": lambda d: ([d / "in.mrc", "--device", "cuda:99"], "--device cuda:99"),
-    "input is OUT_mean": lambda d: ([put(d / "a_mean.mrc", (d / "in.mrc").read_bytes()), "-o", d / "a.mrc", "--overwrite"],
-                                    "a_mean.mrc: is the input"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_clear_line_and_leaves_no_file(tmp_path, small, run, case):
-    argv, words = BAD[case](tmp_path)
-    before = names(tmp_path)
-    with pytest.raises((ValueError, OSError), match=words) as error:
-        run(*argv)
-    assert "\n" not in str(error.value)
-    assert names(tmp_path) == before
-
-
-def test_the_flag_that_supplies_a_voxel_size_mends_a_header_without_one(tmp_path, small, run):
-    run(edited(tmp_path, cella=(0, 0, 0)), "--voxel-size", 1.5, "--method", "pocs")
-    assert mrc.read_map(tmp_path / "bad_wedge.mrc").voxel_size == pytest.approx((1.5, 1.5, 1.5))
-
-
-# ---- Half maps, masks, generation, likelihood ----------------------------------------------------------------------------------
 
 @pytest.fixture
 def halves(tmp_path):
-    """Two half maps of 16^3 voxels of 1.5 Å, and their truth."""
-    truth = molecule((16, 16, 16))
-    for i in (1, 2):
-        write_mrc(tmp_path / f"half{i}.mrc", truth + 0.1 * random(truth.shape, i))
+    """half1.mrc and half2.mrc, 16^3 voxels of 1.5 Å, and the truth of half1."""
+    truth = molecule(SHAPE)
     write_mrc(tmp_path / "half1_truth.mrc", truth)
-    return tmp_path / "half1.mrc", tmp_path / "half2.mrc"
+    maps = [truth + 0.1 * random(SHAPE, i) for i in (1, 2)]
+    for i, x in enumerate(maps, 1):
+        write_mrc(tmp_path / f"half{i}.mrc", x)
+    return maps
 
 
-def test_half_maps_are_restored_apart_and_their_mean_is_the_result(tmp_path, run, halves):
-    run("--task", "denoise", *halves)
-    out = {end: values(tmp_path / f"half1_denoise{end}.mrc") for end in ("", "_half1", "_half2")}
-    assert close((out["_half1"] + out["_half2"]) / 2, out[""])
-    a, b = (values(half) for half in halves)
-    prior = checkpoint.load(json.loads((tmp_path / "half1_denoise.json").read_text())["settings"]["ckpt"])
+def report_of(name):
+    return json.loads(Path(f"{name}.json").read_text())
+
+
+def same_header(path_1, path_2):
+    with mrcfile.open(path_1) as a, mrcfile.open(path_2) as b:
+        statistics = {"dmin", "dmax", "dmean", "rms", "label", "nlabl"}
+        for name in set(HEADER_DTYPE.names) - statistics:
+            assert a.header[name].tobytes() == b.header[name].tobytes(), name
+        assert b.data.dtype == np.float32
+        assert a.header.label[:2].tobytes() == b.header.label[:2].tobytes()
+        assert b"sampling.py" in b.header.label[2]
+    assert mrcfile.validate(path_2)
+
+
+# ---- The missing wedge
+
+
+@pytest.mark.parametrize(
+    "shape, voxel_size, axes, tilt_axis",
+    [
+        ((20, 24, 28), (1.6, 1.4, 1.5), (2, 3, 1), "y"),
+        ((21, 15, 19), (2.0, 2.0, 2.0), (1, 2, 3), "x"),
+    ],
+)
+def test_a_restored_map_is_the_input_with_its_wedge_filled(
+    run, capsys, shape, voxel_size, axes, tilt_axis
+):
+    truth = molecule(shape, voxel_size, 4.0)
+    measured = wedge(shape, (-50, 60), tilt_axis, voxel_size)
+    write_mrc("in.mrc", 50 * degraded(truth, measured), voxel_size, axes)
+    write_mrc("in_truth.mrc", truth, voxel_size, axes)  # found by its name
+    assert run(f"wedge in.mrc --tilt-range -50 60 --tilt-axis {tilt_axis}") == 0
+    same_header("in.mrc", "in_wedge.mrc")
+    same_header("in.mrc", "in_wedge_std.mrc")
+
+    x, y = fft(values("in_wedge.mrc")), fft(values("in.mrc"))
+    assert close(x[measured], y[measured])
+    power = y[measured].abs().square().mean()
+    assert x[~measured].abs().square().mean() > 0.01 * power
+
+    report = report_of("in_wedge")
+    assert report["settings"]["tilt_range"] == [-50, 60]
+    assert report["settings"]["seed"] == 0
+    assert report["steps"] == 2
+    assert report["checkpoint_sha256"] == checkpoint.load(report["settings"]["ckpt"]).sha256
+    assert list(report["fsc"]) == ["input", "POCS", "restored", "posterior mean"]
+    printed = capsys.readouterr().out
+    for name, score in report["fsc"].items():
+        assert f"  {name:27} {score['auc']:8.3f}" in printed
+    if len(set(voxel_size)) == 1:
+        for key, region in (("auc", None), ("auc_missing", ~measured)):
+            wanted = float(fsc.auc(fsc.fsc(values("in_wedge.mrc"), truth, region)))
+            assert report["fsc"]["restored"][key] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_mean_and_spread_are_those_of_samples_that_depend_on_seed_and_number_alone(
+    small, run, ckpt
+):
+    map, prior = mrc.read_map(small), checkpoint.load(ckpt)
+    settings = WedgeSettings(noise=0.05, steps=2)
+    observation, _ = sampling_tasks.observe_wedge(map, prior, settings)
+    sampler = posterior.WEDGE["prior"] | {"steps": 2}
+    draw = posterior.draw_samples
+    samples = torch.stack(list(draw(prior, observation, sampler, samples=3, seed=4)))
+    (first,) = draw(prior, observation, sampler, samples=1, seed=4)
+    assert close(samples[0], first)  # other batches round otherwise
+    assert not close(samples[0], samples[1], 1e-2)
+    run("wedge in.mrc --samples 3 --seed 4 --noise 0.05 --method prior")
+    restored = fourier.put_back(samples.mean(0), map.density, wedge(SHAPE))
+    assert close(values("in_wedge.mrc"), restored)
+    assert close(values("in_wedge_mean.mrc"), samples.mean(0))
+    assert close(values("in_wedge_std.mrc"), samples.std(0))
+
+
+def test_the_function_gives_what_the_program_writes(small, run, ckpt):
+    run("wedge in.mrc --seed 1 --tilt-range -50 60")
+    settings = WedgeSettings(tilt_range=(-50, 60), seed=1, steps=2, samples=2)
+    map, prior = mrc.read_map("in.mrc"), checkpoint.load(ckpt)
+    result = sampling.restore_wedge(map, prior, settings, say=lambda line: None)
+    assert torch.equal(result.maps[""].density, values("in_wedge.mrc"))
+
+
+def test_a_seed_fixes_every_byte_and_another_seed_gives_another_map(small, run):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(f"wedge in.mrc --seed {seed} -o {name}.mrc")
+    a, b, c = (Path(f"{name}.mrc").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+    assert Path("a_std.mrc").read_bytes() == Path("b_std.mrc").read_bytes()
+
+
+def test_the_grey_scale_of_the_input_is_kept(small, run):
+    write_mrc("big.mrc", 1024 * values(small))  # a power of two: the same rounding everywhere
+    for name in ("in", "big"):
+        run(f"wedge {name}.mrc")
+    for end in ("", "_std"):
+        assert close(values(f"big_wedge{end}.mrc"), 1024 * values(f"in_wedge{end}.mrc"))
+
+
+@pytest.mark.parametrize("voxel_size, side", [(1.5, 24), (1.0, 36), (2.0, 18), (2.6, 16)])
+def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_is_found(
+    run, ckpt, voxel_size, side
+):
+    shape, size = (side,) * 3, (voxel_size,) * 3
+    y = degraded(molecule(shape, size, 3.0), wedge(shape), noise=0.2)
+    write_mrc("in.mrc", y, size)
+    run("wedge in.mrc --samples 1 --steps 1 --method prior")
+    assert values("in_wedge.mrc").shape == shape
+    assert "in_wedge_std.mrc" not in names(Path())
+    maximum = volume.normalise(y, 0, 1)[1].maximum
+    assert report_of("in_wedge")["noise"] * maximum == pytest.approx(0.2, rel=0.25)
+
+    # Resampling keeps |F|^2 / n^2 of every coefficient, n voxels: for white noise variance / n.
+    map, prior = mrc.read_map("in.mrc"), checkpoint.load(ckpt)
+    observation, _ = sampling_tasks.observe_wedge(map, prior, WedgeSettings())
+    sigma = float(observation.sigma) * prior.std * observation.scale.maximum
+    assert sigma**2 / observation.y.numel() == pytest.approx(0.2**2 / side**3, rel=0.5)
+
+
+def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run):
+    run("wedge in.mrc --method pocs")
+    assert close(values("in_wedge.mrc"), posterior.pocs(values(small), wedge(SHAPE)))
+    run("wedge in.mrc --voxel-size 9 -o coarse.mrc")
+    assert report_of("coarse")["method"] == "pocs"
+
+
+# ---- Half maps
+
+
+def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, ckpt):
+    run("denoise half1.mrc half2.mrc")
+    restored = [values(f"half1_denoise_half{i}.mrc") for i in (1, 2)]
+    assert close((restored[0] + restored[1]) / 2, values("half1_denoise.mrc"))
+
+    # Nothing of half 1 is in half 2 but its share of the FSC and of the signal.
+    a, b = halves
     power, curve = degrade.noise_power(b, a), fsc.fsc(a, b, convention="cryofm")[1:]
-    signal = (degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power).clamp(min=0) / 2
-    first = posterior.wiener(b, power, signal * (curve >= 0.05).long().cumprod(0)).clamp(min=0)
-    sigma = (degrade.expand_shells(power, b.shape) / b.numel()).sqrt()
-    second = posterior.draw_samples(prior, b, torch.ones(b.shape, dtype=bool), first, sigma,
-                                   posterior.DENOISE["prior"] | {"steps": 2}, samples=2, seed=1 << 32)
-    assert close(torch.stack(list(second)).mean(0), out["_half2"], 1e-4)        # nothing of half 1 but its share of the FSC
+    excess = degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power
+    signal = excess.clamp(min=0) / 2 * (curve >= 0.05).long().cumprod(0)
+    start = posterior.wiener(b, power, signal).clamp(min=0)
+    sigma = (degrade.expand_shells(power, SHAPE) / b.numel()).sqrt()
+    prior, everywhere = checkpoint.load(ckpt), torch.ones(SHAPE, dtype=torch.bool)
+    observation = posterior.observe(prior, b, everywhere, sigma, start)
+    sampler = posterior.DENOISE["prior"] | {"steps": 2}
+    samples = posterior.draw_samples(prior, observation, sampler, samples=2, seed=1 << 32)
+    assert close(torch.stack(list(samples)).mean(0), restored[1], 1e-4)
 
 
-def test_one_map_is_denoised_by_a_curve_from_fsc_py_or_by_a_ratio(tmp_path, run, halves):
-    half = halves[0]
-    rows = "".join(f"{k},{k / 24},{24 / max(k, 1)},0.1,0.5\n" for k in range(9))
-    (tmp_path / "curve.csv").write_text("shell,per_angstrom,angstrom,corrected,unmasked\n" + rows)
-    run("--task", "denoise", half, "--noise-from-fsc", tmp_path / "curve.csv", "-o", tmp_path / "a.mrc")
-    run("--task", "denoise", half, "--snr", 2, "-o", tmp_path / "b.mrc")        # FSC 0.5: each half 1, their mean 2
-    assert torch.equal(values(tmp_path / "a.mrc"), values(tmp_path / "b.mrc"))
-    run("--task", "denoise", half, "--snr", 9, "-o", tmp_path / "c.mrc")
-    difference = lambda name: float((values(tmp_path / name) - values(half)).square().sum())
-    assert difference("c.mrc") < difference("b.mrc")                            # less noise, nearer to the input
+def test_one_map_is_denoised_by_a_curve_of_fsc_py_or_by_a_ratio(run, halves):
+    rows = [f"{k},{k / 24},{24 / max(k, 1)},0.1,0.5" for k in range(9)]
+    header = "shell,per_angstrom,angstrom,corrected,unmasked"
+    Path("curve.csv").write_text("\n".join([header, *rows]) + "\n")
+    run("denoise half1.mrc --noise-from-fsc curve.csv -o a.mrc")
+    run("denoise half1.mrc --snr 2 -o b.mrc")  # FSC 0.5: each half 1, their mean 2
+    run("denoise half1.mrc --snr 9 -o c.mrc")
+    a, b, c = (values(f"{name}.mrc") for name in "abc")
+    assert torch.equal(a, b)
+    assert (c - halves[0]).norm() < (b - halves[0]).norm()  # less noise, nearer to the input
 
 
-def test_the_fsc_of_the_halves_gives_the_noise_of_their_mean_whatever_the_box(tmp_path, run, monkeypatch):
-    truth, found = molecule((24, 32, 40)), []
+def test_the_fsc_of_the_halves_gives_the_noise_of_their_mean_whatever_the_box(run):
+    truth = molecule((24, 32, 40))
     a, b = (truth + 0.1 * random(truth.shape, i) for i in (1, 2))
     for name, x in (("a.mrc", a), ("b.mrc", b), ("mean.mrc", (a + b) / 2)):
-        write_mrc(tmp_path / name, x)
-    fsc_score.main([str(tmp_path / "a.mrc"), str(tmp_path / "b.mrc"), "-o", str(tmp_path / "curve"), "--quiet"])
-    monkeypatch.setattr(posterior, "noise_and_signal", lambda *x, f=posterior.noise_and_signal: found.append(f(*x)) or found[-1])
-    run("--task", "denoise", tmp_path / "mean.mrc", "--noise-from-fsc", tmp_path / "curve.csv", "--method", "wiener")
-    (power,), _, _ = found[0]
-    # E|F n|^2 of the mean is N 0.1^2 / 2 in every shell; where a shell has enough coefficients the estimate is within 10 %.
+        write_mrc(name, x)
+    fsc_score.main(["a.mrc", "b.mrc", "-o", "curve", "--quiet"])
+    mean = mrc.read_map("mean.mrc")
+    settings = sampling.read_files(DenoiseSettings(noise_from_fsc="curve.csv"), mean, {})
+    (power,), _, _ = sampling_tasks.noise_of_half_maps([mean], settings)
+    # E|F n|^2 of the mean is N 0.1^2 / 2 in every shell; large shells find it within 10 %.
     assert float((power / (truth.numel() * 0.005) - 1)[8:].abs().max()) < 0.1
 
 
-def test_a_mask_holds_for_the_posterior_mean_and_for_what_is_said_of_it(tmp_path, run):
-    truth = molecule((16, 16, 16))
-    source = write_mrc(tmp_path / "in.mrc", truth + 0.1 * random(truth.shape, 1))
-    write_mrc(tmp_path / "truth.mrc", truth), write_mrc(tmp_path / "nothing.mrc", torch.cat((torch.ones(1, 16, 16), torch.zeros(15, 16, 16))))
-    run(source, "--mask", tmp_path / "nothing.mrc", "--truth", tmp_path / "truth.mrc")
-    said = json.loads((tmp_path / "in_wedge.json").read_text())["fsc"]["posterior mean"]["auc"]
-    assert said == pytest.approx(float(fsc.auc(fsc.fsc(values(tmp_path / "in_wedge_mean.mrc"), truth))), abs=1e-4)
+def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(run, halves):
+    angles = [f"{30 * i} 90 {5 * i}" for i in range(12)]  # side views only: all see kz
+    Path("angles.txt").write_text("\n".join(["# rot tilt psi", *angles]))
+    maps = "half1.mrc half2.mrc"
+    run(f"anisotropic {maps} -o tilt.mrc --tilt-range -45 45")
+    run(f"anisotropic {maps} -o angles.mrc --orientations angles.txt")
+    run(f"anisotropic {maps} -o one.mrc --tilt-range -60 60 --alpha 1")
+    run(f"denoise {maps} -o same.mrc")
+    tilt, angles, one = (values(f"{name}.mrc") for name in ("tilt", "angles", "one"))
+    assert close(one, values("same.mrc"), 1e-4)  # alpha 1 is isotropic
+    assert not close(tilt, one, 1e-2)
+    assert not close(angles, tilt, 1e-2)
 
 
-def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(tmp_path, run, halves):
-    angles = [(30.0 * i, 90.0, 5.0 * i) for i in range(12)]                     # side views only: kz is seen by all
-    (tmp_path / "angles.txt").write_text("# rot tilt psi\n" + "".join("{} {} {}\n".format(*a) for a in angles))
-    for i, flags in enumerate((("--tilt-range", -45, 45), ("--orientations", tmp_path / "angles.txt"),
-                               ("--tilt-range", -60, 60, "--alpha", 1))):
-        run("--task", "anisotropic", *halves, "-o", tmp_path / f"{i}.mrc", *flags)
-    run("--task", "denoise", *halves, "-o", tmp_path / "same.mrc")
-    assert close(values(tmp_path / "2.mrc"), values(tmp_path / "same.mrc"), 1e-4)          # alpha 1 is isotropic
-    assert not close(values(tmp_path / "0.mrc"), values(tmp_path / "2.mrc"), 1e-2)
-    assert not close(values(tmp_path / "1.mrc"), values(tmp_path / "0.mrc"), 1e-2)
+# ---- Masks
 
 
-def test_outside_of_a_mask_the_input_is_kept(tmp_path, small, run, halves):
-    mask = torch.zeros(16, 16, 16)
-    mask[4:12], mask[3] = 1, 0.5
-    write_mrc(tmp_path / "mask.mrc", mask)
-    for task, files, before in (("wedge", [small], values(small)), ("denoise", halves, sum(map(values, halves)) / 2)):
-        run("--task", task, *files, "-o", tmp_path / "all.mrc", "--overwrite")
-        run("--task", task, *files, "-o", tmp_path / "masked.mrc", "--mask", tmp_path / "mask.mrc", "--overwrite")
-        full, masked = values(tmp_path / "all.mrc"), values(tmp_path / "masked.mrc")
-        assert torch.equal(masked[12:], before[12:]) and torch.equal(masked[4:12], full[4:12])
-        assert close(masked[3], (before[3] + full[3]) / 2)
+@pytest.mark.parametrize("command", ["wedge in.mrc", "denoise half1.mrc half2.mrc"])
+def test_outside_of_a_mask_the_input_is_kept(small, run, halves, command):
+    mask = torch.zeros(SHAPE)
+    mask[4:12] = 1
+    mask[3] = 0.5
+    write_mrc("mask.mrc", mask)
+    run(f"{command} -o all.mrc")
+    run(f"{command} -o masked.mrc --mask mask.mrc")
+    before = values(small) if "wedge" in command else sum(halves) / 2
+    full, masked = values("all.mrc"), values("masked.mrc")
+    assert torch.equal(masked[12:], before[12:])
+    assert torch.equal(masked[4:12], full[4:12])
+    assert close(masked[3], (before[3] + full[3]) / 2)
+
+
+def test_scores_are_those_of_the_masked_maps(run):
+    truth, mask = molecule(SHAPE), torch.zeros(SHAPE)
+    mask[0] = 1
+    for name, x in (("in", truth + 0.1 * random(SHAPE, 1)), ("truth", truth), ("mask", mask)):
+        write_mrc(f"{name}.mrc", x)
+    run("wedge in.mrc --mask mask.mrc --truth truth.mrc")
+    wanted = float(fsc.auc(fsc.fsc(values("in_wedge_mean.mrc"), truth)))
+    found = report_of("in_wedge")["fsc"]["posterior mean"]["auc"]
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
+# ---- The prior by itself
 
 
 @pytest.mark.parametrize("box", [16, 24])
-def test_generated_maps_depend_on_seed_and_number_alone(tmp_path, run, monkeypatch, box):
-    monkeypatch.chdir(tmp_path)
-    run("--task", "generate", "--samples", 2, "--box", box, "--seed", 5)
-    run("--task", "generate", "--samples", 1, "--box", box, "--seed", 5, "-o", "again.mrc")
-    run("--task", "generate", "--samples", 1, "--box", box, "--seed", 6, "-o", "other.mrc")
+def test_generated_maps_depend_on_seed_and_number_alone(run, box):
+    run(f"generate --box {box} --seed 5")
+    run(f"generate --box {box} --seed 5 --samples 1 -o again.mrc")
+    run(f"generate --box {box} --seed 6 --samples 1 -o other.mrc")
     first = values("generate.mrc")
-    assert first.shape == (box,) * 3 and mrcfile.validate("generate.mrc") and close(first, values("again.mrc"), 1e-5)
-    assert not close(first, values("generate_2.mrc"), 0.1) and not close(first, values("other.mrc"), 0.1)
-    report = json.loads(Path("generate.json").read_text())
-    assert report["output"] == ["generate.mrc", "generate_2.mrc"] and report["steps"] == 2
+    assert first.shape == (box,) * 3
+    assert mrcfile.validate("generate.mrc")
+    assert close(first, values("again.mrc"), 1e-4)  # other batches round otherwise
+    assert not close(first, values("generate_2.mrc"), 0.1)
+    assert not close(first, values("other.mrc"), 0.1)
+    report = report_of("generate")
+    assert report["output"] == ["generate.mrc", "generate_2.mrc"]
+    assert report["steps"] == 2
 
 
-def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise(tmp_path, run):
-    net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4))        # v = 0: p_0 is p_1
-    checkpoint.save(tmp_path / "zero.pt", net, voxel_size=1.5, box=16, mean=0.04, std=0.09)
+def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise():
+    prior = prior_of(HDiT(SMALL_HDIT).eval(), 16)  # v = 0: p_0 is p_1
     truth = molecule((16, 20, 16))
-    source = write_mrc(tmp_path / "in.mrc", 7 * truth)                          # its scale does not matter
-    run("--task", "likelihood", source, "--ckpt", tmp_path / "zero.pt")
-    report, out = json.loads((tmp_path / "in_likelihood.json").read_text()), values(tmp_path / "in_likelihood.mrc")
+    map = mrc.Map(7 * truth, 1.5)  # its scale does not matter
+    result = log_likelihood(map, prior, LikelihoodSettings())
     x = volume.normalise(truth, 0.04, 0.09)[0].double()
-    log_p = lambda x: float(-0.5 * x.square().sum()) - x.numel() * (0.5 * math.log(2 * math.pi) + math.log(0.09))
     padded = torch.full((16, 32, 16), -0.04 / 0.09).double()
     padded[:, :20] = x
-    assert report["nats"] == pytest.approx(log_p(padded), rel=1e-5) and report["standard_error"] == 0
-    assert out.shape == truth.shape and out[:, :16].unique().tolist() == pytest.approx([log_p(padded[:, :16]) / 16 ** 3], rel=1e-5)
-    assert float(out[0, 17, 0]) == pytest.approx(log_p(padded[:, 16:]) / 16 ** 3, rel=1e-5)
+
+    def log_p(x):
+        constant = 0.5 * math.log(2 * math.pi) + math.log(0.09)
+        return float(-0.5 * x.square().sum()) - x.numel() * constant
+
+    out, report = result.densities[""], result.report
+    assert report["nats"] == pytest.approx(log_p(padded), rel=1e-5)
+    assert report["standard_error"] == 0
+    assert out.shape == truth.shape
+    (first,) = out[:, :16].unique().tolist()
+    assert first == pytest.approx(log_p(padded[:, :16]) / 16**3, rel=1e-5)
+    assert float(out[0, 17, 0]) == pytest.approx(log_p(padded[:, 16:]) / 16**3, rel=1e-5)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (("--task", "denoise", "half1.mrc", "half1.mrc"), "half1.mrc: .*same map"),
-    (("--task", "denoise", "half1.mrc", "other.mrc"), "half1.mrc: .*other.mrc has .*one grid"),
-    (("--task", "denoise", "half1.mrc"), "wants two half maps, or one map with --noise-from-fsc or --snr; 1 given"),
-    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "short.csv"), "short.csv: 3 shells; a box of 16 needs shells 1 to 8"),
-    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "half1.mrc.txt"), "half1.mrc.txt: neither"),
-    (("--task", "denoise", "half1.mrc", "half2.mrc", "--method", "pocs"), "pocs is no answer to --task denoise"),
-    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "empty.csv"), "empty.csv: neither"),
-    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "half2.mrc"), "half2.mrc: neither"),
-    (("--task", "denoise", "half1.mrc", "--noise-from-fsc", "short.csv", "--snr", "1"), "--snr and --noise-from-fsc: give one"),
-    (("--task", "denoise", "half1.mrc", "noise.mrc"), "no signal: the FSC is below 0.05"),
-    (("--task", "denoise", "half1.mrc", "half2.mrc", "--orientations", "short.csv"), "--orientations: of --task anisotropic"),
-    (("--task", "anisotropic", "half1.mrc", "half2.mrc"), "anisotropic wants --tilt-range with --alpha, or --orientations"),
-    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--orientations", "half1.mrc.txt"), "half1.mrc.txt: neither a RELION star"),
-    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--orientations", "half2.mrc"), "half2.mrc: no text"),
-    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--orientations", "nan.txt"), "nan.txt: .*no numbers"),
-    (("--task", "anisotropic", "half1.mrc", "half2.mrc", "--tilt-range", "-45", "45", "--alpha", "0"), "--alpha 0: want a positive number"),
-    (("half1.mrc", "-o", "nowhere/a.mrc"), "nowhere: no such folder"), (("half1.mrc", "-o", "a.txt"), "a.txt: maps are written as .mrc"),
-    (("--task", "likelihood", "half1.mrc", "--voxel-size", "12"), "half1.mrc: voxels of 12 Å hold none of the detail"),
-    (("--task", "likelihood", "half1.mrc", "--mask", "half1.mrc"), "--mask: --task likelihood changes no map"),
-    (("--task", "generate", "--box", "0"), "--box 0: at least one"),
-    (("half1.mrc", "--mask", "other.mrc"), "other.mrc: .*20.* voxels, but half1.mrc has .*16"),
-    (("half1.mrc", "--mask", "half2.mrc"), "half2.mrc: a mask is 0 to 1"),
-    (("--task", "generate", "half1.mrc"), "wants no input; 1 given"), ((), "wants a map or more; 0 given")])
-def test_what_a_task_cannot_use_is_said_in_one_line_and_leaves_no_file(tmp_path, run, halves, monkeypatch, argv, message):
-    write_mrc(tmp_path / "other.mrc", molecule((20, 20, 20)))
-    write_mrc(tmp_path / "noise.mrc", random((16, 16, 16), 9))
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "nan.txt").write_text("0 90 nan\n")
-    (tmp_path / "short.csv").write_text("0.9\n0.5\n0.1\n")
-    (tmp_path / "half1.mrc.txt").write_text("not a number\n")
+# ---- Fine-tuned networks
+
+
+def clipped(x, percentile=99.999):
+    return x.clamp(0, float(np.percentile(x.numpy(), percentile)))
+
+
+@pytest.mark.parametrize("shape, axes", [((13, 10, 15), (2, 3, 1)), ((16, 12, 14), (1, 2, 3))])
+def test_sharpening_by_the_identity_clips_the_map_and_keeps_header_and_grey_scale(ask, shape, axes):
+    y = 50 * molecule(shape, (1.0,) * 3) + random(shape)
+    write_mrc("in.mrc", y, (1.0,) * 3, axes)
+    assert ask("sharpen in.mrc") == 0
+    assert close(values("in_sharpen.mrc"), clipped(y), 1e-6)
+    same_header("in.mrc", "in_sharpen.mrc")
+    ask("sharpen in.mrc --percentile 90 -o 90.mrc")
+    assert close(values("90.mrc"), clipped(y, 90), 1e-6)
+    report = report_of("in_sharpen")
+    found = [report[name] for name in ("stride", "fusion", "percentile", "box")]
+    assert found == [12, "gaussian", 99.999, list(shape)]
+
+
+def test_the_network_sees_its_own_voxel_size_and_values_from_0_to_1(ask):
+    y, net = 7 * molecule((12, 12, 12), (2.0,) * 3) - 0.5, Seen(lambda tiles: 1 - tiles)
+    for name, unit in (("in", 1), ("big", 1024)):  # a power of two: the same rounding everywhere
+        write_mrc(f"{name}.mrc", unit * y, (2.0,) * 3)
+        ask(f"sharpen {name}.mrc", net)
+    fine = clipped(fourier.resample(y, (24, 24, 24)))
+    top = float(fine.max())
+    corners = list(itertools.product((0, 12), repeat=3))
+    first, second = torch.cat(net.tiles)[:, 0].chunk(2)
+    assert torch.equal(first, second)
+    assert close(first, volume.cut_tiles(fine / top, corners, 12))
+    assert close(values("in_sharpen.mrc"), fourier.resample(top - fine, (12, 12, 12)))
+    assert torch.equal(values("big_sharpen.mrc"), 1024 * values("in_sharpen.mrc"))
+    assert mrc.read_map("in_sharpen.mrc").voxel_size == (2.0,) * 3
+
+
+@pytest.mark.parametrize(
+    "flags, stride, fusion", [("", 12, "gaussian"), ("--stride 5 --fusion mean", 5, "mean")]
+)
+def test_stride_and_fusion_are_those_of_the_flags(ask, flags, stride, fusion):
+    y = molecule((16, 13, 12), (1.0,) * 3)
+    write_mrc("in.mrc", y, (1.0,) * 3)
+    ask(f"sharpen in.mrc {flags}", Uneven())
+    y = clipped(y)
+    top = float(y.max())
+    assert close(values("in_sharpen.mrc"), top * dense(Uneven(), y / top, 12, stride, fusion))
+
+
+@pytest.mark.parametrize(
+    "voxel_size, side, networks", [(1.5, 16, 24), (2.0, 13, 26), (1.0, 13, 13), (0.5, 26, 13)]
+)
+def test_super_resolution_is_on_the_finer_of_the_two_grids(ask, voxel_size, side, networks):
+    y = molecule((side,) * 3, (voxel_size,) * 3)
+    write_mrc("in.mrc", y, (voxel_size,) * 3)
+    ask("superres in.mrc")
+    before, after = mrc.read_map("in.mrc"), mrc.read_map("in_superres.mrc")
+    finer = max(side, networks)
+    assert after.density.shape == (finer,) * 3
+    assert mrcfile.validate("in_superres.mrc")
+    assert after.voxel_size == pytest.approx([v * side / finer for v in before.voxel_size])
+    assert after.corner == pytest.approx(before.corner)
+    seen = clipped(fourier.resample(y, (networks,) * 3))
+    assert close(after.density, fourier.resample(seen, (finer,) * 3), 2e-6)
+    ask("sharpen in.mrc")
+    assert values("in_sharpen.mrc").shape == (side,) * 3
+
+
+def test_super_resolution_is_scored_on_the_grid_of_the_truth_and_masked_on_its_own(ask):
+    y, truth = molecule((12, 12, 12), (2.0,) * 3, 5.0), molecule((24, 24, 24), (1.0,) * 3)
+    write_mrc("in.mrc", y, (2.0,) * 3)
+    for voxel_size, wanted in ((1.0, truth), (2.0, fourier.resample(truth, (12,) * 3))):
+        write_mrc("truth.mrc", wanted, (voxel_size,) * 3)
+        ask("superres in.mrc --truth truth.mrc --overwrite")
+        report = report_of("in_superres")
+        assert report["truth_voxel_size"] == [voxel_size] * 3
+        assert report["voxel_size"] == [1.0] * 3
+        for name, x in (("restored", values("in_superres.mrc")), ("input", y)):
+            curve = fsc.fsc(fourier.resample(x, wanted.shape), wanted)
+            assert report["fsc"][name]["auc"] == pytest.approx(float(fsc.auc(curve)), abs=1e-5)
+    mask = torch.ones(12, 12, 12)
+    mask[0] = 0.5
+    write_mrc("mask.mrc", mask, (2.0,) * 3)
+    ask("superres in.mrc --mask mask.mrc --overwrite", Seen(torch.zeros_like))
+    soft = fourier.resample(mask, (24,) * 3).clamp(0, 1)
+    assert close(values("in_superres.mrc"), (1 - soft) * fourier.resample(y, (24,) * 3))
+
+
+@pytest.mark.parametrize("voxel_size, side", [(4.0, 16), (3.0, 16), (5.0, 14)])
+def test_the_network_fills_the_wedge_and_what_was_measured_stays(ask, voxel_size, side):
+    shape, size = (side,) * 3, (voxel_size,) * 3
+    truth, measured = molecule(shape, size, 10.0), wedge(shape, (-50, 60))
+    y = 9 * (filtered(truth, measured) + 0.05 * random(shape))  # noise in the wedge, too
+    write_mrc("in.mrc", y, size)
+    write_mrc("in_truth.mrc", truth, size)
+    net = Seen(lambda tiles: tiles.clamp(max=0.5))
+    ask("wedge in.mrc --tilt-range -50 60", net)
+
+    # The network sees the measured coefficients that both grids hold.
+    n = round(side * voxel_size / 4)
+    k = torch.fft.fftfreq(n) * n
+    held = k.abs() < side / 2 if side < n else k == k
+    known = wedge((n,) * 3, (-50, 60)) & held[:, None, None] & held[:, None] & held
+    shown = clipped(filtered(fourier.resample(y, (n,) * 3), known))
+    top = float(shown.max())
+    assert close(net.tiles[0][0, 0], volume.pad(shown / top, 12)[:12, :12, :12])
+    alone = fourier.resample(shown.clamp(max=0.5 * top), shape)
+    assert close(values("in_wedge_network.mrc"), alone)
+    x = fft(values("in_wedge.mrc"))
+    assert close(x[measured], fft(y)[measured])
+    if n == side:
+        assert close(x[~measured], fft(alone)[~measured])
+    assert list(report_of("in_wedge")["fsc"]) == ["input", "POCS", "restored", "network"]
+
+
+def test_detail_that_the_networks_grid_cannot_hold_comes_from_pocs(ask):
+    shape, size = (32, 32, 32), (2.0,) * 3  # Nyquist 4 Å; the network's 8 Å
+    measured = wedge(shape)
+    y = filtered(molecule(shape, size, 5.0), measured)
+    write_mrc("in.mrc", y, size)
+    ask("wedge in.mrc")
+    largest = torch.stack(torch.broadcast_tensors(*fourier.freq_grid(shape))).abs().amax(0)
+    beyond = ~measured & (largest > 0.25)
+    assert close(
+        fft(values("in_wedge.mrc"))[beyond], fft(posterior.pocs(y, measured))[beyond], 1e-3
+    )
+
+
+def save_scunet(task):
+    torch.manual_seed(0)
+    voxel_size = 4.0 if task == "wedge3d" else 1.0
+    net = SCUNet(SMALL_SCUNET)
+    checkpoint.save(f"{task}.pt", net, voxel_size=voxel_size, box=12, mean=0, std=1, task=task)
+
+
+@pytest.mark.parametrize(
+    "task, trained, name",
+    [
+        ("sharpen", "sharpen", "in_sharpen"),
+        ("superres", "superres", "in_superres"),
+        ("wedge --model scunet", "wedge3d", "in_wedge_network"),
+    ],
+)
+def test_a_map_of_one_tile_becomes_what_its_network_makes_of_it(
+    tmp_path, monkeypatch, task, trained, name
+):
     monkeypatch.chdir(tmp_path)
-    before = names(tmp_path)
-    with pytest.raises((ValueError, OSError), match=message) as caught:
-        run(*argv)
-    assert "\n" not in str(caught.value) and names(tmp_path) == before
+    monkeypatch.setenv("CRYO_BF16", "0")
+    save_scunet(trained)
+    network = checkpoint.load(f"{trained}.pt")
+    size = (network.voxel_size,) * 3
+    y = 3 * filtered(molecule((12, 12, 12), size, 3 * size[0]), wedge((12, 12, 12)))
+    write_mrc("in.mrc", y, size)
+    command = f"--task {task} --ckpt {trained}.pt --device cpu in.mrc"
+    assert sampling.main(command.split()) == 0
+    top = float(clipped(y).max())
+    assert close(values(f"{name}.mrc"), top * network.net(clipped(y)[None, None] / top)[0, 0])
+    report = report_of(name.removesuffix("_network"))
+    assert report["checkpoint_sha256"] == network.sha256
+    assert report["settings"]["model"] == "scunet"
+
+
+# ---- Files
+
+
+def test_quiet_prints_nothing_and_compressed_input_gives_the_same_map(small, run, capfd):
+    Path("packed.map.gz").write_bytes(gzip.compress(small.read_bytes()))
+    run("wedge in.mrc --quiet")
+    run("wedge packed.map.gz --quiet")
+    assert capfd.readouterr() == ("", "")
+    assert Path("in_wedge.mrc").read_bytes() == Path("packed_wedge.mrc").read_bytes()
+
+
+def test_one_bad_file_in_a_folder_is_named_and_counted_and_stops_nothing(small, run, capsys):
+    Path("bad.mrc").write_bytes(small.read_bytes()[:5000])
+    Path("notes.txt").write_text("not a map")
+    Path("out").mkdir()
+    write_mrc("other.mrc", -values(small).flip(0))
+    assert run("wedge . -o out --method pocs") == 1
+    maps = [name for name in names(Path("out")) if name.endswith(".mrc")]
+    assert maps == ["in_wedge.mrc", "other_wedge.mrc"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "bad.mrc" in line
+
+
+def test_a_folder_is_restored_from_its_inputs_alone(small, run):
+    write_mrc("in_truth.mrc", values(small))
+    for _ in range(2):  # the second time it holds results, too
+        run("wedge . --overwrite")
+    maps = [name for name in names(Path()) if name.endswith(".mrc")]
+    assert maps == ["in.mrc", "in_truth.mrc"] + [
+        f"in_wedge{end}.mrc" for end in ("", "_mean", "_std")
+    ]
+
+
+def test_existing_files_stay_without_overwrite_and_the_input_always(small, run):
+    original = small.read_bytes()
+    run("wedge in.mrc --method pocs")
+    first = Path("in_wedge.mrc").read_bytes()
+    with pytest.raises(OSError, match="in_wedge.mrc: exists.*--overwrite"):
+        run("wedge in.mrc")
+    assert Path("in_wedge.mrc").read_bytes() == first
+    run("wedge in.mrc --overwrite")
+    assert Path("in_wedge.mrc").read_bytes() != first
+    Path("in_wedge.mrc").unlink()
+    with pytest.raises(OSError, match="in_wedge_mean.mrc: exists"):  # files beside it count
+        run("wedge in.mrc")
+    assert "in_wedge.mrc" not in names(Path())
+    for name in ("in.mrc", "in_mean.mrc"):
+        write_mrc("in_mean.mrc", values(small))
+        with pytest.raises(OSError, match=f"{name}: is the input"):
+            run(f"wedge {name} -o in.mrc --overwrite")
+    assert small.read_bytes() == original
+
+
+def test_a_voxel_size_from_the_command_line_mends_a_header_without_one(small, run):
+    with mrcfile.open(small, "r+") as file:
+        file.header.cella = (0, 0, 0)
+    run("wedge in.mrc --voxel-size 1.5 --method pocs")
+    assert mrc.read_map("in_wedge.mrc").voxel_size == pytest.approx((1.5, 1.5, 1.5))
+
+
+# ---- The command line
+
+REFUSED = {
+    "wedge nope.mrc": "nope.mrc: no such file",
+    "wedge cut.mrc": "cut.mrc",
+    "wedge dark.mrc": "dark.mrc.*multiply",
+    "wedge in.mrc --tilt-range -60 90": "tilt range -60.* 90",
+    "wedge in.mrc --tilt-range 60 -60": "tilt range 60.* -60",
+    "wedge in.mrc --tilt-axis w": "tilt_axis is w; give x, y, z",
+    "wedge in.mrc --ckpt cut.mrc": "cut.mrc: not a checkpoint",
+    "wedge in.mrc --ckpt nope.pt": "nope.pt",
+    "wedge in.mrc --truth other.mrc": r"other.mrc: \(20, 20, 20\).* \(16, 16, 16\)",
+    "wedge in.mrc --truth nope.mrc": "nope.mrc: no such file",
+    "wedge in.mrc --mask other.mrc": r"other.mrc: \(20, 20, 20\).* \(16, 16, 16\)",
+    "wedge in.mrc --mask half2.mrc": "half2.mrc: .*a mask is 0 to 1",
+    "wedge in.mrc -o nope/out.mrc": "nope: no such folder",
+    "wedge in.mrc -o out.txt": "out.txt: maps are written as .mrc",
+    "wedge in.mrc half1.mrc -o out.mrc": "-o out.mrc: for 2 inputs",
+    "wedge empty": "empty: no map",
+    "wedge": "wants one map or more; 0 given",
+    "wedge in.mrc --steps 0": "steps is 0; give 1 or more",
+    "wedge in.mrc --samples 0": "samples is 0; give 1 or more",
+    "wedge in.mrc --noise nan": "noise is nan; give 0 or more",
+    "wedge in.mrc --voxel-size -1": "must be positive",
+    "wedge in.mrc --seed 5000000000": "seed is 5e[+]09; give 0 to",
+    "wedge in.mrc --device toaster": "--device toaster: no such device",
+    "wedge in.mrc --device cuda:99": "--device cuda:99: no such device",
+    "wedge in.mrc --method wiener": "method is wiener; give auto, prior, paper, pocs",
+    "wedge in.mrc --orientations angles.txt": "--orientations: --task wedge does not use it",
+    "wedge in.mrc --ckpt wedge3d.pt": "wedge3d.pt: holds a scunet network, this task needs hdit",
+    "wedge in.mrc --model scunet --ckpt superres.pt": "superres.pt: .*--task wedge needs wedge3d",
+    "wedge in.mrc --model scunet --tilt-axis x": "--tilt-axis: .*does not use it",
+    "wedge in.mrc --model scunet --method paper": "method is paper; give auto, network, pocs",
+    "denoise half1.mrc half1.mrc": "half1.mrc: .*same map",
+    "denoise half1.mrc other.mrc": "half1.mrc: .*other.mrc has .*one grid",
+    "denoise half1.mrc": "give two half maps, or one map with noise_from_fsc or snr",
+    "denoise half1.mrc half2.mrc --snr 1": "give two half maps, or one map with",
+    "denoise half1.mrc half2.mrc in.mrc": "wants two half maps, or one map .*; 3 given",
+    "denoise half1.mrc --noise-from-fsc short.csv": "short.csv: .* shells",
+    "denoise half1.mrc --noise-from-fsc empty.csv": "empty.csv",
+    "denoise half1.mrc --noise-from-fsc half2.mrc": "half2.mrc",
+    "denoise half1.mrc --noise-from-fsc short.csv --snr 1": "snr and noise_from_fsc: give one",
+    "denoise half1.mrc --snr 0": "snr is 0; give a positive number",
+    "denoise half1.mrc noise.mrc": "no signal: the FSC is below 0.05",
+    "denoise half1.mrc half2.mrc --tilt-range -60 60": "--tilt-range: --task denoise does not",
+    "anisotropic half1.mrc half2.mrc": "give tilt_range with alpha, or orientations",
+    "anisotropic half1.mrc half2.mrc --orientations half2.mrc": "half2.mrc",
+    "anisotropic half1.mrc half2.mrc --tilt-range -45 45 --alpha 0": "alpha is 0; give a positive",
+    "sharpen in.mrc --ckpt jepa.pt": "jepa.pt: trained for jepa, --task sharpen needs sharpen",
+    "sharpen in.mrc --ckpt superres.pt": "superres.pt: trained for superres",
+    "sharpen in.mrc --ckpt hdit.pt": "hdit.pt: holds a hdit network, this task needs scunet",
+    "sharpen in.mrc --model hdit": "--model hdit does not know --task sharpen",
+    "sharpen in.mrc --ckpt sharpen.pt --stride 13": "in.mrc: tiles of 12 voxels every 13",
+    "sharpen in.mrc --ckpt sharpen.pt --stride 0": "stride is 0; give 1 or more",
+    "sharpen in.mrc --percentile 0": "percentile is 0; give a number above 0",
+    "sharpen in.mrc --method pocs": "--method: --task sharpen does not use it",
+    "sharpen dark.mrc --ckpt sharpen.pt": "dark.mrc.*multiply",
+    "superres in.mrc --ckpt superres.pt --truth other.mrc": r"\(20, 20, 20\).* or \(24, 24, 24\)",
+    "generate --model scunet": "--model scunet does not know --task generate",
+    "generate --box 0": "box is 0; give 1 or more",
+    "generate --voxel-size 2": "--voxel-size: --task generate does not use it",
+    "generate in.mrc": "wants no input; 1 given",
+    "likelihood in.mrc --voxel-size 12": "in.mrc: voxels of 12 Å hold none of the detail",
+    "likelihood in.mrc --mask half1.mrc": "--mask: --task likelihood does not use it",
+    "likelihood in.mrc --truth half1.mrc": "--truth: --task likelihood does not use it",
+    "abinitio in.mrc": "in.mrc.* volume",
+    "abinitio in.mrc in.mrc": "wants one stack; 2 given",
+    "abinitio in.mrc --method pocs": "method is pocs; give prior, paper, classical",
+    "abinitio in.mrc --max-shift -1": "max_shift is -1; give 0 or more",
+    "abinitio in.mrc --mask in.mrc": "--mask: --task abinitio does not use it",
+}
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory, ckpt):
+    """A folder with maps and files that no task can use, beside good ones."""
+    folder = tmp_path_factory.mktemp("odd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for i, name in enumerate(("in", "half1", "half2")):
+            write_mrc(f"{name}.mrc", molecule(SHAPE) + 0.1 * random(SHAPE, i))
+        write_mrc("noise.mrc", random(SHAPE, 9))
+        write_mrc("other.mrc", molecule((20, 20, 20)))
+        write_mrc("dark.mrc", -molecule(SHAPE) - 1)
+        Path("cut.mrc").write_bytes(Path("in.mrc").read_bytes()[:-7])
+        Path("hdit.pt").write_bytes(ckpt.read_bytes())
+        Path("empty.csv").write_text("")
+        Path("short.csv").write_text("0.9\n0.5\n0.1\n")
+        Path("empty").mkdir()
+        for task in ("jepa", "sharpen", "superres", "wedge3d"):
+            save_scunet(task)
+        yield folder
+
+
+@pytest.mark.parametrize("command, message", REFUSED.items())
+def test_what_cannot_work_is_said_in_one_line_and_leaves_no_file(
+    odd_folder, monkeypatch, command, message
+):
+    monkeypatch.chdir(odd_folder)
+    task, *words = command.split()
+    before = names(odd_folder)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        sampling.main(["--task", task, "--device", "cpu", *words])
+    assert "\n" not in str(error.value)
+    assert names(odd_folder) == before
+
+
+def test_the_task_is_required(small, capsys):
+    with pytest.raises(SystemExit):
+        sampling.main([str(small)])
+    assert "required: --task" in capsys.readouterr().err
+
+
+def test_the_help_shows_every_flag_and_an_example_of_every_task(capsys):
+    with pytest.raises(SystemExit):
+        sampling.main(["--help"])
+    text = capsys.readouterr().out
+    for name, task in sampling.TASKS.items():
+        assert f"python sampling.py --task {name} {task.example}" in text
+        for flag in task.settings.__dataclass_fields__:
+            assert f"{sampling.flag_of(flag)} " in text
+
+
+def test_settings_in_a_notebook_are_checked_as_flags_are():
+    with pytest.raises(ValueError, match="alpha is -1; give a positive number"):
+        AnisotropicSettings(tilt_range=(-60, 60), alpha=-1)
 
 
 def test_an_error_ends_the_program_with_one_line_and_a_non_zero_status(tmp_path, ckpt):
-    command = [sys.executable, sampling.__file__, "nope.mrc", "--ckpt", ckpt]
+    command = [sys.executable, sampling.__file__, "--task", "wedge", "nope.mrc", "--ckpt", ckpt]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1
+    assert done.stdout == ""
     assert done.stderr.splitlines() == ["sampling.py: nope.mrc: no such file"]

@@ -1,0 +1,238 @@
+"""Settings of the tasks of sampling.py: each number with its default, its limits and its help.
+
+A field of a class is an argument of the task in a notebook, and a flag of the command:
+`WedgeSettings(tilt_range=(-50, 60))` is `--task wedge --tilt-range -50 60`. Fields that hold
+tensors (mask, noise_from_fsc, orientations) are names of files there, which the command reads.
+Lengths are in Å, angles in degrees.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+from torch import Tensor
+
+import abinitio
+import degrade
+import flow
+import fourier
+from mrc import Map
+from sliding_windows import WINDOWS
+
+
+class Limits(NamedTuple):
+    """The smallest and the largest value of a number, and the words for an error message."""
+
+    low: float
+    high: float
+    words: str
+
+
+# ulp(0) is the smallest number above 0; the largest float keeps infinity out.
+POSITIVE = Limits(math.ulp(0.0), sys.float_info.max, "a positive number")
+NOT_NEGATIVE = Limits(0, sys.float_info.max, "0 or more")
+ONE_OR_MORE = Limits(1, sys.float_info.max, "1 or more")
+
+
+def opt(default, help: str, limits: Limits | None = None, choices=(), **flag):
+    """A field with its default, help and limits; flag: more arguments of `add_argument`."""
+    # argparse converts what was typed to the type of the default.
+    if default is not None:
+        flag.setdefault("type", type(default))
+        help = f"{help} (default: {default})"
+    # The command and the checks below read these from the field.
+    flag["help"] = help
+    return field(default=default, metadata={"limits": limits, "choices": choices, "flag": flag})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a task. Raises ValueError for a value beyond its limits or choices."""
+
+    suffixes = ("",)  # of the maps that the task may return
+
+    def __post_init__(self):
+        # None means: not given. Comparisons with nan are false, so that nan is refused, too.
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            limits = setting.metadata["limits"]
+            choices = setting.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{setting.name} is {value}; give {', '.join(choices)}")
+            if limits and value is not None and not limits.low <= value <= limits.high:
+                raise ValueError(f"{setting.name} is {value:g}; give {limits.words}")
+
+
+@dataclass(frozen=True)
+class SeedSettings(Settings):
+    seed: int = opt(0, "of all random numbers", Limits(0, 2**32 - 1, "0 to 2^32 - 1"))
+
+
+@dataclass(frozen=True)
+class SampleSettings(SeedSettings):
+    samples: int = opt(4, "samples; their mean is the result, their spread _std.mrc", ONE_OR_MORE)
+    # The default depends on the method, posterior.py.
+    steps: int | None = opt(
+        None, "of the sampler (default: 20; method paper 200; generate 50)", ONE_OR_MORE, type=int
+    )
+
+
+@dataclass(frozen=True)
+class MaskSettings(Settings):
+    mask: Tensor | None = opt(
+        None, "0 to 1: where to change the map; elsewhere the input is kept", metavar="MAP"
+    )
+
+    def inside_mask(self, x: Tensor, before: Tensor | float) -> Tensor:
+        """x (D, H, W) where the mask is 1, `before` where it is 0."""
+        # The mask may lie on another grid than the result, which superres refines.
+        if self.mask is None:
+            return x
+        mask = fourier.resample(self.mask, x.shape).clamp(0, 1)
+        return mask * x + (1 - mask) * before
+
+
+@dataclass(frozen=True)
+class TiltSettings(MaskSettings):
+    tilt_axis = "y"
+    tilt_range: tuple[float, float] | None = opt(
+        (-60, 60), "degrees", type=float, nargs=2, metavar=("MIN", "MAX")
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Raises ValueError for a wrong range now, not after the maps were read.
+        if self.tilt_range is not None:
+            degrade.wedge_mask((4, 4, 4), self.tilt_range, self.tilt_axis)
+
+    def measured(self, map: Map) -> Tensor:
+        """m of posterior.py (1) on the grid of a map: boolean (D, H, W), `fftfreq` layout."""
+        # Only what has a mirror image counts, so that the operator is a projection.
+        shape, voxel_size = map.density.shape, map.voxel_size
+        mask = degrade.wedge_mask(shape, self.tilt_range, self.tilt_axis, voxel_size=voxel_size)
+        return fourier.hermitian_part(mask)
+
+
+# Flags that several tasks share word by word.
+AXIS = opt("y", "of tilting; the beam is along z (for axis z: along x)", choices=("x", "y", "z"))
+METHOD = (
+    "prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise), "
+    "classical (abinitio): no network; auto: prior, or no network where voxels are too coarse"
+)
+
+
+@dataclass(frozen=True)
+class WedgeSettings(SampleSettings, TiltSettings):
+    suffixes = ("", "_mean", "_std")
+    tilt_axis: str = AXIS
+    method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))
+    # Of the map as it is given, on its own grid.
+    noise: float | None = opt(
+        None,
+        "standard deviation of the noise as a fraction of the map's 99.999 percentile "
+        "(default: estimated)",
+        Limits(0, 10, "0 or more, as a fraction of the map's maximum"),
+        type=float,
+    )
+
+
+@dataclass(frozen=True)
+class DenoiseSettings(SampleSettings, MaskSettings):
+    suffixes = ("", "_half1", "_half2", "_std")
+    method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "wiener"))
+    # The noise of two half maps is estimated from them. That of one map must be given.
+    noise_from_fsc: Tensor | None = opt(
+        None, "FSC of the halves of one map, a .csv of fsc.py", metavar="FSC"
+    )
+    snr: float | None = opt(
+        None, "of one map: signal over noise power in every shell", POSITIVE, type=float
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.snr is not None and self.noise_from_fsc is not None:
+            raise ValueError("snr and noise_from_fsc: give one of them")
+
+    @property
+    def describes_one_map(self) -> bool:
+        return self.snr is not None or self.noise_from_fsc is not None
+
+    def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
+        """Noise power per shell -> per coefficient (D, H, W) of a map."""
+        return degrade.expand_shells(power, map.density.shape)
+
+
+@dataclass(frozen=True)
+class AnisotropicSettings(DenoiseSettings, TiltSettings):
+    tilt_range: tuple[float, float] | None = opt(None, "", type=float, nargs=2)
+    tilt_axis: str = AXIS
+    # Section 5.2 uses 50.
+    alpha: float = opt(50.0, "noise power outside of the tilt range over inside", POSITIVE)
+    orientations: Tensor | None = opt(
+        None, "of the particles: a .star file, or lines of rot tilt psi", metavar="FILE"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tilt_range is None and self.orientations is None:
+            raise ValueError("give tilt_range with alpha, or orientations")
+
+    def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
+        """Noise power per shell -> per coefficient (D, H, W) of a map, by direction."""
+        # alpha is the relative noise power of each coefficient, degrade.py (6).
+        if self.orientations is not None:
+            alpha = degrade.orientation_alpha(self.orientations, map.density.shape)
+        else:
+            alpha = 1 + (self.alpha - 1) * ~self.measured(map)
+        return degrade.anisotropic_noise_power(power, alpha)
+
+
+@dataclass(frozen=True)
+class NetworkSettings(MaskSettings):
+    # Appendix G.4 compares strides and fusions; D.1 gives the percentile.
+    stride: int = opt(12, "voxels from tile to tile", ONE_OR_MORE)
+    fusion: str = opt("gaussian", "weights of overlapping tiles", choices=tuple(WINDOWS))
+    percentile: float = opt(
+        99.999,
+        "densities are clipped to 0 and this percentile, and divided by it",
+        Limits(math.ulp(0.0), 100, "a number above 0, at most 100"),
+    )
+
+
+@dataclass(frozen=True)
+class NetworkWedgeSettings(NetworkSettings, TiltSettings):
+    suffixes = ("", "_network")
+    # The networks learnt wedges about y alone, so that there is no tilt_axis to set.
+    method: str = opt("auto", METHOD, choices=("auto", "network", "pocs"))
+
+
+@dataclass(frozen=True)
+class GenerateSettings(SampleSettings):
+    box: int | None = opt(None, "voxels per side (default: the prior's)", ONE_OR_MORE, type=int)
+    # Steps of different order: flow.SOLVERS.
+    solver: str = opt("heun", "of the flow's ODE", choices=tuple(flow.SOLVERS))
+
+    @property
+    def suffixes(self) -> list[str]:
+        # OUT.mrc, OUT_2.mrc, OUT_3.mrc, ...
+        return ["", *(f"_{i + 1}" for i in range(1, self.samples))]
+
+
+@dataclass(frozen=True)
+class AbInitioSettings(SampleSettings):
+    suffixes = ("", "_std")
+    method: str = opt("prior", METHOD, choices=("prior", "paper", "classical"))
+    # In Å, whatever the size of the pixels.
+    max_shift: float = opt(6.0, "Å that particles may be off the images' centres", NOT_NEGATIVE)
+    # Rows differ in the terms of the loss, for synthetic and real images.
+    losses: str = opt(
+        "10345", "of method paper: a row of the paper's Table 6", choices=tuple(abinitio.TABLE_6)
+    )
+
+
+@dataclass(frozen=True)
+class LikelihoodSettings(SeedSettings):
+    # More probes give a smaller standard error. The tolerance is per voxel.
+    probes: int = opt(4, "random vectors of Hutchinson's estimator", ONE_OR_MORE)
+    tolerance: float = opt(1e-3, "of the ODE, relative and absolute", POSITIVE)

@@ -1,0 +1,437 @@
+"""The tasks: each a plain function of maps, a network and settings that returns a Result.
+
+    map = mrc.read_map("in.mrc")
+    prior = checkpoint.load("weights/hdit_tiny.pt")
+    result = restore_wedge(map, prior, WedgeSettings(tilt_range=(-50, 60)))
+    mrc.write_map("out.mrc", result.maps[""])
+
+With the flow prior a task settles grid, grey scale and noise in an Observation (posterior.py),
+draws samples of it, and goes back to the map's grid. The mean of the samples is the result, because
+FSC rewards the mean of the posterior. Their spread says where not to trust it. CryoLVM's fine-tuned
+networks are asked once, by sliding windows. `say` prints a line, report.silent prints nothing.
+
+CryoFM: arXiv:2410.08631, sections 5.1-5.4, appendices B.2, D and E. CryoLVM: sections 4.2-4.4.
+Departure 1: where voxels are much coarser than the network's, "auto" takes the classical answer.
+Departure 2: CryoLVM's D.2 normalises the fused map and does not say by what. We undo D.1, so that
+the result has the input's grey scale. For the wedge we also put the measured coefficients back,
+which the paper does not do. The map "_network" is without.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+import abinitio
+import fourier
+import fsc
+import mrc
+import posterior
+import volume
+from checkpoint import Prior
+from mrc import Map
+from posterior import Moments, Observation
+from report import Progress, Result, say_work
+from sampling_settings import (
+    AbInitioSettings,
+    DenoiseSettings,
+    NetworkSettings,
+    NetworkWedgeSettings,
+    SampleSettings,
+    TiltSettings,
+    WedgeSettings,
+)
+from sliding_windows import sliding_windows
+
+# ---- Missing wedge (CryoFM 5.2, CryoLVM 4.4)
+
+
+def restore_wedge(
+    map: Map, prior: Prior, settings: WedgeSettings = WedgeSettings(), say=print
+) -> Result:
+    """Fill in what a limited tilt range left out.
+
+    The result "" keeps every measured coefficient. "_mean" is the posterior mean, where measured
+    coefficients lose their noise too. "_std" is the spread of the samples.
+    """
+    # The classical answer first: it is shown beside the result, and may be all that makes sense.
+    y = map.density
+    measured = settings.measured(map)
+    answer = classical_wedge(map, measured, settings)
+    method = choose_method(map, prior, settings.method, "POCS", say)
+    if method == "pocs":
+        return answer
+
+    # Settle grid, grey scale and noise.
+    observation, noise = observe_wedge(map, prior, settings)
+    sampler = posterior.WEDGE[method] | steps_of(settings)
+    steps = sampler["steps"]
+    estimated = settings.noise is None
+    words = f"noise {noise:.3f} of the map's maximum" + (" (estimated)" if estimated else "")
+    say_work(prior, observation.y.shape, settings.samples, steps, words, say)
+
+    # Draw samples of the posterior.
+    moments = Moments()
+    tick = Progress(settings.samples * steps, say)
+    draw(prior, observation, sampler, settings.samples, settings.seed, tick, moments)
+
+    # Go back to the grid of the map.
+    mean = posterior.with_fine_detail(moments.mean, answer.shown["POCS"])
+    restored = settings.inside_mask(fourier.put_back(mean, y, measured), y)
+    mean = settings.inside_mask(mean, y)
+    densities = {"": restored, "_mean": mean}
+
+    # One sample has no spread.
+    if settings.samples > 1:
+        std = fourier.resample(moments.std(), y.shape).clamp(min=0)
+        densities["_std"] = settings.inside_mask(std, 0)
+    facts = {
+        "method": method,
+        "noise": noise,
+        "noise_estimated": estimated,
+        "steps": steps,
+        "box": list(observation.y.shape),
+    }
+    shown = answer.shown | {"restored": restored, "posterior mean": mean}
+    return replace(answer, densities=densities, shown=shown, report=facts)
+
+
+def classical_wedge(map: Map, measured: Tensor, settings: TiltSettings) -> Result:
+    """The answer of POCS. Raises ValueError where protein is dark."""
+    y = map.density
+    volume.normalise(y, 0, 1)  # raises for dark protein
+    classical = posterior.pocs(y, measured)
+    restored = settings.inside_mask(classical, y)
+    return Result(
+        grid=map,
+        densities={"": restored},
+        shown={"input": y, "POCS": classical, "restored": restored},
+        report={"method": "pocs"},
+        region=~measured,
+        across="zyx".index(settings.tilt_axis),
+    )
+
+
+def choose_method(map: Map, prior: Prior, method: str, classical: str, say=print) -> str:
+    """The method, where "auto" is the prior, or the classical one for far too coarse voxels."""
+    voxel_size = max(map.voxel_size)
+    if method != "auto":
+        return method
+    if voxel_size <= 2 * prior.voxel_size:
+        return "prior"
+    # Departure 1
+    say(
+        f"voxels of {voxel_size:g} Å hold no detail that this network ({prior.voxel_size:g} Å) "
+        f"knows: {classical} instead; name a --method to use it all the same"
+    )
+    return classical.lower()
+
+
+def on_network_grid(map: Map, prior: Prior, settings: TiltSettings) -> tuple[Map, Tensor]:
+    """The map at the network's voxel size, and which of its coefficients were measured."""
+    work = mrc.resample_map(map, prior.voxel_size)
+    # A finer grid has coefficients that the map never had.
+    held = fourier.below_nyquist(work.density.shape, map.density.shape)
+    return work, settings.measured(work) & held
+
+
+def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Observation, float]:
+    """The observation of a map with a missing wedge; its noise as a fraction of the maximum."""
+    # The prior lives on its own grid.
+    y = map.density
+    work, measured = on_network_grid(map, prior, settings)
+    maximum = volume.normalise(y, 0, 1)[1].maximum
+
+    # White noise has one power per coefficient, so that its standard deviation goes with the root
+    # of their number. It is estimated on the coarser grid, which has corners beyond Nyquist.
+    gain = math.sqrt(work.density.numel() / y.numel())
+    if settings.noise is not None:
+        noise = settings.noise
+    elif gain <= 1:
+        noise = posterior.estimate_noise(work.density, measured) / gain / maximum
+    else:
+        noise = posterior.estimate_noise(y, settings.measured(map)) / maximum
+
+    # Algorithm 2 as printed knows no noise.
+    sigma = 0.0 if settings.method == "paper" else noise * maximum * gain
+    start = posterior.pocs(work.density, measured)
+    return posterior.observe(prior, work.density, measured, sigma, start), noise
+
+
+def steps_of(settings: SampleSettings) -> dict[str, int]:
+    return {"steps": settings.steps} if settings.steps else {}
+
+
+def draw(prior, observation, sampler, samples: int, seed: int, tick, *moments: Moments) -> None:
+    """Add samples of the posterior to all moments."""
+    for sample in posterior.draw_samples(
+        prior, observation, sampler, samples=samples, seed=seed, tick=tick
+    ):
+        for moment in moments:
+            moment.add(sample)
+
+
+def fill_wedge(
+    map: Map, network: Prior, settings: NetworkWedgeSettings = NetworkWedgeSettings(), say=print
+) -> Result:
+    """Fill in the missing wedge with CryoLVM's fine-tuned network.
+
+    The result "" keeps every measured coefficient. "_network" is what the network made of the map.
+    """
+    # The classical answer, as for the prior.
+    y = map.density
+    measured = settings.measured(map)
+    answer = classical_wedge(map, measured, settings)
+    if choose_method(map, network, settings.method, "POCS", say) == "pocs":
+        return answer
+
+    # It was trained on maps that hold nothing in the wedge.
+    work, known = on_network_grid(map, network, settings)
+    seen = fourier.put_back(torch.zeros_like(work.density), work.density, known)
+    found, facts = ask_network(seen, network, settings, say)
+
+    # Departure 2
+    restored = posterior.with_fine_detail(found, answer.shown["POCS"])
+    restored = settings.inside_mask(fourier.put_back(restored, y, measured), y)
+    alone = settings.inside_mask(fourier.resample(found, y.shape), y)
+    shown = answer.shown | {"restored": restored, "network": alone}
+    densities = {"": restored, "_network": alone}
+    return replace(answer, densities=densities, shown=shown, report=facts)
+
+
+# ---- Noise (CryoFM 5.1, 5.2)
+
+
+def restore_half_maps(
+    half_map_1: Map,
+    half_map_2: Map | None,
+    prior: Prior,
+    settings: DenoiseSettings = DenoiseSettings(),
+    say=print,
+) -> Result:
+    """Take the noise out of two half maps, or out of one map whose noise the settings describe.
+
+    Each half is restored by itself with its own seeds, so that their FSC stays fair. The result ""
+    is the mean of "_half1" and "_half2". "_std" is the spread of all samples of both.
+    Raises ValueError if the half maps do not share one grid, or hold no signal.
+    """
+    # Noise and signal, from the difference between the halves.
+    halves = [half_map_1] if half_map_2 is None else [half_map_1, half_map_2]
+    powers, signal, curve = noise_of_half_maps(halves, settings)
+
+    # The classical answer is the Wiener filter of the average, which has less noise.
+    average = torch.stack([half.density for half in halves]).mean(0)
+    noise = torch.stack(powers).sum(0) / len(powers) ** 2
+    classical = posterior.wiener(average, settings.noise_on_grid(noise, half_map_1), signal)
+    positive = classical.clamp(min=0)
+    name = "average" if half_map_2 else "input"
+    shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
+    method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
+    resolution = resolution_of(curve, half_map_1)
+    facts = {"method": method, "fsc_of_halves": curve.tolist(), "resolution_0143": resolution}
+    if method == "wiener":
+        restored = settings.inside_mask(positive, average)
+        return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
+
+    # Say how much work is ahead.
+    sampler = posterior.DENOISE[method] | steps_of(settings)
+    steps = sampler["steps"]
+    count = settings.samples * len(halves)
+    box = mrc.resample_map(half_map_1, prior.voxel_size).density.shape
+    facts |= {"steps": steps, "box": list(box)}
+    say_work(prior, box, count, steps, f"FSC 0.143 at {resolution:.2f} Å", say)
+
+    # Restore each half by itself.
+    tick = Progress(count * steps, say)
+    pooled = Moments()
+    restored_halves = []
+    for i, (half, power) in enumerate(zip(halves, powers)):
+        observation = observe_half_map(half, power, signal, prior, settings)
+        seed = settings.seed + (i << 32)
+        moments = Moments()
+        draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
+        filtered = posterior.wiener(half.density, settings.noise_on_grid(power, half), signal)
+        restored_halves.append(posterior.with_fine_detail(moments.mean, filtered))
+
+    # The result is the mean of both.
+    restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)
+    densities = {"": restored}
+    if half_map_2:
+        # Not a gold standard: the halves share the prior, and what it adds to both correlates.
+        curve = fsc.fsc(*restored_halves, convention="cryofm")[1:]
+        facts["fsc_of_restored_halves"] = curve.tolist()
+        for i, half in enumerate(halves):
+            x = settings.inside_mask(restored_halves[i], half.density)
+            densities[f"_half{i + 1}"] = x
+    if pooled.count > 1:
+        std = fourier.resample(pooled.std(), average.shape).clamp(min=0)
+        densities["_std"] = settings.inside_mask(std, 0)
+    return Result(half_map_1, densities, shown | {"restored": restored}, facts)
+
+
+def noise_of_half_maps(
+    halves: list[Map], settings: DenoiseSettings
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`posterior.noise_and_signal` of half maps on one grid, or of one map by its settings."""
+    # Check that what was given is enough, and that the halves fit.
+    first, last = halves[0], halves[-1]
+    if settings.describes_one_map != (len(halves) == 1):
+        raise ValueError("give two half maps, or one map with noise_from_fsc or snr")
+    if first.density.shape != last.density.shape or not np.allclose(
+        first.voxel_size, last.voxel_size, rtol=1e-3
+    ):
+        raise ValueError(
+            f"{tuple(first.density.shape)} voxels of {first.voxel_size[2]:g} Å, but {last.path} "
+            f"has {tuple(last.density.shape)} of {last.voxel_size[2]:g} Å; give maps of one grid"
+        )
+    curve = None
+    if len(halves) == 1:
+        # A map that is the mean of two halves has twice their SNR, degrade.py (5).
+        snr = settings.snr or 2 / (1 / settings.noise_from_fsc - 1)
+        curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
+        curve = curve.expand(first.density.shape[-1] // 2)
+    return posterior.noise_and_signal([half.density for half in halves], curve)
+
+
+def resolution_of(curve: Tensor, map: Map) -> float:
+    """FSC_0.143 in Å of a curve over shells 1 .. W//2."""
+    # The curve begins with shell 1. Shell 0 is the mean, which halves share.
+    curve = torch.cat([curve.new_ones(1), curve])
+    return float(fsc.resolution(curve, map.voxel_size[2], box=map.density.shape[-1]))
+
+
+def observe_half_map(
+    half: Map, power: Tensor, signal: Tensor, prior: Prior, settings: DenoiseSettings
+) -> Observation:
+    """The observation of a half map with its noise power and its signal's, both per shell."""
+    work = mrc.resample_map(half, prior.voxel_size)
+    y = work.density
+
+    # Resampling keeps amplitudes per voxel, so |F y|^2 goes with the square of their number.
+    gain = (y.numel() / half.density.numel()) ** 2
+    noise = settings.noise_on_grid(power * gain, work)
+
+    # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
+    start = posterior.wiener(y, noise, signal * gain).clamp(min=0)
+    held = fourier.below_nyquist(y.shape, half.density.shape)
+    return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
+
+
+# ---- Fine-tuned networks (CryoLVM 4.2, 4.3)
+
+
+def sharpen(
+    map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
+) -> Result:
+    """Undo the falloff of high frequencies: one pass of the network."""
+    y = map.density
+    found, facts = ask_network(
+        mrc.resample_map(map, network.voxel_size).density, network, settings, say
+    )
+    restored = settings.inside_mask(fourier.resample(found, y.shape), y)
+    return Result(map, {"": restored}, {"input": y, "restored": restored}, facts)
+
+
+def super_resolve(
+    map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
+) -> Result:
+    """Find detail finer than the map's resolution, on a grid that can hold it."""
+    return sharpen(finer_grid(map, network), network, settings, say)
+
+
+def finer_grid(map: Map, network: Prior) -> Map:
+    """The map at its own voxel size or at the network's, whichever is finer."""
+    work = mrc.resample_map(map, network.voxel_size)
+    return work if work.density.numel() > map.density.numel() else map
+
+
+def ask_network(
+    density: Tensor, network: Prior, settings: NetworkSettings, say=print
+) -> tuple[Tensor, dict]:
+    """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
+    # What the network is shown goes from 0 to 1, as in appendix D.1.
+    x, scale = volume.normalise(density, network.mean, network.std, settings.percentile)
+    device = posterior.device_of(network)
+
+    def progress(calls):
+        tiles = sum(len(call) for call in calls)
+        say(f"{tiles} tile(s) of {network.box}^3 on {device}, {len(calls)} call(s) of the network")
+        tick = Progress(len(calls), say)
+        for call in calls:
+            yield call
+            tick()
+
+    found = sliding_windows(
+        network.net,
+        x.to(device),
+        network.box,
+        settings.stride,
+        settings.fusion,
+        progress=progress,
+    )
+    facts = {
+        "method": "network",
+        "stride": settings.stride,
+        "fusion": settings.fusion,
+        "percentile": settings.percentile,
+        "box": list(density.shape),
+    }
+    return volume.denormalise(found.cpu(), scale), facts
+
+
+# ---- Ab initio (CryoFM 5.4)
+
+
+def ab_initio(
+    stack: Map, prior: Prior, settings: AbInitioSettings = AbInitioSettings(), say=print
+) -> Result:
+    """A density from a stack of projections (P, N, N) of unknown pose, see abinitio.py."""
+    # The density is found at the prior's voxel size, on the CPU.
+    count, side, _ = stack.density.shape
+    voxel_size = stack.voxel_size[2]
+    n = box_of_stack(stack, prior)
+    method = settings.method
+    say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
+
+    # Only the network runs on the GPU.
+    device = posterior.device_of(prior)
+
+    def velocity(x: Tensor, t: float, generators: list[Generator]) -> Tensor:
+        return posterior.tiled_velocity(prior, x.to(device), t, generators).to(x.device)
+
+    # Without a prior there is one density, otherwise samples.
+    moments = Moments()
+    shown = {}
+    for name, x in abinitio.samples_of(
+        velocity,
+        prior,
+        fourier.resample(stack.density, (count, n, n)),
+        method,
+        samples=settings.samples,
+        seed=settings.seed,
+        max_shift=settings.max_shift / (side * voxel_size / n),
+        steps=settings.steps,
+        losses=settings.losses,
+        progress=lambda total, what: Progress(total, say, what),
+    ):
+        if name == "classical":
+            shown["classical"] = x
+        if name == method:
+            moments.add(x)
+    shown["restored"] = moments.mean
+    say("projections do not tell a density from its mirror image: if helices turn left, mirror it")
+
+    # Go back to the pixel size of the images.
+    cube = (side,) * 3
+    densities = {"": fourier.resample(moments.mean, cube)}
+    if moments.count > 1:
+        densities["_std"] = fourier.resample(moments.std(), cube)
+    facts = {"method": method, "projections": count, "box": [n] * 3}
+    return Result(Map(densities[""], voxel_size), densities, shown, facts)
+
+
+def box_of_stack(stack: Map, prior: Prior) -> int:
+    """Voxels per side of the prior's grid over the images of a stack."""
+    return max(24, round(stack.density.shape[1] * stack.voxel_size[2] / prior.voxel_size))
