@@ -75,17 +75,17 @@ def na3d(
     backend = choose_backend(backend, q)
     if backend == "reference":
         return reference(q, k, v, kernel, scale)
-    if kernel == list(grid):
+    if kernel == grid:
         return attend_to_all(q, k, v, None, scale)
     if backend == "tiled" and dtype == torch.float32 and hides_few_pairs(grid, kernel):
         # torch.compile cannot see through the cache.
         bias_of = whole_bias if torch.compiler.is_compiling() else cached_whole_bias
-        bias = bias_of(tuple(grid), tuple(kernel), dtype, q.device)
+        bias = bias_of(grid, kernel, dtype, q.device)
         return attend_to_all(q, k, v, bias, scale)
     return attention(q, k, v, kernel, scale, backend == "triton")[0]
 
 
-def clamp_kernel(kernel_size: int | Sequence[int], grid: Sequence[int]) -> list[int]:
+def clamp_kernel(kernel_size: int | Sequence[int], grid: Sequence[int]) -> tuple[int, ...]:
     """The kernel along z, y, x, at most as large as the grid. Raises ValueError if it is even."""
     sizes = (kernel_size,) * 3 if isinstance(kernel_size, int) else tuple(kernel_size)
     if len(sizes) != 3 or any(size < 1 or size % 2 == 0 for size in sizes):
@@ -93,11 +93,11 @@ def clamp_kernel(kernel_size: int | Sequence[int], grid: Sequence[int]) -> list[
             f"kernel_size is {kernel_size}; give one or three odd numbers, "
             "because a window has a centre"
         )
-    return [min(size, length) for size, length in zip(sizes, grid)]
+    return tuple(map(min, sizes, grid))
 
 
 def choose_backend(backend: str, q: Tensor) -> str:
-    """ "reference", "tiled" or "triton" for q. Raises ValueError if unknown or impossible."""
+    """What "auto" means for q. Raises ValueError for a backend that is unknown or cannot run."""
     if backend not in ("auto", "reference", "tiled", "triton"):
         raise ValueError(f'backend is "{backend}"; give "auto", "reference", "tiled" or "triton"')
     fits_triton = q.shape[5] <= 128 and q.dtype != torch.float64
@@ -208,10 +208,6 @@ class Group(NamedTuple):
     bias: Tensor  # (queries of a tile, its keys): 0 in the window, -inf outside
     masked: bool  # whether anything is outside
 
-    def score_count(self) -> int:
-        tile_count = math.prod(len(blocks.starts) for blocks in self.keys)
-        return self.bias.numel() * tile_count
-
 
 def axis_groups(length: int, k: int) -> list[tuple[Blocks, Blocks]]:
     """Cut one axis into tiles: groups as (queries, keys)."""
@@ -239,25 +235,18 @@ def axis_groups(length: int, k: int) -> list[tuple[Blocks, Blocks]]:
     return groups
 
 
-def split_blocks(blocks: Sequence[Blocks], axis: int) -> tuple[list[Blocks], list[Blocks]]:
-    """The first and the second half of the blocks along an axis."""
-    starts = blocks[axis].starts
-    half = len(starts) // 2
-    first, second = list(blocks), list(blocks)
-    first[axis] = blocks[axis]._replace(starts=starts[:half])
-    second[axis] = blocks[axis]._replace(starts=starts[half:])
-    return first, second
-
-
-def split_group(group: Group) -> list[Group]:
-    """Halve a group along its first axis that has several tiles, until its scores fit a chunk."""
-    several = [axis for axis in range(3) if len(group.keys[axis].starts) > 1]
-    if not several or group.score_count() <= CHUNK:
-        return [group]
+def split_group(axes: Sequence[tuple[Blocks, Blocks]], most: int) -> list:
+    """Halve a group along its first axis with several tiles, until a part has `most` or one."""
+    counts = [len(queries.starts) for queries, _ in axes]
+    if math.prod(counts) <= max(most, 1):
+        return [axes]
+    axis = next(axis for axis in range(3) if counts[axis] > 1)
+    half = counts[axis] // 2
     parts = []
-    halves = zip(split_blocks(group.queries, several[0]), split_blocks(group.keys, several[0]))
-    for queries, keys in halves:
-        parts += split_group(group._replace(queries=queries, keys=keys))
+    for tiles in (slice(half), slice(half, None)):
+        part = list(axes)
+        part[axis] = [Blocks(blocks.starts[tiles], blocks.length) for blocks in axes[axis]]
+        parts += split_group(part, most)
     return parts
 
 
@@ -267,19 +256,23 @@ def plan(
 ) -> tuple[list[Group], int]:
     """The groups that make up a grid, and for how many heads at once their scores fit a chunk."""
     groups = []
+    most_scores = 1
     for axes in itertools.product(*map(axis_groups, grid, kernel)):
-        queries, keys = zip(*axes)
-
         # All tiles of a group look alike, so the first one tells who sees whom.
         visible = [
-            visible_keys(length, k)[query_blocks.first(), key_blocks.first()]
-            for length, k, query_blocks, key_blocks in zip(grid, kernel, queries, keys)
+            visible_keys(length, k)[queries.first(), keys.first()]
+            for length, k, (queries, keys) in zip(grid, kernel, axes)
         ]
         inside = functools.reduce(torch.kron, visible)
         bias = make_bias(inside, dtype, device)
-        groups += split_group(Group(queries, keys, bias, not inside.all()))
-    most = max(group.score_count() for group in groups)
-    return groups, max(1, CHUNK // most)
+
+        # Large groups are cut, so that the scores of one head fit a chunk.
+        for part in split_group(axes, CHUNK // bias.numel()):
+            queries, keys = zip(*part)
+            groups.append(Group(queries, keys, bias, not inside.all()))
+            tile_count = math.prod(len(blocks.starts) for blocks in keys)
+            most_scores = max(most_scores, tile_count * bias.numel())
+    return groups, max(1, CHUNK // most_scores)
 
 
 # ---- Tiled: the computation ----
@@ -338,8 +331,10 @@ def probabilities(q: Tensor, k: Tensor, group: Group, scale: float) -> Tensor:
 def tiled(q: Tensor, k: Tensor, v: Tensor, kernel: Sequence[int], scale: float) -> Tensor:
     """(3) for all queries, a group of tiles at a time."""
     out = torch.empty_like(q)
-    groups, head_count = plan(tuple(q.shape[1:4]), tuple(kernel), q.dtype, q.device)
-    for q_part, k_part, v_part, out_part in head_parts(head_count, q, k, v, out):
+    groups, head_count = plan(q.shape[1:4], tuple(kernel), q.dtype, q.device)
+    for *parts, out_part in head_parts(head_count, q, k, v, out):
+        # Tiles overlap, so they are gathered faster from a contiguous copy.
+        q_part, k_part, v_part = (part.contiguous() for part in parts)
         for group in groups:
             q_tiles = gather_tiles(q_part, group.queries)
             k_tiles = gather_tiles(k_part, group.keys)
@@ -356,9 +351,10 @@ def tiled_backward(
     # delta and the sums over tiles are taken in float32 at least.
     wide = torch.promote_types(q.dtype, torch.float32)
     gradients = [torch.empty_like(x) for x in (q, k, v)]
-    groups, head_count = plan(tuple(q.shape[1:4]), tuple(kernel), q.dtype, q.device)
-    for part in head_parts(head_count, q, k, v, grad, out, *gradients):
-        q_part, k_part, v_part, g_part, out_part, dq_part, dk_part, dv_part = part
+    groups, head_count = plan(q.shape[1:4], tuple(kernel), q.dtype, q.device)
+    for parts in head_parts(head_count, q, k, v, grad, out, *gradients):
+        q_part, k_part, v_part, g_part = (part.contiguous() for part in parts[:4])
+        out_part, dq_part, dk_part, dv_part = parts[4:]
         delta = (g_part.to(wide) * out_part).sum(-1, keepdim=True).to(q.dtype)  # (5)
         dk_sum = torch.zeros_like(k_part, dtype=wide)
         dv_sum = torch.zeros_like(v_part, dtype=wide)
@@ -403,7 +399,7 @@ def attention(
     with torch.autocast(q.device.type, enabled=False):
         if not use_triton:
             return tiled(q, k, v, kernel, scale), q.new_empty(0)
-        by_query, _ = token_tables(tuple(q.shape[1:4]), tuple(kernel), q.device)
+        by_query, _ = token_tables(q.shape[1:4], tuple(kernel), q.device)
         return fused(q, k, v, scale, by_query)
 
 
@@ -424,7 +420,7 @@ def attention_backward(
     with torch.autocast(q.device.type, enabled=False):
         if not use_triton:
             return tuple(tiled_backward(grad, q, k, v, out, kernel, scale))
-        by_query, by_key = token_tables(tuple(q.shape[1:4]), tuple(kernel), q.device)
+        by_query, by_key = token_tables(q.shape[1:4], tuple(kernel), q.device)
         return fused_backward(grad, q, k, v, out, lse, scale, by_query, by_key)
 
 

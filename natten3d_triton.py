@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 try:
     import triton
@@ -38,66 +39,47 @@ TILE = 4  # tokens per axis in a tile
 # ---- Tables ----
 
 
-def axis_tables(pairs: Tensor, first_bit: int) -> tuple[Tensor, Tensor]:
-    """Tokens and their bits along one axis: rows (2, tiles, TILE) and columns (2, tiles, most).
-
-    pairs: (L, L) boolean, whether a row and a column are a pair. The TILE places in a tile have
-    the bits from number `first_bit` on. Rows outside the axis and padding have no bits.
-    """
-    length = len(pairs)
-    place_bits = 1 << (first_bit + torch.arange(TILE))
-
-    # Pad the rows to whole tiles. A column gets the bits of the rows in a tile that it pairs with.
-    tiles = F.pad(pairs, (0, 0, 0, -length % TILE)).unflatten(0, (-1, TILE))  # (tiles, TILE, L)
-    bits = (tiles * place_bits[:, None]).sum(1)  # (tiles, L)
-
-    # Keep the columns with bits, which the sort moves to the front.
-    most = (bits > 0).sum(1).max()
-    column = (bits == 0).int().sort(stable=True).indices[:, :most]
-    columns = torch.stack((column, bits.gather(1, column)))
-
-    row = torch.arange(len(tiles) * TILE).view(-1, TILE)
-    rows = torch.stack((row, place_bits * (row < length)))
-    return rows, columns
-
-
-def combine_axes(z: Tensor, y: Tensor, x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Tokens and bits (2, tiles, m) along z, y, x -> tokens and bits (all tiles, 2, all m).
-
-    A token that lacks the bits of some axis becomes -1 without bits.
-    """
-    # What follows makes (tiles z, tiles y, tiles x, m z, m y, m x) of these.
-    z_token, z_bits = z[:, :, None, None, :, None, None]
-    y_token, y_bits = y[:, None, :, None, None, :, None]
-    x_token, x_bits = x[:, None, None, :, None, None, :]
-    token = (z_token * grid[1] + y_token) * grid[2] + x_token
-    bits = z_bits | y_bits | x_bits
-
-    missing = (z_bits == 0) | (y_bits == 0) | (x_bits == 0)
-    token = token.masked_fill(missing, -1)
-    bits = bits.masked_fill(missing, 0)
-    return torch.stack((token, bits), 3).flatten(4).flatten(0, 2)
-
-
 def tables(pairs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """int32: row (tiles, 2, TILE^3), column (tiles, 2, most), columns (tiles,).
 
-    row and column hold tokens and their bits; a row outside the grid is -1. A tile has
+    row and column hold tokens and their bits. A row outside the grid is -1. A tile has
     columns[tile] columns, and padding after them.
-    pairs: (rows, columns) boolean, along z, y, x.
+    pairs: (rows, columns) boolean along z, y, x, whether a row and a column are a pair.
     """
-    grid = [len(axis) for axis in pairs]
-    axes = [axis_tables(axis, TILE * number) for number, axis in enumerate(pairs)]
-    rows, columns = zip(*axes)
-    row = combine_axes(*rows, grid)
-    column = combine_axes(*columns, grid)
+    D, H, W = (len(axis) for axis in pairs)
+    place_bits = 1 << torch.arange(3 * TILE).view(3, TILE)  # of the places along z, y, x
 
-    # Move the padding of every tile to the end and cut off what is padding in all tiles.
-    padding = column[:, 0] < 0
-    count = (~padding).sum(1)
-    order = padding.int().sort(stable=True).indices[:, None, : count.max()]
-    column = column.gather(2, order.expand(-1, 2, -1))
-    return [table.int().contiguous().to(device) for table in (row, column, count)]
+    # Cut the grid into tiles of rows.
+    row = torch.arange(D * H * W).view(D, H, W)
+    row = F.pad(row, (0, -W % TILE, 0, -H % TILE, 0, -D % TILE), value=-1)
+    for axis in range(3):
+        row = row.unfold(axis, TILE, TILE)
+    row = row.flatten(3).flatten(0, 2)  # (tiles, TILE^3)
+    z, y, x = place_bits
+    row_bits = (z[:, None, None] | y[:, None] | x).flatten() * (row >= 0)
+
+    # Along each axis a column gets the bits of all rows of a tile that it pairs with.
+    axis_bits = []
+    for axis_pairs, bits in zip(pairs, place_bits):
+        padded = F.pad(axis_pairs, (0, 0, 0, -len(axis_pairs) % TILE))
+        tiles = padded.unflatten(0, (-1, TILE))  # (tiles, TILE, L)
+        axis_bits.append((tiles * bits[:, None]).sum(1))  # (tiles, L)
+
+    # The columns of a tile are the tokens that have bits along all three axes.
+    column = []
+    column_bits = []
+    for z_bits, y_bits, x_bits in itertools.product(*axis_bits):
+        places = [bits.nonzero().squeeze(1) for bits in (z_bits, y_bits, x_bits)]
+        z, y, x = torch.meshgrid(*places, indexing="ij")
+        column.append(((z * H + y) * W + x).flatten())
+        column_bits.append((z_bits[z] | y_bits[y] | x_bits[x]).flatten())
+    columns = torch.tensor([len(tokens) for tokens in column])
+
+    row = torch.stack((row, row_bits), 1)
+    column = torch.stack(
+        [pad_sequence(part, batch_first=True) for part in (column, column_bits)], 1
+    )
+    return [table.int().contiguous().to(device) for table in (row, column, columns)]
 
 
 # ---- Kernels ----
