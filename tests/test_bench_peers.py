@@ -21,7 +21,7 @@ def test_useful_flops_are_the_products_of_the_plain_reference():
         forward = counter.get_total_flops()
         out.backward(problem.grad)
     assert problem.useful_flops("forward") == forward
-    # Plain autograd keeps the scores q k, which count a second time in a pass that recomputes them.
+    # Recomputing the scores q k, which plain autograd keeps, takes half a forward pass more.
     both = counter.get_total_flops() + forward / 2
     assert problem.useful_flops("forward+backward") == both
 
