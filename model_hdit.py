@@ -301,6 +301,7 @@ class HDiT(nn.Module):
         def level(depth: int, width: int, kernel_size: int | None) -> nn.ModuleList:
             return nn.ModuleList(Block(config, width, kernel_size) for _ in range(depth))
 
+        # From voxels to tokens.
         self.patch_in = Merge(config.patch_size, 1, config.widths[0])
 
         # The time conditioning (7).
@@ -317,6 +318,7 @@ class HDiT(nn.Module):
         self.splits = nn.ModuleList(Split(wider, wide) for wide, wider in width_pairs)
         self.up_levels = nn.ModuleList(level(depth, width, kernel) for depth, width in outer)
 
+        # From tokens back to voxels.
         self.out_norm = RMSNorm(config.widths[0])
         self.patch_out = PatchOut(config.patch_size, config.widths[0])
 

@@ -62,16 +62,19 @@ def na3d(
             f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
             "give three tensors of one shape (B, D, H, W, heads, head_dim)"
         )
+
+    # Fill in what was left open.
     grid = q.shape[1:4]
     kernel = clamp_kernel(kernel_size, grid)
     scale = q.shape[5] ** -0.5 if scale is None else float(scale)
 
-    # Bring all three to one dtype.
+    # Bring all three to one dtype: that of autocast, or else the widest.
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 
+    # Choose a way, and take it.
     backend = choose_backend(backend, q)
     if backend == "reference":
         return reference(q, k, v, kernel, scale)
@@ -140,6 +143,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, kernel: Sequence[int], scale: flo
         keys = k[:, *window].reshape(B, -1, n, d)  # (B, k^3, n, d)
         values = v[:, *window].reshape(B, -1, n, d)
 
+        # Take the softmax over the window, and with it the mean of the values.
         scores = scale * torch.einsum("bnd,bjnd->bnj", q[:, *query], keys)
         p = scores.softmax(-1)  # (2)
         out.append(torch.einsum("bnj,bjnd->bnd", p, values))  # (3)
@@ -161,12 +165,14 @@ def hides_few_pairs(grid: Sequence[int], kernel: Sequence[int]) -> bool:
 
 def make_bias(inside: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What to add to the scores: 0 where `inside` is True, else -inf."""
-    return torch.zeros(inside.shape, dtype=dtype).masked_fill_(~inside, -math.inf).to(device)
+    bias = torch.zeros(inside.shape, dtype=dtype)
+    return bias.masked_fill_(~inside, -math.inf).to(device)
 
 
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
 def whole_bias(grid: tuple, kernel: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(T, T), for attention over all pairs."""
+    # A query sees a key if it does so along all three axes.
     inside = functools.reduce(torch.kron, map(visible_keys, grid, kernel))
     return make_bias(inside, dtype, device)
 
@@ -237,11 +243,14 @@ def axis_groups(length: int, k: int) -> list[tuple[Blocks, Blocks]]:
 
 def split_group(axes: Sequence[tuple[Blocks, Blocks]], most: int) -> list:
     """Halve a group along its first axis with several tiles, until a part has `most` or one."""
+    # Count the tiles along every axis.
     counts = [len(queries.starts) for queries, _ in axes]
     if math.prod(counts) <= max(most, 1):
         return [axes]
     axis = next(axis for axis in range(3) if counts[axis] > 1)
     half = counts[axis] // 2
+
+    # Cut queries and keys alike, and the halves again if they are still too large.
     parts = []
     for tiles in (slice(half), slice(half, None)):
         part = list(axes)
@@ -281,6 +290,7 @@ def plan(
 def tile_view(x: Tensor, blocks: Sequence[Blocks]) -> Tensor:
     """x (n, D, H, W, d) -> a view (n, tiles z, y, x, tokens of a tile z, y, x, d)."""
     for axis, (starts, length) in enumerate(blocks, start=1):
+        # Cut out what the blocks cover, then make an axis of blocks and one of their tokens.
         covered = starts[-1] + length - starts[0]
         x = x.narrow(axis, starts[0], covered).unfold(axis, length, starts.step)
     return x.movedim(4, -1)
@@ -306,6 +316,8 @@ def add_tiles(x: Tensor, blocks: Sequence[Blocks], matrices: Tensor) -> None:
     """
     view = tile_view(x, blocks)
     matrices = matrices.view(view.shape)
+
+    # Two blocks overlap if the next one starts before this one ends.
     strides = [min(len(b.starts), math.ceil(b.length / b.starts.step)) for b in blocks]  # c
     for first in itertools.product(*map(range, strides)):
         apart = [slice(i, None, c) for i, c in zip(first, strides)]
@@ -355,11 +367,13 @@ def tiled_backward(
     for parts in head_parts(head_count, q, k, v, grad, out, *gradients):
         q_part, k_part, v_part, g_part = (part.contiguous() for part in parts[:4])
         out_part, dq_part, dk_part, dv_part = parts[4:]
-        delta = (g_part.to(wide) * out_part).sum(-1, keepdim=True).to(q.dtype)  # (5)
+        delta = (g_part.to(wide) * out_part).sum(-1, keepdim=True)  # (5)
+        delta = delta.to(q.dtype)
         dk_sum = torch.zeros_like(k_part, dtype=wide)
         dv_sum = torch.zeros_like(v_part, dtype=wide)
 
         for group in groups:
+            # Gather what the tiles of this group need.
             q_tiles = gather_tiles(q_part, group.queries)
             g_tiles = gather_tiles(g_part, group.queries)
             delta_tiles = gather_tiles(delta, group.queries)
@@ -372,6 +386,7 @@ def tiled_backward(
             ds = torch.bmm(g_tiles, v_tiles.mT).sub_(delta_tiles).mul_(p)  # (5)
             write_tiles(dq_part, group.queries, torch.bmm(ds, k_tiles).mul_(scale))  # (6)
             add_tiles(dk_sum, group.keys, torch.bmm(ds.mT, q_tiles))  # (6), scale follows
+        # The sums over tiles are complete.
         dk_part.copy_(dk_sum.mul_(scale))
         dv_part.copy_(dv_sum)
     return gradients

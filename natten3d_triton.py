@@ -73,6 +73,8 @@ def tables(pairs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         z, y, x = torch.meshgrid(*places, indexing="ij")
         column.append(((z * H + y) * W + x).flatten())
         column_bits.append((z_bits[z] | y_bits[y] | x_bits[x]).flatten())
+
+    # Pad the columns of all tiles to one length.
     columns = torch.tensor([len(tokens) for tokens in column])
 
     row = torch.stack((row, row_bits), 1)
@@ -85,6 +87,7 @@ def tables(pairs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 # ---- Kernels ----
 
 if triton is not None:
+    # Every kernel is compiled with each of these, and the fastest is kept.
     configs = [
         triton.Config({"N": N}, num_warps=warps, num_stages=stages)
         for N, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3))
@@ -231,6 +234,7 @@ if triton is not None:
         delta_i = tl.sum(g_i.to(tl.float32) * o_i.to(tl.float32), 1)  # (5)
         tl.store(delta + head * T + i, delta_i, mask=i >= 0)
 
+        # Go through the keys that the queries see.
         dq_i = tl.zeros([M, P], tl.float32)
         column += tile * 2 * most
         count = tl.load(columns + tile)
@@ -279,6 +283,7 @@ if triton is not None:
         k_j = load_vectors(k + offset, j, n, d, P)
         v_j = load_vectors(v + offset, j, n, d, P)
 
+        # Go through the queries that see the keys.
         dk_j = tl.zeros([M, P], tl.float32)
         dv_j = tl.zeros([M, P], tl.float32)
         column += tile * 2 * most
