@@ -193,6 +193,9 @@ def train_step(name: str, args) -> dict:
             optimizer.zero_grad(set_to_none=True)
         train_optim.update_average(ema, net, 1000, config)
 
+    # The first step compiles, which is not what we measure.
+    if compiled:
+        step()
     step_seconds = median_seconds(step, args.device, 6 * args.seconds, 5)
     flops = 6 * train_dry_run.multiply_adds(config.net, config.crop)
     return {
