@@ -1,27 +1,32 @@
 """The velocity network of CryoFM: a 3-D hourglass diffusion transformer (HDiT).
 
-A map is cut into patches of p^3 voxels, each one token. The outer levels see neighbours only (na3d), the innermost sees every
-token. Between levels 2x2x2 tokens are merged into one wider token, and split again on the way back up:
+A map is cut into patches of p^3 voxels, and each patch becomes one token. The outer levels attend
+to neighbouring tokens only (na3d), the innermost level to all tokens. Between two levels 2x2x2
+tokens are merged into one wider token, and split again on the way back up:
 
-    x  -> patch_in -> down_levels[0] -> merges[0] -> ... -> mid_level -> ... -> splits[0] -> up_levels[0] -> patch_out -> v
+    x -> patch_in -> down_levels[0] -> merges[0] -> ... -> mid_level
+                  -> ... -> splits[0] -> up_levels[0] -> out_norm -> patch_out -> v
 
-    x   <- x + Attn(AdaRMS(x, c));  x <- x + FF(AdaRMS(x, c))                                        (1)
-    AdaRMS(x, c) = x (1 + W c) / sqrt(mean x^2 + eps)                                                (2)
-    q^, k^ = sqrt(s_h) q / |q|, sqrt(s_h) k / |k|;  logits = q^ . k^ = s_h cos(q, k)                 (3)
-    RoPE: y1 = x1 cos a - x2 sin a,  y2 = x2 cos a + x1 sin a,  a = (z f, y f, x f)                  (4)
-    FF(x) = W_down (u * gelu(g)),  (u, g) = W_up x                                                   (5)
-    split: lerp(skip, W x, fac)                                                                      (6)
-    c = W_c [cos phi, sin phi],  phi = (2 pi 1000 t) w,  w ~ N(0, 1) fixed                           (7)
+    x <- x + Attn(AdaRMS(x, c)),  then  x <- x + FF(AdaRMS(x, c))                       (1)
+    AdaRMS(x, c) = x (1 + W c) / sqrt(mean x^2 + eps)                                   (2)
+    q^ = sqrt(s_h) q / |q|,  k^ = sqrt(s_h) k / |k|,  so q^ . k^ = s_h cos(q, k)        (3)
+    RoPE: y1 = x1 cos a - x2 sin a,  y2 = x2 cos a + x1 sin a,  a = (z f, y f, x f)     (4)
+    FF(x) = W_down (u * gelu(g)),  (u, g) = W_up x                                      (5)
+    split: lerp(skip, W x, fac)                                                         (6)
+    c = W_c [cos phi, sin phi],  phi = (2 pi 1000 t) w,  w ~ N(0, 1), fixed             (7)
 
-CryoFM (arXiv:2410.08631) section 4.2, Tables 4 and 7; Crowson et al. 2024 (HDiT) for (1)-(6). Names of parameters and buffers
-are those of the public weights, which load with strict=True.
+CryoFM (arXiv:2410.08631) section 4.2, Tables 4 and 7. (1)-(6) are from Crowson et al. 2024 (HDiT).
+Parameters and buffers have the names of the public weights, which load with strict=True.
 
-Departure 1: (7) is computed in float32 whatever the autocast dtype. The authors' code computes phi in half precision under
-autocast, where it loses all meaning for t > 0.2; `time_phase` = "float16" or "bfloat16" reproduces that for their weights.
-Departure 2: kernels larger than the token grid are clamped to it (NATTEN refuses them), so any map size divisible by
-patch * 2^(levels - 1) works.
+Departure 1: (7) is computed in float32 whatever the autocast dtype. The authors' code computes phi
+in half precision under autocast, where phi means nothing for t > 0.2. With `time_phase` "float16"
+or "bfloat16" this code does the same, for the authors' weights.
+Departure 2: a kernel larger than the token grid is clamped to it (NATTEN refuses it), so any map
+size works that is divisible by patch_size * 2^(levels - 1).
 """
+
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,28 +36,33 @@ from torch.utils.checkpoint import checkpoint
 
 from natten3d import na3d
 
-EPS = 1e-6                       # in (2), (3) and the final norm, as in the authors' release
+EPS = 1e-6  # in (2), (3) and the last norm, as in the authors' release
 
 
 @dataclass(frozen=True)
 class HDiTConfig:
-    """Sizes of the network; the defaults are CryoFM-S."""
+    """Sizes of the network. The defaults are CryoFM-S."""
+
     patch_size: int = 4
-    depths: tuple[int, ...] = (4, 8)         # blocks per level, outer to inner; outer levels run twice (down and up)
+    depths: tuple[int, ...] = (4, 8)  # blocks per level, outer to inner; outer levels run twice
     widths: tuple[int, ...] = (768, 1536)
     d_head: int = 64
-    kernel_size: int = 7                     # of the neighbourhood attention, in tokens
-    mapping_width: int = 256                 # of the time conditioning c
+    kernel_size: int = 7  # of the neighbourhood attention, in tokens
+    mapping_width: int = 256  # of the time conditioning c
     ff_mult: int = 3
-    time_phase: str = "float32"              # dtype of (7); other values only for the authors' weights
+    time_phase: str = "float32"  # dtype of (7); other values only for the authors' weights
 
     def __post_init__(self):
         if len(self.depths) != len(self.widths) or not self.depths:
-            raise ValueError(f"depths {self.depths} and widths {self.widths} need one entry per level")
+            raise ValueError(
+                f"depths {self.depths} and widths {self.widths} need one entry per level"
+            )
         if any(width % self.d_head for width in self.widths):
             raise ValueError(f"widths {self.widths} must be multiples of d_head {self.d_head}")
-        if self.d_head < 12 or self.mapping_width % 2:
-            raise ValueError(f"d_head {self.d_head} must be at least 12 and mapping_width {self.mapping_width} even")
+        if self.d_head < 12:
+            raise ValueError(f"d_head {self.d_head} must be at least 12, for one frequency in (4)")
+        if self.mapping_width % 2:
+            raise ValueError(f"mapping_width {self.mapping_width} must be even")
         if self.time_phase not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"time_phase {self.time_phase!r}: choose float32, float16 or bfloat16")
 
@@ -63,165 +73,209 @@ class HDiTConfig:
 
 
 PRESETS = {
-    "tiny": HDiTConfig(depths=(2, 4), widths=(128, 256)),                         # the shipped prior: 5.65 M
-    "s": HDiTConfig(),                                                            # Table 4, CryoFM-S: 64^3, 1.5 A
-    "l": HDiTConfig(depths=(2, 2, 12), widths=(320, 640, 1280)),                  # Table 4, CryoFM-L: 128^3, 3 A
-    "p2-d1": HDiTConfig(patch_size=2),                                            # Table 7 from here on
+    # The shipped prior, 5.65 M parameters.
+    "tiny": HDiTConfig(depths=(2, 4), widths=(128, 256)),
+    # Table 4: CryoFM-S for 64^3 voxels of 1.5 Å, CryoFM-L for 128^3 voxels of 3 Å.
+    "s": HDiTConfig(),
+    "l": HDiTConfig(depths=(2, 2, 12), widths=(320, 640, 1280)),
+    # Table 7: other patch sizes, and other numbers of levels.
+    "p2-d1": HDiTConfig(patch_size=2),
     "p8-d1": HDiTConfig(patch_size=8),
     "p4-d0": HDiTConfig(depths=(12,), widths=(1536,)),
     "p4-d2": HDiTConfig(depths=(2, 2, 8), widths=(384, 768, 1536)),
 }
 
 
-# Shape letters: B maps; D, H, W voxels or tokens along z, y, x; E channels of a token; n heads; d channels of a head.
+# Shape letters: B maps; D, H, W voxels or tokens along z, y, x; E channels of a token;
+# n heads; d channels of a head.
+
 
 def merge_patches(x: Tensor, p: int) -> Tensor:
     """(B, D p, H p, W p, E) -> (B, D, H, W, p^3 E): channels ordered (z, y, x, e), e fastest."""
     B, D, H, W, E = x.shape
-    x = x.view(B, D // p, p, H // p, p, W // p, p, E).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(B, D // p, H // p, W // p, p ** 3 * E)
+    x = x.view(B, D // p, p, H // p, p, W // p, p, E)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
 
 def split_patches(x: Tensor, p: int) -> Tensor:
     """The inverse of merge_patches."""
-    B, D, H, W, E = x.shape
-    x = x.view(B, D, H, W, p, p, p, E // p ** 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(B, D * p, H * p, W * p, E // p ** 3)
+    B, D, H, W, _ = x.shape
+    x = x.view(B, D, H, W, p, p, p, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(B, D * p, H * p, W * p, -1)
 
 
-def positions(shape: tuple[int, int, int], device) -> Tensor:
-    """Cell centres (D, H, W, 3) as (z, y, x); the longest side spans [-1, 1]."""
-    axes = [(2 * torch.arange(n, device=device, dtype=torch.float32) + 1 - n) / max(shape) for n in shape]
+def positions(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Cell centres (D, H, W, 3) as (z, y, x). The longest side spans [-1, 1]."""
+    # The centre of cell i of n is at (2 i + 1) / n - 1 on an axis that spans [-1, 1].
+    axes = []
+    for n in grid:
+        i = torch.arange(n, device=device, dtype=torch.float32)
+        axes.append((2 * i + 1 - n) / max(grid))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
 
+def rms_normalise(x: Tensor, scale: Tensor) -> Tensor:
+    """(2) with `scale` for 1 + W c, computed in float32."""
+    mean_square = x.float().square().mean(-1, keepdim=True)
+    return (x.float() * (scale * torch.rsqrt(mean_square + EPS))).to(x.dtype)
+
+
 class AdaRMSNorm(nn.Module):
-    """(2), in float32."""
+    """(2)."""
+
     def __init__(self, width: int, cond_width: int):
         super().__init__()
         self.linear = nn.Linear(cond_width, width, bias=False)
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        scale = 1 + self.linear(cond)[:, None, None, None].float()             # (B, 1, 1, 1, E)
-        square = x.float().square().mean(-1, keepdim=True)
-        return (x.float() * (scale * torch.rsqrt(square + EPS))).to(x.dtype)
+        scale = 1 + self.linear(cond)[:, None, None, None].float()  # (B, 1, 1, 1, E)
+        return rms_normalise(x, scale)
 
 
 class RMSNorm(nn.Module):
     """(2) with a learned scale instead of a condition: the last norm."""
+
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        square = x.float().square().mean(-1, keepdim=True)
-        return (x.float() * (self.scale * torch.rsqrt(square + EPS))).to(x.dtype)
+        return rms_normalise(x, self.scale)
 
 
 class AxialRoPE(nn.Module):
-    """(4): the first 6 nf channels of a head turn with the token's position, the others stay as they are."""
+    """(4): the first 6 nf channels of a head turn with the token's position, the others stay."""
+
     def __init__(self, d_head: int, n_heads: int):
         super().__init__()
-        n_freqs = d_head // 3 // 4                                             # nf per axis: 5 for d_head 64
-        log_freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n_heads * n_freqs + 1)[:-1]
-        self.register_buffer("freqs", log_freqs.exp().view(n_freqs, n_heads).T.contiguous())   # (n, nf)
+        n_freqs = d_head // 3 // 4  # nf per axis: 5 for d_head 64
+
+        # The frequencies of all heads together are spaced evenly in log f, from pi to 10 pi.
+        count = n_heads * n_freqs
+        log_freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), count + 1)[:-1]
+        freqs = log_freqs.exp().view(n_freqs, n_heads).T
+        self.register_buffer("freqs", freqs.contiguous())  # (n, nf)
 
     def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """pos (D, H, W, 3) -> cos and sin of (D, H, W, n, 3 nf), float32."""
-        angle = (pos[..., None, :, None] * self.freqs.float()[:, None, :]).flatten(-2)
+        """pos (D, H, W, 3) -> cos and sin of the angles (D, H, W, n, 3 nf), float32."""
+        # Every coordinate of a token times every frequency of a head.
+        angle = pos[..., None, :, None] * self.freqs.float()[:, None, :]  # (D, H, W, n, 3, nf)
+        angle = angle.flatten(-2)
         return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(4) on x (B, D, H, W, n, d)."""
     half = cos.shape[-1]
-    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    x1, x2, rest = x.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
 
+def set_length(x: Tensor, length: Tensor) -> Tensor:
+    """length x / |x|, in float32."""
+    square = x.float().square().sum(-1, keepdim=True)
+    return x.float() * (length * torch.rsqrt(square + EPS))
+
+
 class SelfAttention(nn.Module):
-    """(3) and (4); `kernel_size` None means global attention."""
+    """(3) and (4). A `kernel_size` of None means attention to all tokens."""
+
     def __init__(self, config: HDiTConfig, width: int, kernel_size: int | None):
         super().__init__()
-        self.n_heads, self.kernel_size = width // config.d_head, kernel_size
+        self.n_heads = width // config.d_head
+        self.kernel_size = kernel_size
         self.norm = AdaRMSNorm(width, config.mapping_width)
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        self.scale = nn.Parameter(torch.full((self.n_heads,), 10.0))           # s_h of (3)
+        self.scale = nn.Parameter(torch.full((self.n_heads,), 10.0))  # s_h of (3)
         self.pos_emb = AxialRoPE(config.d_head, self.n_heads)
         self.out_proj = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out_proj.weight)
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
-        B, D, H, W, E = x.shape
-        q, k, v = self.qkv_proj(self.norm(x, cond)).view(B, D, H, W, 3, self.n_heads, -1).unbind(4)
+        # Project the normalised tokens to queries, keys and values.
+        qkv = self.qkv_proj(self.norm(x, cond))
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(4)  # (B, D, H, W, n, d)
+
+        # Scale queries and keys, (3), and turn them by their positions, (4).
+        length = self.scale.sqrt()[:, None]
         cos, sin = self.pos_emb(pos)
-        root_scale = self.scale.sqrt()[:, None]
-        q, k = (rotate(u.float() * (root_scale * torch.rsqrt(u.float().square().sum(-1, keepdim=True) + EPS)), cos, sin)
-                .to(v.dtype) for u in (q, k))                                  # (3), then (4)
+        q = apply_rotary(set_length(q, length), cos, sin).to(v.dtype)
+        k = apply_rotary(set_length(k, length), cos, sin).to(v.dtype)
+
+        # Attend to the neighbours, or to all tokens. The scale of the logits is in q and k.
         if self.kernel_size is None:
-            q, k, v = (u.reshape(B, D * H * W, self.n_heads, -1).transpose(1, 2) for u in (q, k, v))
+            q, k, v = (u.flatten(1, 3).transpose(1, 2) for u in (q, k, v))  # (B, n, D H W, d)
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
         else:
             out = na3d(q, k, v, self.kernel_size, scale=1.0)
-        return self.out_proj(out.reshape(B, D, H, W, E))
+        return self.out_proj(out.reshape(x.shape))
 
 
 class FeedForward(nn.Module):
     """(5)."""
+
     def __init__(self, config: HDiTConfig, width: int):
         super().__init__()
+        hidden = config.ff_mult * width
         self.norm = AdaRMSNorm(width, config.mapping_width)
-        self.up_proj = nn.Linear(width, 2 * config.ff_mult * width, bias=False)
-        self.down_proj = nn.Linear(config.ff_mult * width, width, bias=False)
+        self.up_proj = nn.Linear(width, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        # One half of the hidden channels gates the other.
         u, g = self.up_proj(self.norm(x, cond)).chunk(2, dim=-1)
         return self.down_proj(u * F.gelu(g))
 
 
 class Block(nn.Module):
     """(1)."""
+
     def __init__(self, config: HDiTConfig, width: int, kernel_size: int | None):
         super().__init__()
         self.self_attn = SelfAttention(config, width, kernel_size)
         self.ff = FeedForward(config, width)
 
     def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        # Tokens exchange information, then each one is processed by itself.
         x = x + self.self_attn(x, pos, cond)
         return x + self.ff(x, cond)
 
 
 class Merge(nn.Module):
-    """p^3 neighbouring tokens -> one; also the patch embedding."""
+    """p^3 neighbouring tokens -> one token. It also embeds the patches."""
+
     def __init__(self, p: int, width_in: int, width_out: int):
         super().__init__()
         self.p = p
-        self.proj = nn.Linear(p ** 3 * width_in, width_out, bias=False)
+        self.proj = nn.Linear(p**3 * width_in, width_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(merge_patches(x, self.p))
 
 
 class Split(nn.Module):
-    """(6): one token -> 2x2x2, mixed with the skip connection."""
+    """(6): one token -> 2x2x2 tokens, mixed with the skip connection."""
+
     def __init__(self, width_in: int, width_out: int):
         super().__init__()
         self.proj = nn.Linear(width_in, 8 * width_out, bias=False)
         self.fac = nn.Parameter(torch.full((1,), 0.5))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        # `fac` is learned: 0 takes the skip connection alone, 1 the split tokens alone.
         x = split_patches(self.proj(x), 2)
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
 class PatchOut(nn.Module):
-    """Tokens -> voxels; zero at the start, so that an untrained network predicts v = 0."""
+    """Tokens -> voxels. Zero at the start, so an untrained network predicts v = 0."""
+
     def __init__(self, p: int, width: int):
         super().__init__()
         self.p = p
-        self.proj = nn.Linear(width, p ** 3, bias=False)
+        self.proj = nn.Linear(width, p**3, bias=False)
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,55 +283,92 @@ class PatchOut(nn.Module):
 
 
 class HDiT(nn.Module):
-    """The network. `activation_checkpointing` recomputes each block in the backward pass: less memory, a third more time."""
+    """The network.
+
+    `activation_checkpointing` recomputes every block in the backward pass: less memory, a third
+    more time.
+    """
+
     def __init__(self, config: HDiTConfig, activation_checkpointing: bool = False):
         super().__init__()
-        self.config, self.activation_checkpointing = config, activation_checkpointing
-        *outer, inner = zip(config.depths, config.widths)
-        level = lambda depth, width, kernel: nn.ModuleList(Block(config, width, kernel) for _ in range(depth))
-        pairs = list(zip(config.widths[:-1], config.widths[1:]))
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+
+        # All levels but the innermost are on the way down and on the way up.
+        *outer, (mid_depth, mid_width) = zip(config.depths, config.widths)
+        width_pairs = list(zip(config.widths, config.widths[1:]))
+
+        def level(depth: int, width: int, kernel_size: int | None) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, width, kernel_size) for _ in range(depth))
+
+        # From voxels to tokens.
         self.patch_in = Merge(config.patch_size, 1, config.widths[0])
+
+        # The time conditioning (7).
         self.time_emb = nn.Module()
-        self.time_emb.register_buffer("weight", torch.randn(config.mapping_width // 2, 1))     # w of (7)
+        frequencies = torch.randn(config.mapping_width // 2, 1)  # w
+        self.time_emb.register_buffer("weight", frequencies)
         self.time_in_proj = nn.Linear(config.mapping_width, config.mapping_width, bias=False)
-        self.down_levels = nn.ModuleList(level(depth, width, config.kernel_size) for depth, width in outer)
-        self.merges = nn.ModuleList(Merge(2, a, b) for a, b in pairs)
-        self.mid_level = level(*inner, None)
-        self.splits = nn.ModuleList(Split(b, a) for a, b in pairs)
-        self.up_levels = nn.ModuleList(level(depth, width, config.kernel_size) for depth, width in outer)
+
+        # The hourglass: down_levels[i] and up_levels[i] have the same number of tokens.
+        kernel = config.kernel_size
+        self.down_levels = nn.ModuleList(level(depth, width, kernel) for depth, width in outer)
+        self.merges = nn.ModuleList(Merge(2, wide, wider) for wide, wider in width_pairs)
+        self.mid_level = level(mid_depth, mid_width, None)
+        self.splits = nn.ModuleList(Split(wider, wide) for wide, wider in width_pairs)
+        self.up_levels = nn.ModuleList(level(depth, width, kernel) for depth, width in outer)
+
+        # From tokens back to voxels.
         self.out_norm = RMSNorm(config.widths[0])
         self.patch_out = PatchOut(config.patch_size, config.widths[0])
 
     def time_features(self, t: Tensor) -> Tensor:
         """(7) without W_c: t (B,) in [0, 1] -> (B, mapping_width)."""
-        dtype = getattr(torch, self.config.time_phase)                         # Departure 1
+        dtype = getattr(torch, self.config.time_phase)  # Departure 1
         with torch.autocast(t.device.type, enabled=False):
-            phase = (2 * math.pi * (1000 * t.float()))[:, None].to(dtype) * self.time_emb.weight.T.to(dtype)
+            t = 2 * math.pi * (1000 * t.float())
+            phase = t[:, None].to(dtype) * self.time_emb.weight.T.to(dtype)
             return torch.cat((phase.cos(), phase.sin()), dim=-1).float()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, 1, D, H, W) in network scale, t (B,) or () in [0, 1] -> velocity (B, 1, D, H, W), float32.
+        """x (B, 1, D, H, W) in network scale, t (B,) or () in [0, 1] -> velocity, shaped as x.
 
-        Raises ValueError if a side is no multiple of config.multiple.
+        The velocity is float32. Raises ValueError if a side is no multiple of config.multiple.
         """
-        B, C, *shape = x.shape
-        if C != 1 or any(n % self.config.multiple for n in shape):
-            raise ValueError(f"map of shape {tuple(x.shape)}: want (B, 1, D, H, W) with sides that are multiples of "
-                             f"{self.config.multiple}")
-        cond = self.time_in_proj(self.time_features(t.expand(B)))              # (B, mapping_width)
-        x = self.patch_in(x[:, 0, ..., None])                                  # (B, D, H, W, E), now in tokens
-        pos, skips = positions(x.shape[1:4], x.device), []
-        for blocks, merge in zip(self.down_levels, self.merges):
-            x = self.run(blocks, x, pos, cond)
-            skips.append((x, pos))
-            x = merge(x)
-            pos = positions(x.shape[1:4], x.device)
-        x = self.run(self.mid_level, x, pos, cond)
-        for blocks, split, (skip, pos) in reversed(list(zip(self.up_levels, self.splits, skips))):
-            x = self.run(blocks, split(x, skip), pos, cond)
-        return self.patch_out(self.out_norm(x))[..., 0][:, None].float()
+        B, C, *sides = x.shape
+        if C != 1 or any(n % self.config.multiple for n in sides):
+            raise ValueError(
+                f"map of shape {tuple(x.shape)}: want (B, 1, D, H, W) "
+                f"with sides that are multiples of {self.config.multiple}"
+            )
+        # Turn the time into the vector that conditions every block.              (7)
+        cond = self.time_in_proj(self.time_features(t.expand(B)))  # (B, mapping_width)
 
-    def run(self, blocks: nn.ModuleList, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
+        # Cut the map into patches, one token each.
+        x = self.patch_in(x[:, 0, ..., None])  # (B, D, H, W, E), in tokens from here on
+
+        # Go down: run a level, remember its tokens, merge 2x2x2 of them into one.
+        skips = []
+        for blocks, merge in zip(self.down_levels, self.merges):
+            x = self.run_blocks(blocks, x, cond)
+            skips.append(x)
+            x = merge(x)
+
+        # The innermost level attends to all tokens.
+        x = self.run_blocks(self.mid_level, x, cond)
+
+        # Go back up: split every token, mix in those remembered, run the level.
+        for blocks, split in zip(reversed(self.up_levels), reversed(self.splits)):
+            x = split(x, skips.pop())
+            x = self.run_blocks(blocks, x, cond)
+
+        # Turn the tokens into voxels.
+        x = self.patch_out(self.out_norm(x))[..., 0]
+        return x[:, None].float()
+
+    def run_blocks(self, blocks: Iterable[Block], x: Tensor, cond: Tensor) -> Tensor:
+        """The blocks of one level, one after the other."""
+        pos = positions(x.shape[1:4], x.device)
         for block in blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, pos, cond, use_reentrant=False)

@@ -38,6 +38,7 @@ import fourier
 import fsc
 import fsc_half_maps
 import fsc_model
+import fsc_mtriage
 import mrc
 import volume
 from mrc import Map
@@ -104,9 +105,8 @@ def real(folder: Path):
         m = mrc.resample_map(mrc.read_map(path), 1.0)
         model = atoms.read_model(folder / row["model_file"])
         # Heavy atoms inside the map.
-        at = (model.xyz.flip(1) - torch.tensor(m.corner)) / torch.tensor(m.voxel_size)
-        last = torch.tensor(m.density.shape) - 1
-        inside = ((at >= 0) & (at <= last)).all(1) & (model.atomic_number > 1)
+        inside = atoms.atoms_inside(model.xyz, m.density.shape, m.voxel_size, m.corner)
+        inside &= model.atomic_number > 1
         found = {name: getattr(model, name)[inside] for name in ("xyz", "atomic_number", "b_iso")}
         yield Case(path.name.split(".")[0], m, None, found, float(row["resolution_A"]))
 
@@ -153,7 +153,7 @@ def answers(task: str, case: Case, networks: dict, prior, args) -> dict[str, Ten
 def against_model(x: Tensor, case: Case) -> dict[str, float]:
     place = {"voxel_size": case.observed.voxel_size, "origin": case.observed.corner}
     cc = fsc_model.map_model_cc(x, **case.model, resolution=case.resolution, **place)
-    curve = fsc_model.map_model_resolution(x, **case.model, **place)
+    curve = fsc_mtriage.map_model_resolution(x, **case.model, **place)
     q = fsc_model.q_score(x, case.model["xyz"], **place)
     return {
         "cc_box": cc["cc_box"],
