@@ -208,7 +208,7 @@ def lr_at(step: int, steps: int, warmup: int, peak: float, start: float, end: fl
     """Linear from start to peak over the warm-up, then a cosine to end."""
     if step + 1 < warmup:
         return start + (peak - start) * (step + 1) / warmup
-    return cosine(peak, end, (step + 1 - warmup) / (steps - warmup))
+    return cosine(peak, end, (step + 1 - warmup) / max(1, steps - warmup))  # 1: no step is left
 
 
 def weight_decay_at(step: int, steps: int, start: float = 0.04, end: float = 0.4) -> float:
