@@ -1,6 +1,25 @@
-"""What a training run depends on: presets, flat, each number with its place in the paper.
+"""What a training run depends on: one frozen dataclass, one flag per field, and flat presets.
+
+CryoFM (arXiv:2410.08631): "s" and "l" are Table 4, section 4.1 and appendix B.1; "p2-d1" and so on
+are Table 7. "Release" names the authors' published code and configuration.
+CryoLVM: "sharpen", "superres" and "wedge3d" are its Table 4. The paper says nothing about
+pre-training, so "jepa" and "mae" follow the public I-JEPA (Assran et al. 2023).
+The presets called "tiny" are ours: they train on a CPU.
+
+Departure 1: the paper keeps the learning rate constant. "tiny" lets it fall to 0 over the second
+    half, because a run of an hour needs that.
+Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024). In 150 steps
+    that reached the loss that FairseqAdam alone reached in more than 250.
+Departure 3: the "tiny-" restorations learn at 1e-3, falling to 0, not by plateaus. They learn by
+    the squared error alone (alpha = 1), because with alpha = 0.5 the gradient of the histograms is
+    about ten times as long.
+Departure 4: fine-tuned networks are averaged too. CryoLVM's epochs are our `eval_every` steps. Its
+    windows, 24 voxels apart in training and 48 in validation, are random crops here: half of them
+    lie around the molecule. In validation they are the same crops every time.
+Not stated: how many steps CryoLVM takes. 100,000 is our guess.
 """
-from dataclasses import dataclass, field, replace
+
+from dataclasses import dataclass, field, fields
 
 import jepa
 import model_hdit
@@ -10,119 +29,456 @@ from model_hdit import HDiTConfig
 from model_scunet import SCUNetConfig
 
 PRETRAINING = ("jepa", "mae")
-
 RESTORATIONS = ("sharpen", "superres", "wedge3d")
 
+# Which objectives use a flag: `only` of opt.
+FLOW = ("flow",)
+ON_MAPS = ("flow", *PRETRAINING)
+SCHEDULED = ("flow", *RESTORATIONS)
+AVERAGED = ("flow", "mae", *RESTORATIONS)
 
-def opt(default, help):
-    return field(default=default, metadata={"help": help})
+
+def opt(default, help, within="", choices=(), only=()):
+    """A field that is also a flag of train.py.
+
+    within: the interval of a number, where "(" and ")" exclude the end. choices: those of a word.
+    only: the objectives that use the flag, () for all. `train.parse` refuses it for any other.
+    """
+    metadata = dict(help=help, within=within, choices=choices, only=only)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on; the defaults are CryoFM-S on procedural structures."""
+    """Everything a run depends on; the defaults are CryoFM-S on procedural structures.
+
+    Raises ValueError if a number is outside its interval, or if two settings contradict each other.
+    """
+
     net: HDiTConfig | SCUNetConfig = HDiTConfig()
-    objective: str = "flow"                                                         # or of PRETRAINING, RESTORATIONS
-    predictor: JEPAConfig = JEPAConfig()                                            # of "jepa"
-    data: str = opt("procedural", "folder of maps, PDB file or folder, .npz of structures, or 'procedural'")
+    objective: str = "flow"  # or one of PRETRAINING, RESTORATIONS
+    predictor: JEPAConfig = JEPAConfig()  # of "jepa"
+
+    # Where the run reads and writes.
+    data: str = opt("procedural", "folder of maps, PDB file or folder, .npz, or 'procedural'")
     out: str = opt("runs/default", "folder for checkpoint.pt, prior.pt and log.csv")
     resume: bool = opt(False, "go on from OUT/checkpoint.pt")
-    init: str = opt("", "start from the averaged weights of this checkpoint (of jepa.pt, mae.pt: the encoder's), with a "
-                        "fresh optimiser")
+    init: str = opt("", "start from this checkpoint's averaged weights (jepa.pt: its encoder's)")
     dry_run: bool = opt(False, "print size, memory, speed and days; take one step; write nothing")
-    seed: int = opt(0, "of weights, data, noise and times")
-    steps: int = opt(150_000, "optimiser steps")                                    # Table 4
-    batch: int = opt(128, "crops per optimiser step, over all ranks and accumulation")        # Table 4
-    micro_batch: int = opt(16, "crops per forward pass of one rank, at most")
-    crop: int = opt(64, "voxels per side of a training crop")                       # section 4.1
-    crops_per_map: int = opt(2, "crops cut from one map")                           # the release
-    center_crops: bool = opt(False, "crop the centre of a map (CryoFM-L), not anywhere in the molecule")
-    cubic: bool = opt(True, "turn maps by cubic splines, or else trilinearly")      # the release
-    voxel_size: float = opt(1.5, "Å")                                               # section 4.1
-    resolution_min: float = opt(2.5, "Å, best resolution of simulated maps")
-    resolution_max: float = opt(4.0, "Å, worst resolution of simulated maps")
-    mean: float = opt(0.04, "of the clipped density; network value = (density - mean) / std")  # section 4.2
-    std: float = opt(0.09, "of the clipped density")                                # section 4.2
-    time_law: str = opt("uniform", "of the training times: uniform or logit-normal")          # the release
-    mask_at: str = opt("input", "jepa: hide cells of the map, or tokens after the encoder: input or embedding")
-    momentum: float = opt(0.996, "jepa: of the target encoder, at first; it rises to 1")       # I-JEPA
-    alpha: float = opt(0.5, "restorations: weight of the squared error; 1 - alpha is that of the histograms")
-    bins: int = opt(64, "restorations: of the histograms")
-    missing: str = opt("wedge", "wedge3d: a missing wedge, or cone, the paper's formula as printed")
-    optimizer: str = opt("adam", "adam: FairseqAdam for all; muon: Muon for the matrices of the blocks; adamw: PyTorch's, "
-                                 "without decay of 1-D parameters")
-    lr: float = opt(1e-4, "peak learning rate")                                     # B.1
-    warmup: int = opt(2000, "steps of linear warm-up from 0.01 lr")                 # B.1, the release
-    decay: float = opt(0.0, "fraction of the steps, at the end, over which lr falls to 0")
-    patience: int = opt(0, "evaluations without a lower held-out loss before lr falls by a tenth; 0: never")
-    beta2: float = opt(0.98, "FairseqAdam; beta1 is 0.9")                           # B.1
-    weight_decay: float = opt(0.01, "decoupled, on all parameters")                 # B.1
-    clip: float = opt(1.0, "largest norm of the gradient")                          # the release
-    ema_decay: float = opt(0.99, "of the averaged weights, the ones that are used")  # the release
-    bf16: bool = opt(True, "autocast to bfloat16, where the hardware has it")      # Table 4
-    activation_checkpointing: bool = opt(False, "recompute for the backward pass: less memory, a third slower")
+    seed: int = opt(0, "of weights, data, noise and times", "[0, 1e18]")
+
+    # How long, and how many crops a step takes.
+    steps: int = opt(150_000, "optimiser steps", "[1, inf)")  # Table 4
+    batch: int = opt(128, "crops per optimiser step, over all ranks", "[1, inf)")  # Table 4
+    micro_batch: int = opt(16, "crops per forward pass of one rank, at most", "[1, inf)")
+
+    # The crops.
+    crop: int = opt(64, "voxels per side of a training crop", "[1, inf)")  # section 4.1
+    crops_per_map: int = opt(2, "crops cut from one map", "[1, inf)")  # release
+    center_crops: bool = opt(False, "crop the centre, not anywhere in the molecule", only=ON_MAPS)
+    cubic: bool = opt(True, "turn maps by cubic splines, or else trilinearly", only=ON_MAPS)
+    voxel_size: float = opt(1.5, "Å", "(0, inf)")  # section 4.1
+    resolution_min: float = opt(2.5, "Å, best resolution of simulated maps", "(0, inf)")
+    resolution_max: float = opt(4.0, "Å, worst resolution of simulated maps", "(0, inf)")
+
+    # The grey scale: network value = (clipped density - mean) / std.            section 4.2
+    mean: float = opt(0.04, "of the clipped density", "(-inf, inf)", only=FLOW)
+    std: float = opt(0.09, "of the clipped density", "(0, inf)", only=FLOW)
+
+    # The objective.
+    time_law: str = opt("uniform", "of times", choices=("uniform", "logit-normal"), only=FLOW)
+    mask_at: str = opt(
+        "input",
+        "hide cells of the map (input), or tokens after the encoder (embedding)",
+        choices=("input", "embedding"),
+        only=("jepa",),
+    )
+    momentum: float = opt(0.996, "of the target encoder; rises to 1", "[0, 1]", only=("jepa",))
+    alpha: float = opt(0.5, "weight of the squared error, not of JS", "[0, 1]", only=RESTORATIONS)
+    bins: int = opt(64, "of the histograms", "[1, inf)", only=RESTORATIONS)
+    missing: str = opt(
+        "wedge",
+        "what is missing: a wedge, or a cone, the paper's formula as printed",
+        choices=("wedge", "cone"),
+        only=("wedge3d",),
+    )
+
+    # The optimiser.
+    optimizer: str = opt(
+        "adam",
+        "adam: FairseqAdam for all; muon: Muon for the matrices of the blocks, FairseqAdam for the "
+        "rest; adamw: PyTorch's, without decay of 1-D parameters",
+        choices=("adam", "muon", "adamw"),
+    )
+    lr: float = opt(1e-4, "peak learning rate", "(0, inf)")  # B.1
+    warmup: int = opt(2000, "steps over which lr rises linearly", "[0, inf)")  # B.1, release
+    decay: float = opt(0.0, "last fraction of steps, lr falls to 0", "[0, 1]", only=SCHEDULED)
+    patience: int = opt(
+        0,
+        "evaluations without a lower held-out loss before lr falls by a tenth; 0: never",
+        "[0, inf)",
+        only=RESTORATIONS,
+    )
+    beta2: float = opt(0.98, "of Adam; beta1 is 0.9", "[0, 1)")  # B.1
+    weight_decay: float = opt(0.01, "decoupled; in pre-training it rises to 0.4", "[0, inf)")  # B.1
+    clip: float = opt(1.0, "largest norm of the gradient", "(0, inf]")  # release
+    ema_decay: float = opt(0.99, "of the averaged weights", "[0, 1]", only=AVERAGED)  # release
+
+    # The machine.
+    bf16: bool = opt(True, "autocast to bfloat16, where the hardware has it")  # Table 4
+    activation_checkpointing: bool = opt(False, "less memory, a third slower", only=FLOW)
     compile: bool = opt(False, "torch.compile the network")
-    workers: int = opt(1, "processes per rank that make the data; 0: none")
-    log_every: int = opt(50, "steps between log lines")
-    eval_every: int = opt(500, "steps between held-out losses")
-    held_out_crops: int = opt(64, "crops that the held-out losses are means of")
-    save_every: int = opt(500, "steps between checkpoints")
-    sample_every: int = opt(5000, "steps between samples drawn from the averaged weights, as .mrc and a picture; 0: none")
+    workers: int = opt(1, "processes per rank that make the data; 0: none", "[0, inf)")
+
+    # What the run writes.
+    log_every: int = opt(50, "steps between log lines", "[1, inf)")
+    eval_every: int = opt(500, "steps between held-out losses", "[1, inf)")
+    held_out_crops: int = opt(64, "crops that the held-out losses are means of", "[1, inf)")
+    save_every: int = opt(500, "steps between checkpoints", "[1, inf)")
+    sample_every: int = opt(5000, "steps between sample maps; 0: none", "[0, inf)", only=FLOW)
     tensorboard: bool = opt(False, "write what log.csv holds for TensorBoard too")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "micro_batch", "crops_per_map", "voxel_size", "std",
-                     "log_every", "eval_every", "save_every", "held_out_crops", "bins"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be positive")
-        if self.crop < 1 or self.crop % self.net.multiple:
-            raise ValueError(f"--crop {self.crop}: this network wants a multiple of {self.net.multiple}")
-        if not 0 < self.resolution_min <= self.resolution_max:
-            raise ValueError(f"--resolution-min {self.resolution_min:g} must be positive and at most "
-                             f"--resolution-max {self.resolution_max:g}")
-        if not 0 <= self.decay <= 1 or min(self.seed, self.warmup, self.workers, self.sample_every, self.patience) < 0:
-            raise ValueError("--decay must be in 0..1, and --seed, --warmup, --workers, --sample-every and --patience at least 0")
-        if not (0 <= self.alpha <= 1 and 0 <= self.momentum <= 1):
-            raise ValueError(f"--alpha {self.alpha:g} and --momentum {self.momentum:g} must be in 0..1")
-        for name, choices in (("time_law", ("uniform", "logit-normal")), ("optimizer", ("adam", "muon", "adamw")),
-                              ("mask_at", ("input", "embedding")), ("missing", ("wedge", "cone"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {' or '.join(choices)}")
-        if self.objective != "flow" and (self.sample_every or self.activation_checkpointing):
-            raise ValueError(f"--sample-every {self.sample_every} and --activation-checkpointing are for CryoFM's priors")
+        for option in fields(self):
+            if option.metadata:
+                check(option, getattr(self, option.name))
+        if self.crop % self.net.multiple:
+            raise ValueError(
+                f"--crop {self.crop}: this network wants a multiple of {self.net.multiple}"
+            )
+        if self.resolution_min > self.resolution_max:
+            raise ValueError(
+                f"--resolution-min {self.resolution_min:g} must be at most "
+                f"--resolution-max {self.resolution_max:g}"
+            )
+        # The plateau scheduler overrules the schedule, and it knows the first optimiser only.
+        if self.patience and (self.warmup or self.decay or self.optimizer == "muon"):
+            raise ValueError(
+                f"--patience {self.patience} lowers the learning rate by the held-out loss. Drop "
+                "--warmup, --decay and --optimizer muon, or give --patience 0"
+            )
+        if self.objective == "jepa" and self.held_out_crops < 2:
+            raise ValueError(
+                f"--held-out-crops {self.held_out_crops}: the collapse metrics of jepa compare "
+                "crops with each other; give at least 2"
+            )
 
 
-S = TrainConfig()                                                                   # CryoFM-S
+def flag(name: str) -> str:
+    """A field's name as it is typed: micro_batch -> --micro-batch."""
+    return "--" + name.replace("_", "-")
+
+
+def check(option, value) -> None:
+    """Raise ValueError if a flag's value is not one of its choices, or outside its interval."""
+    choices = option.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{flag(option.name)} {value}: choose {' or '.join(choices)}")
+    interval = option.metadata["within"]
+    if interval and not inside(value, interval):
+        raise ValueError(f"{flag(option.name)} {value}: it must lie in {interval}")
+
+
+def inside(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval such as "[0, 1)"; nan lies in none."""
+    low, high = map(float, interval[1:-1].split(", "))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def used_by(option, objective: str) -> bool:
+    """Whether a field is a flag that changes a run with this objective."""
+    if not option.metadata:
+        return False
+    only = option.metadata["only"]
+    return not only or objective in only
+
 
 PRESETS = {
-    # The shipped prior; trains on a CPU. Mean and std are those of simulated maps.
-    "tiny": TrainConfig(net=model_hdit.PRESETS["tiny"], steps=6000, batch=16, crop=32, crops_per_map=4, cubic=False,
-                        mean=0.05, std=0.13, optimizer="muon", lr=2e-3, warmup=50, decay=0.5, ema_decay=0.999),
-    "s": S,
-    # CryoFM-L: Table 4, section 4.1; the resolution of simulated maps is that of its grid.
-    "l": replace(S, net=model_hdit.PRESETS["l"], steps=300_000, micro_batch=4, crop=128, crops_per_map=1,
-                 center_crops=True, cubic=False, voxel_size=3.0, resolution_min=6.0, resolution_max=6.0,
-                 time_law="logit-normal"),
-    **{name: replace(S, net=model_hdit.PRESETS[name])                               # Table 7
-       for name in ("p2-d1", "p8-d1", "p4-d0", "p4-d2")},
+    # The shipped prior. mean and std are those of simulated maps.
+    "tiny": TrainConfig(
+        net=model_hdit.PRESETS["tiny"],
+        steps=6000,
+        batch=16,
+        crop=32,
+        crops_per_map=4,
+        cubic=False,
+        mean=0.05,
+        std=0.13,
+        optimizer="muon",  # Departure 2
+        lr=2e-3,
+        warmup=50,
+        decay=0.5,  # Departure 1
+        ema_decay=0.999,
+    ),
+    # CryoFM-S: the defaults above.
+    "s": TrainConfig(),
+    # CryoFM-L.
+    "l": TrainConfig(
+        net=model_hdit.PRESETS["l"],
+        steps=300_000,  # Table 4
+        micro_batch=4,
+        crop=128,  # section 4.1
+        crops_per_map=1,
+        center_crops=True,  # appendix F.1
+        cubic=False,  # release
+        voxel_size=3.0,  # section 4.1
+        resolution_min=6.0,  # of simulated maps: what the grid can hold
+        resolution_max=6.0,
+        time_law="logit-normal",  # release
+    ),
+    # Table 7: CryoFM-S with other patches (p) and numbers of levels (d).
+    "p2-d1": TrainConfig(net=model_hdit.PRESETS["p2-d1"]),
+    "p8-d1": TrainConfig(net=model_hdit.PRESETS["p8-d1"]),
+    "p4-d0": TrainConfig(net=model_hdit.PRESETS["p4-d0"]),
+    "p4-d2": TrainConfig(net=model_hdit.PRESETS["p4-d2"]),
+    # CryoLVM's pre-training: predict the features of hidden cells. Crops as in Table 4.
+    "jepa": TrainConfig(
+        net=model_scunet.PRESETS["paper"],  # Table 5
+        objective="jepa",
+        steps=100_000,
+        batch=32,  # Table 4
+        micro_batch=32,
+        crop=48,  # Table 4
+        predictor=jepa.PRESETS["paper"],
+        voxel_size=1.0,  # Table 4
+        resolution_min=2.5,
+        resolution_max=4.0,
+        mean=0.0,  # densities on 0..1
+        std=1.0,
+        optimizer="adamw",  # I-JEPA
+        lr=1e-3 * 32 / 2048,  # I-JEPA: 1e-3 for 2,048 images, in proportion to the batch
+        warmup=2000,
+        weight_decay=0.04,  # I-JEPA: at first
+        beta2=0.999,
+        held_out_crops=32,
+        sample_every=0,
+    ),
+    # The comparator of CryoLVM's Table 11: predict the voxels of hidden cells.
+    "mae": TrainConfig(
+        net=model_scunet.PRESETS["paper"],  # Table 5
+        objective="mae",
+        steps=100_000,
+        batch=32,  # Table 4
+        micro_batch=32,
+        crop=48,  # Table 4
+        voxel_size=1.0,  # Table 4
+        resolution_min=2.5,
+        resolution_max=4.0,
+        mean=0.0,  # densities on 0..1
+        std=1.0,
+        optimizer="adamw",  # I-JEPA
+        lr=1e-3 * 32 / 2048,  # I-JEPA: 1e-3 for 2,048 images, in proportion to the batch
+        warmup=2000,
+        weight_decay=0.04,  # I-JEPA: at first
+        beta2=0.999,
+        ema_decay=0.999,
+        held_out_crops=32,
+        sample_every=0,
+    ),
+    # CryoLVM's fine-tuning (Table 4): crops of 48^3 voxels of 1 Å, densities on 0..1.
+    "sharpen": TrainConfig(
+        net=model_scunet.PRESETS["paper"],  # Table 5
+        objective="sharpen",
+        steps=100_000,
+        batch=32,  # Table 4
+        micro_batch=32,
+        crop=48,  # Table 4
+        voxel_size=1.0,  # Table 4
+        resolution_min=3.0,
+        resolution_max=6.0,
+        mean=0.0,  # densities on 0..1
+        std=1.0,
+        optimizer="adamw",  # Table 4
+        lr=3e-5,  # Table 4
+        warmup=0,
+        patience=5,  # Table 4
+        weight_decay=1e-3,  # Table 4
+        beta2=0.999,
+        ema_decay=0.999,
+        held_out_crops=32,
+        sample_every=0,
+    ),
+    # Maps of 4 to 6 Å (section 4.3).
+    "superres": TrainConfig(
+        net=model_scunet.PRESETS["paper"],  # Table 5
+        objective="superres",
+        steps=100_000,
+        batch=32,  # Table 4
+        micro_batch=32,
+        crop=48,  # Table 4
+        voxel_size=1.0,  # Table 4
+        resolution_min=4.0,
+        resolution_max=6.0,
+        mean=0.0,  # densities on 0..1
+        std=1.0,
+        optimizer="adamw",  # Table 4
+        lr=3e-5,  # Table 4
+        warmup=0,
+        patience=5,  # Table 4
+        weight_decay=1e-3,  # Table 4
+        beta2=0.999,
+        ema_decay=0.999,
+        held_out_crops=32,
+        sample_every=0,
+    ),
+    # Tomograms (section 4.4).
+    "wedge3d": TrainConfig(
+        net=model_scunet.PRESETS["paper"],  # Table 5
+        objective="wedge3d",
+        steps=100_000,
+        batch=32,  # Table 4
+        micro_batch=32,
+        crop=48,  # Table 4
+        voxel_size=4.0,
+        resolution_min=8.0,
+        resolution_max=15.0,
+        mean=0.0,  # densities on 0..1
+        std=1.0,
+        optimizer="adamw",  # Table 4
+        lr=3e-5,  # Table 4
+        warmup=0,
+        patience=5,  # Table 4
+        weight_decay=1e-3,  # Table 4
+        beta2=0.999,
+        ema_decay=0.999,
+        held_out_crops=32,
+        sample_every=0,
+    ),
+    # The shipped SCUNets: a small network, a quarter of an hour to 80 minutes of one CPU core each.
+    "tiny-jepa": TrainConfig(
+        net=model_scunet.PRESETS["tiny"],
+        objective="jepa",
+        steps=500,
+        batch=16,
+        crop=24,
+        crops_per_map=4,
+        predictor=jepa.PRESETS["tiny"],
+        momentum=0.998,  # of the target encoder; it rises to 1
+        voxel_size=1.0,
+        resolution_min=2.5,
+        resolution_max=4.0,
+        mean=0.0,
+        std=1.0,
+        optimizer="adamw",
+        lr=3e-4,
+        warmup=20,
+        weight_decay=0.04,  # I-JEPA: at first
+        beta2=0.999,
+        workers=0,
+        log_every=20,
+        eval_every=100,
+        held_out_crops=32,
+        save_every=100,
+        sample_every=0,
+    ),
+    # Its comparator.
+    "tiny-mae": TrainConfig(
+        net=model_scunet.PRESETS["tiny"],
+        objective="mae",
+        steps=500,
+        batch=16,
+        crop=24,
+        crops_per_map=4,
+        voxel_size=1.0,
+        resolution_min=2.5,
+        resolution_max=4.0,
+        mean=0.0,
+        std=1.0,
+        optimizer="adamw",
+        lr=1e-3,
+        warmup=20,
+        weight_decay=0.04,  # I-JEPA: at first
+        beta2=0.999,
+        ema_decay=0.99,
+        workers=0,
+        log_every=20,
+        eval_every=100,
+        held_out_crops=32,
+        save_every=100,
+        sample_every=0,
+    ),
+    # Deposited map -> sharp map, from 2.5 Å because users have such maps.
+    "tiny-sharpen": TrainConfig(
+        net=model_scunet.PRESETS["tiny"],
+        objective="sharpen",
+        steps=1900,
+        batch=4,
+        crop=36,
+        voxel_size=1.0,
+        resolution_min=2.5,
+        resolution_max=6.0,
+        mean=0.0,
+        std=1.0,
+        alpha=1.0,  # Departure 3
+        optimizer="adamw",
+        lr=1e-3,  # Departure 3
+        warmup=0,
+        decay=0.5,  # Departure 3
+        weight_decay=1e-3,
+        beta2=0.999,
+        ema_decay=0.99,
+        workers=0,
+        log_every=20,
+        eval_every=100,
+        held_out_crops=32,
+        save_every=100,
+        sample_every=0,
+    ),
+    # Deposited map -> map of 1.8 Å.
+    "tiny-superres": TrainConfig(
+        net=model_scunet.PRESETS["tiny"],
+        objective="superres",
+        steps=600,
+        batch=4,
+        crop=36,
+        voxel_size=1.0,
+        resolution_min=4.0,
+        resolution_max=6.0,
+        mean=0.0,
+        std=1.0,
+        alpha=1.0,  # Departure 3
+        optimizer="adamw",
+        lr=1e-3,  # Departure 3
+        warmup=0,
+        decay=0.5,  # Departure 3
+        weight_decay=1e-3,
+        beta2=0.999,
+        ema_decay=0.99,
+        workers=0,
+        log_every=20,
+        eval_every=100,
+        held_out_crops=32,
+        save_every=100,
+        sample_every=0,
+    ),
+    # Tomogram with a missing wedge -> whole tomogram.
+    "tiny-wedge3d": TrainConfig(
+        net=model_scunet.PRESETS["tiny"],
+        objective="wedge3d",
+        steps=700,
+        batch=8,
+        crop=24,
+        crops_per_map=4,
+        voxel_size=4.0,
+        resolution_min=8.0,
+        resolution_max=15.0,
+        mean=0.0,
+        std=1.0,
+        alpha=1.0,  # Departure 3
+        optimizer="adamw",
+        lr=1e-3,  # Departure 3
+        warmup=0,
+        decay=0.5,  # Departure 3
+        weight_decay=1e-3,
+        beta2=0.999,
+        ema_decay=0.99,
+        workers=0,
+        log_every=20,
+        eval_every=100,
+        held_out_crops=32,
+        save_every=100,
+        sample_every=0,
+    ),
 }
-# CryoLVM, Table 4: crops of 48^3 voxels of 1 Å on 0..1. How long is not stated.
-LVM = TrainConfig(net=model_scunet.PRESETS["paper"], objective="sharpen", optimizer="adamw", steps=100_000, batch=32, micro_batch=32,
-                  crop=48, mean=0.0, std=1.0, voxel_size=1.0, resolution_min=3.0, resolution_max=6.0, lr=3e-5, warmup=0,
-                  weight_decay=1e-3, beta2=0.999, patience=5, ema_decay=0.999, held_out_crops=32, sample_every=0)
-PRETRAINING_LVM = replace(LVM, resolution_min=2.5, resolution_max=4.0, patience=0, lr=1e-3 * 32 / 2048, warmup=2000)       # I-JEPA
-PRESETS |= {
-    "jepa": replace(PRETRAINING_LVM, objective="jepa"),
-    "mae": replace(PRETRAINING_LVM, objective="mae"),
-    "sharpen": LVM,
-    "superres": replace(LVM, objective="superres", resolution_min=4.0),                   # 4.3: from 4 to 6 Å
-    "wedge3d": replace(LVM, objective="wedge3d", voxel_size=4.0, resolution_min=8.0, resolution_max=15.0),
-}
-# The shipped ones: a small network, a quarter of an hour to 80 minutes of one CPU core each.
-TINY = dict(net=model_scunet.PRESETS["tiny"], predictor=jepa.PRESETS["tiny"], alpha=1.0, batch=4, crop=36, lr=1e-3, patience=0,
-            decay=0.5, ema_decay=0.99, micro_batch=16, workers=0, log_every=20, save_every=100, eval_every=100)
-MASKED = TINY | dict(steps=500, batch=16, crop=24, crops_per_map=4, warmup=20)
-for name, settings in {"jepa": MASKED | dict(lr=3e-4, momentum=0.998), "mae": MASKED,
-                       "sharpen": TINY | dict(steps=1900, resolution_min=2.5), "superres": TINY | dict(steps=600),
-                       "wedge3d": TINY | dict(steps=700, batch=8, crop=24, crops_per_map=4)}.items():
-    PRESETS[f"tiny-{name}"] = replace(PRESETS[name], **settings)

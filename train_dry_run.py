@@ -1,10 +1,12 @@
-"""What a training run would cost: `python train.py --model s --data maps --dry-run`.
-"""
+"""What a training run would cost: `python train.py --model s --data maps --dry-run`."""
+
 import resource
 import sys
 import time
+from typing import NamedTuple
 
-import torch.utils.flop_counter
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import flow
 from model_hdit import HDiTConfig
@@ -12,78 +14,140 @@ from train_config import TrainConfig
 from train_objectives import build, datasets, losses, split_batch
 from train_optim import averaged, optimizers, update_average
 
+GIB = 2**30
+
+
+class Step(NamedTuple):
+    """One training step, measured."""
+
+    seconds: float
+    loss: float
+    kept: int  # bytes that autograd keeps for the backward pass
+
 
 def multiply_adds(net: HDiTConfig, box: int) -> int:
-    """Of one forward pass on box^3 voxels; norms, activations and the time features (under 0.1 %) left out."""
+    """Multiply-adds of one forward pass on box^3 voxels.
+
+    Norms, activations and the time features are left out; they are less than 0.1 %.
+    """
     side = box // net.patch_size
-    total = 2 * side ** 3 * net.patch_size ** 3 * net.widths[0]                # patches in and out
+    total = 2 * side**3 * net.patch_size**3 * net.widths[0]  # patches in and out
+    levels = len(net.depths)
     for level, (depth, width) in enumerate(zip(net.depths, net.widths)):
-        inner = level == len(net.depths) - 1
-        keys = side ** 3 if inner else min(net.kernel_size, side) ** 3
-        block = width ** 2 * (4 + 3 * net.ff_mult) + 2 * keys * width          # of one token; (3), (5) of model_hdit
-        total += (1 if inner else 2) * depth * side ** 3 * block               # outer levels run down and up
-        if not inner:
+        # The innermost level attends to all tokens and runs once, the others run down and up.
+        innermost = level == levels - 1
+        keys = side**3 if innermost else min(net.kernel_size, side) ** 3
+        passes = 1 if innermost else 2
+
+        # Of one token: projections and feed-forward, then attention; (3), (5) of model_hdit.
+        block = width**2 * (4 + 3 * net.ff_mult) + 2 * keys * width
+        total += passes * depth * side**3 * block
+
+        # Merge eight tokens into one on the way down, split them on the way up.
+        if not innermost:
             side //= 2
-            total += 2 * side ** 3 * 8 * width * net.widths[level + 1]         # merge and split
+            total += 2 * side**3 * 8 * width * net.widths[level + 1]
     return total
 
 
 def dry_run(cfg: TrainConfig, say=print) -> None:
-    """Parameters, FLOP, memory, speed and days of a run; one step is taken, of one crop if on a CPU."""
+    """Print parameters, FLOP, memory, speed and days of a run, from one step; write nothing.
+
+    On a CPU the step takes one crop, on a GPU a micro-batch.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(cfg.seed)
     net = build(cfg).to(device)
-    ema, opts = averaged(net, cfg), optimizers(net, cfg)
     parameters = sum(p.numel() for p in net.parameters())
-    train_set, _ = datasets(cfg, say)
-    count = split_batch(cfg, 1)[1] if cuda else 1
-    x_0 = torch.cat([train_set[i] for i in range(-(-count // cfg.crops_per_map))])[:count].to(device)
-    step = lambda x: losses(net, ema, x, cfg, torch.Generator(device).manual_seed(cfg.seed))[0].mean()
-    if cfg.objective == "flow":                          # torch cannot look into na3d
-        forward = 2 * multiply_adds(cfg.net, cfg.crop)
-    else:
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-            step(x_0[:1])
-        forward = counter.get_total_flops()
-    flop = forward * (4 if cfg.activation_checkpointing else 3)                # a backward pass counts as two
-    say(f"{parameters:,} parameters; a map of {cfg.crop}^3: {forward / 1e9:,.0f} GFLOP forward, {flop / 1e12:.2f} TFLOP "
-        f"forward and backward")
-    saved = {}
+    micro = split_batch(cfg, 1)[1]
+    crops = micro if cuda else 1
 
-    def weigh(tensor):                                   # what autograd keeps for the backward pass, each storage once
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    train_set, _ = datasets(cfg, say)
+    items = -(-crops // cfg.crops_per_map)  # rounded up
+    x_0 = torch.cat([train_set[i] for i in range(items)])[:crops].to(device)
+    forward = forward_flop(net, x_0, cfg)
+    # A backward pass costs two forward passes, and one more where activations are recomputed.
+    flop = forward * (4 if cfg.activation_checkpointing else 3)
+    say(
+        f"{parameters:,} parameters; a map of {cfg.crop}^3: {forward / 1e9:,.0f} GFLOP forward, "
+        f"{flop / 1e12:.2f} TFLOP forward and backward"
+    )
+
+    step = measure_step(net, x_0, cfg)
+    state = 20 * parameters / GIB  # weights, gradient, average, two moments: 4 bytes each
+    kept = step.kept / crops / GIB
+    say(
+        f"memory: {state:.1f} GiB for weights, gradient, average and moments, {kept:.2f} GiB for "
+        f"the backward pass of each map as run here: {state + micro * kept:.0f} GiB with "
+        f"--micro-batch {micro}, before what is temporary"
+    )
+    note = "" if cuda else ", where a micro-batch of 1 stands for all"
+    say(
+        f"one step of {crops} crop(s) on {device}{note}: loss {step.loss:.4f}, "
+        f"{step.seconds:.2f} s, peak {peak_memory(cuda):.1f} GiB"
+    )
+    seconds = step.seconds / crops * cfg.batch
+    say(
+        f"so a step of {cfg.batch} takes {seconds:,.1f} s here, {cfg.steps:,} steps "
+        f"{seconds * cfg.steps / 86400:,.1f} days "
+        f"({flop * crops / step.seconds / 1e12:.3g} TFLOP/s)"
+    )
+
+
+def loss_of(net, ema, x: torch.Tensor, cfg: TrainConfig) -> torch.Tensor:
+    """The loss of a training step, a scalar."""
+    generator = torch.Generator(x.device).manual_seed(cfg.seed)
+    return losses(net, ema, x, cfg, generator)[0].mean()
+
+
+def forward_flop(net, x: torch.Tensor, cfg: TrainConfig) -> int:
+    """FLOP of the forward pass of one crop. Torch cannot count na3d, so HDiT has a formula."""
+    if cfg.objective == "flow":
+        return 2 * multiply_adds(cfg.net, cfg.crop)
+    with FlopCounterMode(display=False) as counter:
+        loss_of(net, averaged(net, cfg), x[:1], cfg)
+    return counter.get_total_flops()
+
+
+def measure_step(net, x: torch.Tensor, cfg: TrainConfig) -> Step:
+    """Take a training step of the crops x and measure it; on a GPU the second one counts."""
+    cuda = x.device.type == "cuda"
+    ema = averaged(net, cfg)
+    opts = optimizers(net, cfg)
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = {}
+
+    def weigh(tensor):
+        # Several tensors may share one storage: count it once. The weights are there anyway.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    for attempt in range(2 if cuda else 1):              # a GPU's first step is no measure
+    def unchanged(tensor):
+        return tensor
+
+    for _ in range(2 if cuda else 1):
         since = time.perf_counter()
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor), flow.autocast(device, cfg.bf16):
-            loss = step(x_0)
+        kept.clear()
+        watch = torch.autograd.graph.saved_tensors_hooks(weigh, unchanged)
+        with watch, flow.autocast(x.device, cfg.bf16):
+            loss = loss_of(net, ema, x, cfg)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         update_average(ema, net, 1, cfg)
-        value = float(loss.detach())                     # waits for the GPU
+        value = float(loss.detach())  # waits for the GPU
         seconds = time.perf_counter() - since
-    state = 20 * parameters / 2 ** 30                    # weights, gradient, average, two moments: 4 bytes each
-    kept = sum(size for address, size in saved.items() if address not in own) / count / 2 ** 30
-    micro = split_batch(cfg, 1)[1]
-    say(f"memory: {state:.1f} GiB for weights, gradient, average and moments, {kept:.2f} GiB for the backward pass of each "
-        f"map as run here: {state + micro * kept:.0f} GiB with --micro-batch {micro}, before what is temporary")
-    say(f"one step of {count} crop(s) on {device}{'' if cuda else ', where a micro-batch of 1 stands for all'}: "
-        f"loss {value:.4f}, {seconds:.2f} s, peak {peak_memory(cuda):.1f} GiB")
-    alone = seconds / count * cfg.batch
-    say(f"so a step of {cfg.batch} takes {alone:,.1f} s here, {cfg.steps:,} steps {alone * cfg.steps / 86400:,.1f} days "
-        f"({flop * count / seconds / 1e12:.3g} TFLOP/s)")
+    return Step(seconds, value, sum(kept.values()))
 
 
 def peak_memory(cuda: bool) -> float:
-    """GiB, of this process: on the GPU, or resident."""
+    """The most memory that this process has held, in GiB: of the GPU, or resident."""
     if cuda:
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 1024       # bytes, or KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+        return torch.cuda.max_memory_allocated() / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

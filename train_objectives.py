@@ -1,9 +1,19 @@
 """What is learnt from what: data set, network and loss of each objective.
+
+    flow                        HDiT     the flow-matching loss, (3) of flow.py
+    jepa, mae                   SCUNet   predict what is hidden, (3) and (5) of jepa.py
+    sharpen, superres, wedge3d  SCUNet   from pairs of observed and wanted maps, (9) of jepa.py
+
+`net` is what the optimiser trains, `ema` its average; for "jepa" `ema` is the target encoder.
+Batches x are (micro, 1, D, D, D) maps, or (micro, 2, D, D, D) pairs: observed, wanted.
 """
+
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch.utils.flop_counter
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import atoms
@@ -19,135 +29,246 @@ from model_hdit import HDiT
 from model_scunet import SCUNet
 from train_config import PRETRAINING, RESTORATIONS, TrainConfig
 
-HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)              # as in the authors' release
+HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
+TIME_BUCKETS = 5  # of the training loss in log.csv: t in 0..0.2, 0.2..0.4, ...
 
-TIME_BUCKETS = 5                                         # of the training loss in log.csv: t in 0..0.2, 0.2..0.4, ...
+
+# ---- Data ------------------------------------------------------------------------------------
 
 
 def datasets(cfg: TrainConfig, say=print):
-    """(training, held-out) datasets of --data; items are (crops, 1, D, D, D), or (crops, 2, D, D, D) pairs.
+    """(training, held-out) datasets of --data; items are (crops, 1 or 2, D, D, D).
 
     Raises OSError or ValueError if there is nothing to train on.
     """
-    common = dict(crop=cfg.crop, crops=cfg.crops_per_map, mean=cfg.mean, std=cfg.std)
-    simulated = dict(common, box=cfg.crop if cfg.center_crops else 2 * cfg.crop, voxel_size=cfg.voxel_size,
-                     resolution=(cfg.resolution_min, cfg.resolution_max))
-    simulate = lambda part, seed: data.SimulatedCrops(part, seed=seed, **simulated)
-    if cfg.objective != "flow":                          # to pre-train, deposited maps: the first of a pair
-        task = cfg.objective if cfg.objective in RESTORATIONS else "sharpen"
-        simulate = lambda part, seed: data_pairs.SimulatedPairs(
-            part, task=task, crop=cfg.crop, crops=cfg.crops_per_map, box=2 * cfg.crop, voxel_size=cfg.voxel_size,
-            resolution=(cfg.resolution_min, cfg.resolution_max), missing=cfg.missing, seed=seed)
     if cfg.data == "procedural":
-        return tuple(simulate(data_chains.ProceduralChains(seed), seed) for seed in (cfg.seed, cfg.seed + 1))
-    if cfg.objective in RESTORATIONS and (Path(cfg.data) / data_pairs.PAIRS).exists():
-        entries = data_pairs.read_pairs(cfg.data, cfg.objective, cfg.voxel_size)
-        make = lambda part, seed: data_pairs.MapPairs(part, crop=cfg.crop, crops=cfg.crops_per_map, seed=seed)
-    elif cfg.objective in RESTORATIONS and files.list_files(cfg.data, mrc.MAP_SUFFIXES):
-        raise ValueError(f"{cfg.data}: maps without a {data_pairs.PAIRS} that names the model and the resolution of each (README)")
-    elif files.list_files(cfg.data, mrc.MAP_SUFFIXES) or (Path(cfg.data) / data_prepare.SETTINGS).exists():    # before models
-        entries, refused = data.read_volumes(cfg.data, cfg.voxel_size, cfg.crop if cfg.center_crops else None)
-        for line in refused:
-            say(f"skipped {line}")
-        say(f"{cfg.data}: {len(refused)} maps skipped, {len(entries)} read at {cfg.voxel_size:g} Å per voxel")
-        if entries and len(refused) > 0.01 * (len(refused) + len(entries)):
-            raise ValueError(f"{cfg.data}: {len(refused)} of {len(refused) + len(entries)} maps cannot be used, more than "
-                             f"1 %; repair or remove them, the first: {refused[0]}")
-        make = lambda part, seed: data.MapCrops(part, center=cfg.center_crops, cubic=cfg.cubic, seed=seed, **common)
-    else:
-        entries = atoms.read_structures(cfg.data)
-        make = simulate
+        seeds = (cfg.seed, cfg.seed + 1)
+        return tuple(simulated(data_chains.ProceduralChains(seed), seed, cfg) for seed in seeds)
+    entries, make = read_entries(cfg, say)
     if not entries:
-        raise ValueError(f"{cfg.data}: nothing to train on; give a folder of maps ({', '.join(mrc.SUFFIXES)}), "
-                         "PDB or mmCIF files, an archive of structures (.npz), or 'procedural'")
+        raise ValueError(
+            f"{cfg.data}: nothing to train on; give a folder of maps ({', '.join(mrc.SUFFIXES)}), "
+            "PDB or mmCIF files, an archive of structures (.npz), or 'procedural'"
+        )
     train, held_out = split(entries)
-    say(f"{cfg.data}: {len(train)} to train on, {len(held_out)} held out"
-        + (", the same one in other orientations" if len(train) == len(entries) else ""))
-    return make(train, cfg.seed), make(held_out, cfg.seed + 1)
+    shared = ", the same one in other orientations" if len(train) == len(entries) else ""
+    say(f"{cfg.data}: {len(train)} to train on, {len(held_out)} held out{shared}")
+    return make(train, cfg.seed, cfg), make(held_out, cfg.seed + 1, cfg)
+
+
+def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
+    """What --data holds, and which function makes a dataset (entries, seed, cfg) of it."""
+    path = Path(cfg.data)
+    restoring = cfg.objective in RESTORATIONS
+
+    # Maps with their models, listed.
+    if restoring and (path / data_pairs.PAIRS).exists():
+        return data_pairs.read_pairs(cfg.data, cfg.objective, cfg.voxel_size), crops_of_pairs
+
+    # Maps alone, which a restoration cannot learn from. They come before models beside them.
+    holds_maps = bool(files.list_files(cfg.data, mrc.MAP_SUFFIXES))
+    prepared = (path / data_prepare.SETTINGS).exists()
+    if restoring and (holds_maps or prepared):
+        raise ValueError(
+            f"{cfg.data}: maps without a {data_pairs.PAIRS} that names the model and the "
+            "resolution of each (README)"
+        )
+    if holds_maps or prepared:
+        return read_maps(cfg, say), crops_of_maps
+
+    # Atomic models.
+    return atoms.read_structures(cfg.data), simulated
+
+
+def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
+    """The maps of --data. Raises ValueError if more than 1 % of them cannot be used."""
+    box = cfg.crop if cfg.center_crops else None
+    volumes, refused = data.read_volumes(cfg.data, cfg.voxel_size, box)
+    for line in refused:
+        say(f"skipped {line}")
+    say(
+        f"{cfg.data}: {len(refused)} maps skipped, {len(volumes)} read at "
+        f"{cfg.voxel_size:g} Å per voxel"
+    )
+    count = len(refused) + len(volumes)
+    if volumes and len(refused) > 0.01 * count:
+        raise ValueError(
+            f"{cfg.data}: {len(refused)} of {count} maps cannot be used, more than 1 %; "
+            f"repair or remove them, the first: {refused[0]}"
+        )
+    return volumes
+
+
+def simulated(structures, seed: int, cfg: TrainConfig):
+    """A dataset of maps, or pairs of maps, that are simulated from atomic models."""
+    common = dict(
+        crop=cfg.crop,
+        crops=cfg.crops_per_map,
+        voxel_size=cfg.voxel_size,
+        resolution=(cfg.resolution_min, cfg.resolution_max),
+        seed=seed,
+    )
+    if cfg.objective == "flow":
+        box = cfg.crop if cfg.center_crops else 2 * cfg.crop
+        return data.SimulatedCrops(structures, box=box, mean=cfg.mean, std=cfg.std, **common)
+    # Pre-training uses the first map of a pair: what a deposited map looks like.
+    task = cfg.objective if cfg.objective in RESTORATIONS else "sharpen"
+    return data_pairs.SimulatedPairs(
+        structures, task=task, box=2 * cfg.crop, missing=cfg.missing, **common
+    )
+
+
+def crops_of_maps(volumes, seed: int, cfg: TrainConfig):
+    return data.MapCrops(
+        volumes,
+        crop=cfg.crop,
+        crops=cfg.crops_per_map,
+        center=cfg.center_crops,
+        cubic=cfg.cubic,
+        mean=cfg.mean,
+        std=cfg.std,
+        seed=seed,
+    )
+
+
+def crops_of_pairs(pairs, seed: int, cfg: TrainConfig):
+    return data_pairs.MapPairs(pairs, crop=cfg.crop, crops=cfg.crops_per_map, seed=seed)
 
 
 def split(entries: list) -> tuple[list, list]:
-    """(training, held-out) entries: one label in twenty, by its hash, is never trained on.
+    """(training, held-out) entries: one label in twenty, chosen by its hash, is never trained on.
 
-    Among few labels that may be none, or all: then it is one of them. A single label is in both parts.
+    If that leaves no label in one of the parts, a single label is held out. The only label of a
+    data set is in both parts.
     """
     labels = {entry.label for entry in entries}
-    held_out = {label for label in labels if data_prepare.held_out(label)}
-    if len(held_out) in (0, len(labels)):
-        held_out = {min(labels)}
-    train = [entry for entry in entries if entry.label not in held_out]
-    return train or entries, [entry for entry in entries if entry.label in held_out]
+    chosen = {label for label in labels if data_prepare.held_out(label)}
+    if len(chosen) in (0, len(labels)):
+        chosen = {min(labels)}
+    train = [entry for entry in entries if entry.label not in chosen]
+    held_out = [entry for entry in entries if entry.label in chosen]
+    return train or entries, held_out
 
 
 def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
-    """(micro-batches of a rank per step, crops of each). Raises ValueError if the batch is not divisible."""
+    """(micro-batches of a rank per step, crops of each). Raises ValueError if it does not divide.
+
+    The micro-batch is the largest that --micro-batch allows.
+    """
     share, rest = divmod(cfg.batch, world)
-    sizes = range(cfg.crops_per_map, min(cfg.micro_batch, share) + 1, cfg.crops_per_map)
+    largest = min(cfg.micro_batch, share)
+    sizes = range(cfg.crops_per_map, largest + 1, cfg.crops_per_map)
     micro = max((n for n in sizes if share % n == 0), default=0)
     if rest or not micro:
-        raise ValueError(f"--batch {cfg.batch} must be a multiple of {world} rank(s) times a multiple of "
-                         f"--crops-per-map {cfg.crops_per_map} that is at most --micro-batch {cfg.micro_batch}")
+        raise ValueError(
+            f"--batch {cfg.batch} must be a multiple of {world} rank(s) times a multiple of "
+            f"--crops-per-map {cfg.crops_per_map} that is at most --micro-batch {cfg.micro_batch}"
+        )
     return share // micro, micro
 
 
+# ---- Network and loss ------------------------------------------------------------------------
+
+
 def build(cfg: TrainConfig) -> torch.nn.Module:
-    """What the optimiser trains. Its average `ema` is of the same kind, but for "jepa" the target encoder."""
+    """What the optimiser trains, with random weights."""
     if cfg.objective == "flow":
         return HDiT(cfg.net, cfg.activation_checkpointing)
     net = SCUNet(cfg.net)
     if cfg.objective != "jepa":
         return net
-    return jepa.JEPA(net.encoder, cfg.net.feature_width, token_grid(cfg), replace(cfg.predictor, mask_at=cfg.mask_at))
+    predictor = replace(cfg.predictor, mask_at=cfg.mask_at)
+    return jepa.JEPA(net.encoder, cfg.net.feature_width, token_grid(cfg), predictor)
 
 
 def token_grid(cfg: TrainConfig) -> tuple[int, int, int]:
-    return (cfg.crop // 2 ** cfg.net.levels,) * 3
+    """Cells of the SCUNet's innermost grid, along z, y and x."""
+    return (cfg.crop // 2**cfg.net.levels,) * 3
 
 
-def losses(net, ema, x: Tensor, cfg: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Losses (n,) of crops x (micro, C, D, D, D), of each crop or of all, and the columns of log.csv they count in (n,)."""
+def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Tensor]:
+    """(losses, time buckets), both (n,): one per crop for "flow", else n = 1 and bucket 0.
+
+    x: (micro, 1 or 2, D, D, D); generator: of times, noise and masks.
+    """
     if cfg.objective == "flow":
         t = flow.sample_t(len(x), cfg.time_law, generator, x.device)
         bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
         return flow.loss(net, x, t=t, generator=generator, per_sample=True), bucket
+
+    # CryoLVM: one loss for the whole micro-batch.
+    observed = x[:, :1]
     if cfg.objective in PRETRAINING:
-        hidden = jepa.block_masks(len(x), token_grid(cfg), generator)
-        loss = (jepa.jepa_loss(net, ema, x[:, :1], hidden) if cfg.objective == "jepa" else
-                jepa.mae_loss(net, x[:, :1], hidden))
+        visible = jepa.block_masks(len(x), token_grid(cfg), generator)
+    if cfg.objective == "jepa":
+        loss = jepa.jepa_loss(net, ema, observed, visible)
+    elif cfg.objective == "mae":
+        loss = jepa.mae_loss(net, observed, visible)
     else:
-        loss = jepa.composite_loss(net(x[:, :1]), x[:, 1:], cfg.alpha, cfg.bins)
-    return loss[None], torch.zeros(1, dtype=torch.long, device=x.device)
+        loss = jepa.composite_loss(net(observed), x[:, 1:], cfg.alpha, cfg.bins)
+    bucket = torch.zeros(1, dtype=torch.long, device=x.device)
+    return loss[None], bucket
+
+
+# ---- Held-out losses -------------------------------------------------------------------------
 
 
 def held_out_columns(cfg: TrainConfig) -> list[str]:
+    """What `held_out_losses` returns, as names of columns of log.csv."""
     if cfg.objective == "flow":
         return [f"held_out_t{t}" for t in HELD_OUT_TIMES]
-    return ["held_out", *{"jepa": ("constant", "std", "rank", "maps"), "mae": ()}.get(cfg.objective, ("mse", "js"))]
+    if cfg.objective == "jepa":
+        return ["held_out", "constant", "std", "rank", "maps"]
+    if cfg.objective == "mae":
+        return ["held_out"]
+    return ["held_out", "mse", "js"]
 
 
 @torch.no_grad()
 def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
-    """`held_out_columns` of fixed held-out crops x with fixed times, noise and masks: of the average `ema`."""
-    g = torch.Generator(x.device).manual_seed(0)
-    mean = lambda of: float(torch.stack([of(part) for part in x.split(cfg.micro_batch)]).mean())
-    if cfg.objective == "mae":
-        return [mean(lambda part: losses(ema, None, part, cfg, g)[0][0])]
-    if cfg.objective == "jepa":                          # by net's predictor, and what tells a collapse: jepa.collapse
-        watch = jepa.collapse(torch.cat([ema(part[:, :1]) for part in x.split(cfg.micro_batch)]))
-        return [mean(lambda part: losses(net, ema, part, cfg, g)[0][0]), *(watch[name] for name in held_out_columns(cfg)[1:])]
+    """`held_out_columns` of fixed held-out crops x with fixed times, noise and masks.
+
+    They are those of the averaged weights; for "jepa" of its predictor and the target encoder.
+    """
+    parts = x.split(cfg.micro_batch)
+    if cfg.objective == "flow":
+        return [held_out_at(t, ema, parts, cfg) for t in HELD_OUT_TIMES]
     if cfg.objective in RESTORATIONS:
-        restored = [ema(part[:, :1]) for part in x.split(cfg.micro_batch)]
-        mse, js = (sum(float(measure(a, b[:, 1:])) * len(a) for a, b in zip(restored, x.split(cfg.micro_batch))) / len(x)
-                   for measure in (torch.nn.functional.mse_loss, lambda a, b: jepa.hist_kl(a, b, cfg.bins)))
-        return [cfg.alpha * mse + (1 - cfg.alpha) * js, mse, js]
+        return restoration_losses(ema, parts, cfg)
+
+    # The same masks every time.
+    generator = torch.Generator(x.device).manual_seed(0)
+    trained = net if cfg.objective == "jepa" else ema
+    loss = torch.stack([losses(trained, ema, part, cfg, generator)[0][0] for part in parts])
+    if cfg.objective == "mae":
+        return [float(loss.mean())]
+
+    # Metrics that detect representation collapse, from the tokens of the target encoder.
+    metrics = jepa.collapse(torch.cat([ema(part[:, :1]) for part in parts]))
+    return [float(loss.mean()), *(metrics[name] for name in held_out_columns(cfg)[1:])]
+
+
+def held_out_at(t: float, ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> float:
+    """The flow-matching loss of crops at one time t, with the same noise every time."""
+    generator = torch.Generator().manual_seed(0)
     values = []
-    for t in HELD_OUT_TIMES:
-        g = torch.Generator().manual_seed(0)
-        parts = []
-        for part in x.split(cfg.micro_batch):
-            x_1 = torch.randn(part.shape, generator=g).to(x.device)
-            with flow.autocast(x.device, cfg.bf16):
-                times = torch.full((len(part),), t, device=x.device)
-                parts.append(flow.loss(ema, part, t=times, x_1=x_1, per_sample=True))
-        values.append(float(torch.cat(parts).mean()))
-    return values
+    for part in parts:
+        x_1 = torch.randn(part.shape, generator=generator).to(part.device)
+        times = torch.full((len(part),), t, device=part.device)
+        with flow.autocast(part.device, cfg.bf16):
+            values.append(flow.loss(ema, part, t=times, x_1=x_1, per_sample=True))
+    return float(torch.cat(values).mean())
+
+
+def restoration_losses(ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> list[float]:
+    """The loss (9) of jepa.py and its terms, squared error and histogram divergence."""
+    mse = js = 0.0
+    for part in parts:
+        restored = ema(part[:, :1])
+        wanted = part[:, 1:]
+        mse += float(F.mse_loss(restored, wanted)) * len(part)
+        js += float(jepa.hist_kl(restored, wanted, cfg.bins)) * len(part)
+    count = sum(len(part) for part in parts)
+    mse = mse / count
+    js = js / count
+    return [cfg.alpha * mse + (1 - cfg.alpha) * js, mse, js]

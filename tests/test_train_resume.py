@@ -1,0 +1,199 @@
+"""train_resume.py: stopping and resuming changes no bit; --init and --resume take what fits."""
+
+import os
+import signal
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from small_runs import (
+    SCUNETS,
+    SMALL,
+    assert_same,
+    atoms,
+    log_rows,
+    maps,
+    run,
+    small_presets,
+    stop_after,
+)
+
+import checkpoint
+import flow
+import train_objectives
+import train_optim
+import train_resume
+from model_scunet import SCUNet, SCUNetConfig
+
+
+@pytest.mark.parametrize(
+    "optimizer, signum",
+    [("adam", signal.SIGTERM), ("muon", signal.SIGUSR1), ("adam", signal.SIGINT)],
+)
+def test_a_run_that_is_stopped_and_resumed_equals_one_never_stopped(
+    tmp_path, maps, monkeypatch, capsys, optimizer, signum
+):
+    lr_at = train_optim.lr_at
+
+    def lr_at_and_kill(step, cfg):  # as `kill` would, in the middle of the second step
+        if step == 1:
+            os.kill(os.getpid(), signum)
+        return lr_at(step, cfg)
+
+    settings = dict(data=maps, optimizer=optimizer)
+    unbroken = run(tmp_path / "unbroken", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_optim, "lr_at", lr_at_and_kill)
+        stopped = run(tmp_path / "parts", **settings)
+    assert stopped["training"]["step"] == 2
+    assert "stopped by a signal after step 2" in capsys.readouterr().out
+    with open(tmp_path / "parts/log.csv", "a") as log:
+        print(3, 9.9, sep=",", file=log)  # a row of a step that was lost
+
+    # The number of workers does not matter.
+    resumed = run(tmp_path / "parts", "--resume", workers=2, **settings)
+    out = capsys.readouterr().out
+    assert f"resuming {tmp_path / 'parts/checkpoint.pt'} after step 2" in out
+    assert "changed: --workers 0 -> 2" in out
+    assert_same(resumed, unbroken)
+    scale = "out_norm.scale"
+    assert not torch.equal(stopped["weights"][scale], unbroken["weights"][scale])
+
+    # The log is the same but for the maps per second, column 4.
+    rows = log_rows(tmp_path / "parts")
+    assert [row[0] for row in rows] == ["step", "1", "2", "3", "4"]
+    for row, other in zip(rows, log_rows(tmp_path / "unbroken"), strict=True):
+        assert row[:4] == other[:4] and row[5:] == other[5:]
+    assert all(len(row) == 15 and all(row[:5]) for row in rows)
+    held_out = [all(row[5:10]) for row in rows[1:]]
+    assert held_out == [False, True, False, True]
+
+    run(tmp_path / "parts", "--resume", **settings)
+    assert "nothing to do: step 4 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", SCUNETS)
+def test_resuming_cryolvms_runs_equals_never_stopping(tmp_path, atoms, monkeypatch, model):
+    unbroken = run(tmp_path / "unbroken", model=model, data=atoms)
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        stopped = run(tmp_path / "parts", model=model, data=atoms)
+    assert stopped["training"]["step"] == 2
+    assert_same(run(tmp_path / "parts", "--resume", model=model, data=atoms), unbroken)
+    if model == "small-sharpen":
+        assert unbroken["training"]["plateau"]["last_epoch"] == 4
+    assert log_rows(tmp_path / "parts")[-1][:4] == log_rows(tmp_path / "unbroken")[-1][:4]
+    name = model.removeprefix("small-")
+    prior = checkpoint.load(tmp_path / f"unbroken/{name}.pt", kind="scunet")
+    assert (prior.task, prior.box, prior.voxel_size) == (name, 12, 1.0)
+    assert (prior.mean, prior.std) == (0.0, 1.0)
+
+
+def test_a_run_of_an_older_version_resumes_though_flags_are_missing_or_unknown(tmp_path, maps):
+    unbroken = run(tmp_path / "a", data=maps)
+    run(tmp_path / "b", data=maps, steps=2, decay=0)
+    path = tmp_path / "b/checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    flags = content["training"]["flags"]
+    assert flags.keys() == asdict(SMALL).keys()
+    del flags["objective"], flags["tensorboard"]
+    flags["gone"] = 1
+    torch.save(content, path)
+    resumed = run(tmp_path / "b", "--resume", data=maps)
+    assert resumed["training"]["step"] == unbroken["training"]["step"] == 4
+
+
+def test_a_gradient_that_is_not_finite_saves_the_weights_of_the_step_before(
+    tmp_path, maps, monkeypatch
+):
+    lr_at, loss = train_optim.lr_at, flow.loss
+
+    def overflow(net, x, **settings):
+        value = loss(net, x, **settings)
+        return value + (0 * value).sqrt()  # the slope of a root at 0, times 0
+
+    def lr_at_and_overflow(step, cfg):  # in the backward pass alone, in the last step
+        monkeypatch.setattr(flow, "loss", overflow if step == 3 else loss)
+        return lr_at(step, cfg)
+
+    unbroken = run(tmp_path / "unbroken", data=maps)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_optim, "lr_at", lr_at_and_overflow)
+        says = "step 4: each loss is finite, the gradient is not; saved as it was after step 3"
+        with pytest.raises(ValueError, match=says):
+            run(tmp_path / "parts", data=maps, save_every=2)
+    monkeypatch.setattr(flow, "loss", loss)
+
+    # The checkpoint of step 2 stays, in case step 3 had gone astray.
+    before = checkpoint.read(tmp_path / "parts/checkpoint_before.pt")
+    assert before["training"]["step"] == 2
+    assert_same(run(tmp_path / "parts", "--resume", data=maps), unbroken)
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(tmp_path, maps):
+    out = tmp_path / "a"
+    with pytest.raises(OSError, match="checkpoint.pt: no checkpoint to resume from"):
+        run(out, "--resume", data=maps)
+    assert not out.exists()
+    run(out, data=maps, steps=1)
+    before = (out / "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="checkpoint.pt: a run is there; --resume it, or"):
+        run(out, data=maps)
+    with pytest.raises(ValueError, match="another network, objective or optimiser"):
+        run(out, "--resume", data=maps, optimizer="muon")
+    with pytest.raises(ValueError, match="another network, objective or optimiser"):
+        run(out, "--resume", "--crop=32", data=maps, model="tiny", optimizer="adam")
+    assert (out / "checkpoint.pt").read_bytes() == before
+    os.replace(out / "prior.pt", out / "checkpoint.pt")
+    with pytest.raises(ValueError, match="holds no training state"):
+        run(out, "--resume", data=maps)
+
+
+def test_init_starts_from_averaged_weights_with_a_fresh_optimiser(tmp_path, maps, capsys):
+    first = run(tmp_path / "a", data=maps)
+    source = tmp_path / "a/checkpoint.pt"
+    second = run(tmp_path / "b", data=maps, init=source, steps=1, warmup=0, lr=1e-9, std=0.2)
+    for key, value in first["weights"].items():
+        got = second["training"]["net"][key]
+        torch.testing.assert_close(got, value, rtol=0, atol=1e-8)
+    assert second["training"]["optimizers"][0]["param_groups"][0]["step"] == 1
+    assert second["training"]["step"] == 1
+    out = capsys.readouterr().out
+    assert f"starting from {source}" in out
+    assert "changed: --std 0.13 -> 0.2" in out and "--mean" not in out
+
+    # --resume comes before --init.
+    resumed = run(tmp_path / "b", "--resume", data=maps, init=source, steps=2)
+    assert resumed["training"]["optimizers"][0]["param_groups"][0]["step"] == 2
+    says = "another network, HDiTConfig.*give the --model it was trained as"
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path / "c", "--crop=32", data=maps, init=source, model="tiny")
+    with pytest.raises(OSError, match="none.pt"):
+        run(tmp_path / "c", data=maps, init=tmp_path / "none.pt")
+
+
+def test_fine_tuning_takes_the_encoder_of_pre_training_and_a_decoder_of_its_own(tmp_path, atoms):
+    run(tmp_path / "jepa", model="small-jepa", data=atoms, steps=1)
+    pretrained = checkpoint.load(tmp_path / "jepa/jepa.pt").net
+    cfg = replace(SCUNETS["small-sharpen"], init=str(tmp_path / "jepa/jepa.pt"))
+    torch.manual_seed(0)
+    net = train_objectives.build(cfg)
+    torch.manual_seed(0)
+    fresh = SCUNet(cfg.net)
+    train_resume.start_from(net, cfg, lambda _: None)
+    for name, value in net.encoder.state_dict().items():
+        assert torch.equal(value, pretrained.encoder.state_dict()[name])
+    for name, value in net.decoder.state_dict().items():
+        assert torch.equal(value, fresh.decoder.state_dict()[name])
+    assert not torch.equal(fresh.encoder.head.weight, net.encoder.head.weight)
+
+    init = tmp_path / "jepa/jepa.pt"
+    run(tmp_path / "sharpen", model="small-sharpen", data=atoms, steps=1, init=init)
+    init = str(tmp_path / "sharpen/sharpen.pt")
+    for objective in ("superres", "jepa"):
+        other = replace(cfg, objective=objective, patience=0, init=init)
+        with pytest.raises(ValueError, match=f"fine-tuned for sharpen, not for {objective}"):
+            train_resume.start_from(net, other)
+    wider = SCUNetConfig(width=16, depths=(1, 1, 1), d_head=4)
+    with pytest.raises(ValueError, match="another network"):
+        train_resume.start_from(net, replace(cfg, net=wider))

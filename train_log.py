@@ -1,0 +1,151 @@
+"""What a training run shows: a line and a row of log.csv every `log_every` steps, sample maps."""
+
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+import flow
+import mrc
+from train_config import TrainConfig
+from train_dry_run import peak_memory
+from train_objectives import TIME_BUCKETS, held_out_columns
+
+SAMPLES = 2
+SAMPLE_STEPS = 32
+
+
+class Tally:
+    """Losses and gradient norms of the steps since the last log line.
+
+    They stay tensors until the line is written, because reading a number would wait for the GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        # Sum and count of the losses in each time bucket.
+        self.losses = torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=device)
+        self.norms = []
+        self.since = time.perf_counter()
+
+    def count(self, loss: torch.Tensor, bucket: torch.Tensor) -> None:
+        """loss, bucket: (n,), see `train_objectives.losses`."""
+        self.losses.index_add_(1, bucket, torch.stack((loss, torch.ones_like(loss))))
+
+
+def time_columns(cfg: TrainConfig) -> list[str]:
+    """Names of the training loss per time bucket, of "flow" only."""
+    if cfg.objective != "flow":
+        return []
+    edges = [i / TIME_BUCKETS for i in range(TIME_BUCKETS + 1)]
+    return [f"loss_t{low:g}-{high:g}" for low, high in zip(edges, edges[1:])]
+
+
+def log_columns(cfg: TrainConfig) -> list[str]:
+    measured = ["step", "loss", "grad_norm", "lr", "maps_per_s"]
+    return [*measured, *held_out_columns(cfg), *time_columns(cfg)]
+
+
+class Log:
+    """log.csv, what is printed, and TensorBoard if asked for."""
+
+    def __init__(self, out: Path, cfg: TrainConfig, start: int, say=print):
+        self.cfg = cfg
+        self.say = say
+        self.path = out / "log.csv"
+        self.file = open_log(self.path, log_columns(cfg), start)
+        self.board = tensorboard(out, start) if cfg.tensorboard else None
+
+    def write(self, step: int, tally: Tally, lr: float, held_out: list[float]) -> None:
+        """One line. held_out: `held_out_losses`, or [] where they were not measured."""
+        cfg = self.cfg
+        steps_per_s = len(tally.norms) / (time.perf_counter() - tally.since)
+        loss_sum, loss_count = tally.losses
+        values = {
+            "loss": float(loss_sum.sum() / loss_count.sum()),
+            "grad_norm": float(torch.stack(tally.norms).mean()),
+            "lr": lr,
+            "maps_per_s": steps_per_s * cfg.batch,
+        }
+        measured = dict(zip(held_out_columns(cfg), held_out))
+        per_time = dict(zip(time_columns(cfg), (loss_sum / loss_count).tolist()))
+
+        # What is printed.
+        left = timedelta(seconds=round((cfg.steps - step) / steps_per_s))
+        memory = peak_memory(tally.losses.device.type == "cuda")
+        line = (
+            f"step {step:6d}  loss {values['loss']:.4f}  |g| {values['grad_norm']:.2f}  "
+            f"lr {lr:.1e}  {steps_per_s:.2f} steps/s  {values['maps_per_s']:.1f} maps/s  "
+            f"{memory:.1f} GiB  ETA {left}"
+        )
+        for name, value in measured.items():
+            line += f"  {name.removeprefix('held_out_')} {value:.4f}"
+        self.say(line)
+
+        # What is written. A bucket that no time fell into has no loss (nan).
+        values = {**values, **measured, **per_time}
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
+        self.write_row(step, values)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def write_row(self, step: int, values: dict[str, float]) -> None:
+        """A row of log.csv; a column without a value stays empty."""
+        columns = log_columns(self.cfg)[1:]
+        cells = [f"{values[name]:.6g}" if name in values else "" for name in columns]
+        try:
+            print(step, *cells, sep=",", file=self.file, flush=True)
+        except OSError as error:  # a full disk
+            raise OSError(f"{self.path}: {error.strerror}") from None
+
+
+def open_log(path: Path, columns: list[str], start: int):
+    """log.csv, to append to. A resumed run writes the rows after step `start` again: cut them."""
+    rows = [",".join(columns)]
+    if start and path.exists():
+        for row in path.read_text().splitlines()[1:]:
+            if row[:1].isdigit() and int(row.split(",")[0]) <= start:
+                rows.append(row)
+    path.write_text("\n".join(rows) + "\n")
+    return open(path, "a")
+
+
+def tensorboard(out: Path, start: int):
+    """Raises ValueError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard: pip install tensorboard, or leave it out; log.csv holds the same"
+        ) from None
+    return SummaryWriter(str(out), purge_step=start + 1)
+
+
+@torch.no_grad()
+def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.device) -> None:
+    """Maps that the network draws, from the same noise every time, as .mrc (density on 0..1).
+
+    With matplotlib also a picture of their middle slices.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_1 = torch.randn(SAMPLES, 1, *[cfg.crop] * 3, generator=generator).to(device)
+    with flow.autocast(device, cfg.bf16):
+        parts = [flow.sample(net, part, SAMPLE_STEPS) for part in x_1.split(cfg.micro_batch)]
+    x_0 = torch.cat(parts)[:, 0]
+    density = (x_0 * cfg.std + cfg.mean).float().cpu()
+    folder.mkdir(exist_ok=True)
+    for i, x in enumerate(density):
+        path = folder / f"step_{step:06d}_{i}.mrc"
+        mrc.write_map(path, mrc.Map(x, cfg.voxel_size), overwrite=True)
+
+    try:
+        from matplotlib.image import imsave
+    except ImportError:
+        return
+    # A column per sample: the slices across z, y and x below each other.
+    middle = cfg.crop // 2
+    columns = [torch.cat((x[middle], x[:, middle], x[:, :, middle])) for x in density]
+    picture = torch.cat(columns, 1).numpy()
+    imsave(folder / f"step_{step:06d}.png", picture, vmin=0, vmax=1, cmap="gray")
