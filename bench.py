@@ -222,9 +222,7 @@ def sampling_step(name: str, args) -> dict:
     observation = posterior.Observation(y, measured, 0.0, y)
     generators = [torch.Generator().manual_seed(0)]
     settings = {"steps": 1, "t_start": 0.4, "inner": 2}
-    step = functools.partial(
-        posterior.sample_posterior, prior, observation, generators, **settings
-    )
+    step = functools.partial(posterior.sample_posterior, prior, observation, generators, **settings)
     with torch.no_grad():
         step_seconds = median_seconds(step, args.device, args.seconds)
     tiles = f"{side}^3 in tiles of {prior.box}^3"

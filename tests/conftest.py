@@ -1,4 +1,5 @@
 """Tests import the project's files by name, from wherever `pytest` is typed."""
+
 import sys
 from pathlib import Path
 
