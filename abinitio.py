@@ -89,6 +89,7 @@ def norms(p: Tensor, y: Tensor) -> Tensor:
 
 def psi_bg(p: Tensor, y: Tensor, q: float) -> Tensor:
     """(3): power of p in the background of y, the share q of its pixels; 0 for q = 0."""
+    # The pixels below this level count as background.
     level = torch.quantile(y.flatten(-2), q, dim=-1)[..., None, None]
     return (p.square() * (y < level)).sum((-2, -1))
 
@@ -105,6 +106,7 @@ def projection_loss(p: Tensor, y: Tensor, *, stop_gradient: bool, q: float) -> T
 
 def ball(N: int, device=None) -> Tensor:
     """The inside of the sphere that every projection sees completely: boolean (N, N, N)."""
+    # One voxel less than the box, because projections interpolate.
     r2 = (torch.arange(N, device=device) - N // 2).square()
     return r2[:, None, None] + r2[:, None] + r2 < (N / 2 - 1) ** 2
 
@@ -154,6 +156,8 @@ def fit(
             i = 0
             least = math.inf
             continue
+
+        # A step down the gradient from the point ahead, then on by the momentum.
         least = loss
         new = ((ahead - c * gradient) * inside).clamp(min=0)  # (6)
         ahead = new + i / (i + 3) * (new - x)
@@ -215,6 +219,7 @@ def reconstruct(
     Takes the best of a few annealed starts. Then finds poses and density in turn, while the
     resolution rises to `radius` (Fourier shells). max_shift: in voxels.
     """
+    # Several low-resolution densities, of which the best correlates most with the images.
     N = images.shape[-1]
     tries = []
     for _ in range(starts):
@@ -223,12 +228,15 @@ def reconstruct(
     coarse, _ = max(tries, key=lambda found: found[1])
     x = fourier.resample(coarse, (N, N, N)).clamp(min=0)
 
+    # Sharpen it, round by round.
     poses = None
     for i, shells in enumerate(SHELLS):
         shells = min(shells or radius, radius)
         # Search the whole grid until the density tells poses well apart, then follow each pose.
         start = poses if i > 3 else None
         poses = find_poses(x, images, max_shift=max_shift, radius=shells, start=start)
+
+        # Undo the shifts, and fit the density to the images at these poses.
         k = frequencies(shells, device=images.device)
         centred = coefficients(images, k) * phase(k, -poses.shifts, N)
         x = fit(x, poses.rotations, centred, k)
@@ -259,6 +267,7 @@ def restore_projections(
     towards the projections. start (N, N, N): in the units of the images, at poses that each sample
     refines for itself.
     """
+    # All samples begin with the poses of the classical density.
     k = frequencies(radius, device=images.device)
     observed = coefficients(images, k)
     poses_of = [poses] * len(generators)
@@ -269,6 +278,7 @@ def restore_projections(
     def noise():
         return draw_noise(generators, start.shape, start.device)
 
+    # Noise the classical density to t_start.
     times = torch.linspace(t_start, 0, steps + 1).tolist()
     x = (1 - t_start) * network_scale(start) + t_start * noise()
     for i, (t, s) in enumerate(zip(times, times[1:])):
@@ -313,11 +323,12 @@ def algorithm_3(
     N = images.shape[-1]
 
     def gradient(V):
-        # dl/dx_0' of one sample, its poses fixed.
+        # dl/dx_0' of one sample, at the poses that fit it best.
         poses = find_poses(V, images, max_shift=max_shift, radius=radius)  # (4)
+        # Few images at a time, because the graph of a projection takes memory.
         total = 0
         V = V.clone().requires_grad_()
-        parts = [x.split(8) for x in (poses.rotations, poses.shifts, images)]  # memory for 8
+        parts = [x.split(8) for x in (poses.rotations, poses.shifts, images)]
         for R, shift, y in zip(*parts):
             p = degrade.project(V, R, shift[:, :2])
             loss = projection_loss(p, y, stop_gradient=stop_gradient, q=q)
@@ -326,12 +337,15 @@ def algorithm_3(
 
     x = draw_noise(generators, (N, N, N), images.device)
     for i in range(steps):
+        # Ask the prior what the density looks like.
         t = 1 - i / steps
         x.requires_grad_()
         v = velocity(x, t, generators)
         V = posterior_mean(x, v, t) * prior.std + prior.mean  # x_0' as a density
+
+        # The gradient of the losses, back through the network.
         by_V = torch.stack([gradient(V_k) for V_k in V.detach()])
-        (g,) = torch.autograd.grad(V, x, by_V)  # back through the network
+        (g,) = torch.autograd.grad(V, x, by_V)
         x = guided_step(x, v, g, t, steps, lambda_max).detach()  # (5)
         for _ in generators:
             tick()
@@ -370,6 +384,7 @@ def samples_of(
     progress(total, what): returns the function to call after every round of the search, and the
     one to call after every step of a sample.
     """
+    # The classical answer, which "prior" starts from.
     radius = images.shape[-1] // 2 - 1
     if method != "paper":
         start, poses = reconstruct(
@@ -384,6 +399,7 @@ def samples_of(
             return
         _, scale = normalise(start, prior.mean, prior.std)
 
+    # Samples, a few at a time. Each has its own generator.
     settings = dict(METHODS[method], radius=radius)
     if steps:
         settings["steps"] = steps

@@ -50,7 +50,7 @@ def healpix(nside: int) -> tuple[Tensor, Tensor]:
         north = math.acos(z)
         theta += [north if ring <= 2 * nside else math.pi - north] * points
         phi += [2 * math.pi / points * (j + offset) for j in range(points)]
-    return torch.tensor(theta, dtype=torch.float64), torch.tensor(phi, dtype=torch.float64)
+    return torch.tensor([theta, phi], dtype=torch.float64).unbind()
 
 
 def so3_grid(order: int) -> Tensor:
@@ -59,18 +59,27 @@ def so3_grid(order: int) -> Tensor:
     Neighbours are 60, 30, 15, 7.5 degrees apart for order 0, 1, 2, 3, as in RELION.
     """
     nside = 2**order
-    theta, phi = healpix(nside)
+    theta, phi = map(torch.rad2deg, healpix(nside))
     psi = torch.arange(6 * nside, dtype=torch.float64) * (60 / nside)
-    i, j = torch.meshgrid(torch.arange(len(theta)), torch.arange(len(psi)), indexing="ij")
-    angles = torch.stack([torch.rad2deg(phi)[i], torch.rad2deg(theta)[i], psi[j]], -1)
-    return euler_matrix(angles.reshape(-1, 3))
+
+    # Every direction with every in-plane angle.
+    angles = torch.stack(
+        [
+            phi.repeat_interleave(len(psi)),
+            theta.repeat_interleave(len(psi)),
+            psi.repeat(len(theta)),
+        ],
+        -1,
+    )
+    return euler_matrix(angles)
 
 
 def shift_grid(limit: float, step: float, dims: int = 2) -> Tensor:
     """Shifts (S, 3) x, y, z in voxels: multiples of step, at most `limit` long; z = 0 in 2-D."""
     n = int(limit / step + 1e-9)
     r = torch.arange(-n, n + 1.0) * step
-    shifts = torch.cartesian_prod(r, r, r if dims == 3 else torch.zeros(1))
+    z = r if dims == 3 else torch.zeros(1)
+    shifts = torch.cartesian_prod(r, r, z)
     return shifts[shifts.norm(dim=1) <= limit + 1e-9]
 
 
@@ -91,7 +100,8 @@ def frequencies(radius: float, dims: int = 2, device=None) -> Tensor:
     k_z = 0 if dims is 2.
     """
     r = torch.arange(-int(radius), int(radius) + 1)
-    k = torch.cartesian_prod(r if dims == 3 else r[r == 0], r, r)  # z, y, x
+    z = r if dims == 3 else r[r == 0]
+    k = torch.cartesian_prod(z, r, r)  # z, y, x
     # The rows are symmetric about the one in the middle, k = 0. Take those after it.
     k = k[len(k) // 2 + 1 :]
     inside = k.square().sum(1) <= radius**2
@@ -105,11 +115,12 @@ def coefficients(x: Tensor, k: Tensor) -> Tensor:
     """
     N = x.shape[-1]
     dims = x.ndim - 1
-    X = torch.fft.fftn(x, dim=tuple(range(-dims, 0)), norm="ortho")
-    index = (k[:, :dims].long().flip(1) % N).unbind(1)  # y, x or z, y, x
+    axes = tuple(range(-dims, 0))
+    X = torch.fft.fftn(x, dim=axes, norm="ortho")
+    index = k[:, :dims].long().flip(1) % N  # y, x or z, y, x
     # The transform starts at voxel 0. Move the origin to voxel N//2.
     origin = k.new_full((1, 3), -(N // 2))
-    return X[:, *index] * phase(k, origin, N) * math.sqrt(2)  # (1)
+    return X[:, *index.T] * phase(k, origin, N) * math.sqrt(2)  # (1)
 
 
 def phase(k: Tensor, shifts: Tensor, N: int) -> Tensor:
@@ -176,31 +187,49 @@ def correlations(volume: Tensor, y: Tensor, k: Tensor, rotations: Tensor, shifts
 
 
 def search(
-    volume: Tensor, y: Tensor, k: Tensor, rotations: Tensor, shifts: Tensor, keep: int = 1
+    volume: Tensor, images: Tensor, radius: float, rotations: Tensor, shifts: Tensor, keep: int = 1
 ) -> Poses:
-    """The `keep` best rotations of the grid, each with its best shift, for y (P, K)."""
+    """The `keep` best rotations of the grid for each image, each with its best shift.
+
+    images (P, N, N), or volumes (P, N, N, N), are compared up to Fourier shell `radius`.
+    """
+    k = frequencies(radius, images.ndim - 1, images.device)
+    y = coefficients(images, k)
+    rotations = rotations.to(volume)
+    shifts = shifts.to(volume)
     found = []
     memory = 2**26  # correlations held at once
     for part in y.split(max(1, memory // (len(rotations) * len(shifts)))):
+        # The best shift of each rotation, and then the best rotations.
         best, shift = correlations(volume, part, k, rotations, shifts).max(1)  # (P, R)
         cor, rotation = best.topk(keep, dim=1)  # (P, keep)
-        found.append((rotations[rotation], shifts[shift.gather(1, rotation)], cor))
+        shift = shift.gather(1, rotation)
+        found.append((rotations[rotation], shifts[shift], cor))
     return Poses(*map(torch.cat, zip(*found)))
 
 
-def refine(volume: Tensor, y: Tensor, k: Tensor, poses: Poses, angle: float, step: float) -> Poses:
-    """The best pose around each candidate (P, C) of observations y (P, K).
+def refine(
+    volume: Tensor, images: Tensor, radius: float, poses: Poses, angle: float, step: float
+) -> Poses:
+    """The best pose around each candidate (P, C) of images (P, N, N), or volumes (P, N, N, N).
 
-    Tries turns by 0 or -+ angle (degrees) about each axis, and shifts by 0 or -+ step (voxels).
+    Tries turns by 0 or -+ angle (degrees) about each axis, and shifts by 0 or -+ step (voxels),
+    up to Fourier shell `radius`.
     """
     N = volume.shape[-1]
-    dims = 2 + int(k[:, 2].any())
-    turns = turn_by(torch.cartesian_prod(*[torch.tensor([0.0, -angle, angle])] * 3).to(k))
+    dims = images.ndim - 1
+    k = frequencies(radius, dims, images.device)
+    y = coefficients(images, k)
+    choices = torch.tensor([0.0, -angle, angle])
+    turns = turn_by(torch.cartesian_prod(choices, choices, choices).to(k))
     # 1.8 steps: also the diagonals. In 2-D these are 9 shifts, in 3-D 27.
-    moves = shift_grid(step * 1.8, step, dims).to(k) if step else k.new_zeros(1, 3)
+    moves = k.new_zeros(1, 3)
+    if step:
+        moves = shift_grid(step * 1.8, step, dims).to(k)
 
     found = []
-    parts = [x.split(64) for x in (y, poses.rotations, poses.shifts)]  # memory for 64 images
+    memory = 64  # images at once
+    parts = [x.split(memory) for x in (y, poses.rotations, poses.shifts)]
     for y_part, R, shift in zip(*parts):
         # A slice for each of the 27 turns.
         R_near = R[:, :, None] @ turns  # (P, C, 27, 3, 3)
@@ -212,16 +241,20 @@ def refine(volume: Tensor, y: Tensor, k: Tensor, poses: Poses, angle: float, ste
 
         # Correlate each slice with each moved observation.                          (4)
         cor = torch.einsum("pcnk,pcsk->pcns", p.conj(), moved).real
-        norm = p.norm(dim=-1)[..., None] * moved.norm(dim=-1)[:, :, None]
+        p_norm = p.norm(dim=-1)
+        moved_norm = moved.norm(dim=-1)
+        norm = p_norm[..., None] * moved_norm[:, :, None]
         cor = cor / norm.clamp(min=1e-12)
 
         # Keep the best turn and shift of each candidate.
         best, index = cor.flatten(2).max(-1)  # (P, C)
-        image = torch.arange(len(R))[:, None]
-        candidate = torch.arange(R.shape[1])
         turn = index // len(moves)
         move = index % len(moves)
-        found.append((R_near[image, candidate, turn], shift_near[image, candidate, move], best))
+        image = torch.arange(len(R))[:, None]
+        candidate = torch.arange(R.shape[1])
+        R_best = R_near[image, candidate, turn]
+        shift_best = shift_near[image, candidate, move]
+        found.append((R_best, shift_best, best))
     return Poses(*map(torch.cat, zip(*found)))
 
 
@@ -251,10 +284,8 @@ def find_poses(
         # 6 shells: neighbours on the grid differ by 1.6 coefficients in the last one.
         angle = 15.0
         shells = min(radius, 6.0)
-        k = frequencies(shells, device=images.device)
-        grid = so3_grid(2).to(volume)
-        shifts = shift_grid(max_shift, N / (4 * shells)).to(volume)
-        poses = search(volume, coefficients(images, k), k, grid, shifts, keep=8)
+        shifts = shift_grid(max_shift, N / (4 * shells))
+        poses = search(volume, images, shells, so3_grid(2), shifts, keep=8)
     else:
         angle = 15.0 / 4
         shells = min(radius, 24.0)
@@ -265,8 +296,7 @@ def find_poses(
         angle /= 2
         step /= 2
         shells = min(radius, shells * 1.5)
-        k = frequencies(shells, device=images.device)
-        poses = refine(volume, coefficients(images, k), k, poses, angle, step)
+        poses = refine(volume, images, shells, poses, angle, step)
         if angle < 5:
             poses = keep_best(poses)
         # Stop when half the angle moves the last shell by less than half a coefficient.
@@ -297,17 +327,14 @@ def align(a: Tensor, b: Tensor) -> Aligned:
         shells = min(5, most)
         angle = 15.0
         step = N / 4 / shells
-        k = frequencies(shells, 3, a.device)
-        grid = so3_grid(2).to(a)
-        shifts = shift_grid(N / 8, step, 3).to(a)
-        poses = search(hand, coefficients(b[None], k), k, grid, shifts, keep=8)
+        shifts = shift_grid(N / 8, step, 3)
+        poses = search(hand, b[None], shells, so3_grid(2), shifts, keep=8)
         for shells in (6, 7, 8, 10, 14, 18, 18):
             if shells == 10:
                 poses = keep_best(poses)
             angle /= 2
             step /= 2
-            k = frequencies(min(shells, most), 3, a.device)
-            poses = refine(hand, coefficients(b[None], k), k, poses, angle, step)
+            poses = refine(hand, b[None], min(shells, most), poses, angle, step)
         R, shift, cor = (x[0, 0] for x in poses)
         found.append((float(cor), hand, R, shift))
     original, mirror = found
@@ -326,7 +353,8 @@ def turn_and_move(x: Tensor, R: Tensor, shift: Tensor) -> Tensor:
     delta = (N // 2 - (2 * N - 1) / 4) * torch.ones(3, device=x.device)
 
     # Displace by phases of all frequencies.
-    kz, ky, kx = fourier.freq_grid((N,) * 3, device=x.device)
+    kz, ky, kx = fourier.freq_grid(turned.shape, device=x.device)
     k = torch.stack(torch.broadcast_tensors(kx, ky, kz), -1).float() * N
-    factor = phase(k.view(-1, 3), shift + delta - R.T @ delta, N).view(turned.shape)
-    return torch.fft.ifftn(torch.fft.fftn(turned) * factor).real
+    factor = phase(k.view(-1, 3), shift + delta - R.T @ delta, N)
+    spectrum = torch.fft.fftn(turned) * factor.view(turned.shape)
+    return torch.fft.ifftn(spectrum).real

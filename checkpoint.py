@@ -30,7 +30,9 @@ from files import atomic_write
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 
+# kind -> the class of the network and of its config.
 NETWORKS = {"hdit": (HDiT, HDiTConfig), "scunet": (SCUNet, SCUNetConfig)}
+# What every checkpoint has. Files from before "task" and "training" lack these.
 KEYS = {"kind", "config", "weights", "voxel_size", "box", "mean", "std"}
 
 # What zipfile and torch.load raise for a file of another kind, cut short or with a bit flipped.
@@ -85,9 +87,13 @@ def save(
     Raises OSError if it cannot be written: no such folder, a full disk.
     """
     kind = "hdit" if isinstance(net, HDiT) else "scunet"
+
+    # On the CPU, so that the file opens on a machine without a GPU.
     weights = {key: value.detach().cpu() for key, value in net.state_dict().items()}
     if half:
         weights = {key: value.half() for key, value in weights.items()}
+
+    # Plain numbers, strings, dicts and tensors: what weights_only=True accepts.
     content = dict(
         kind=kind,
         config=asdict(net.config),
@@ -99,6 +105,8 @@ def save(
         task=task,
         training=training,
     )
+
+    # The file appears when it is complete.
     with atomic_write(Path(path)) as file:
         torch.save(content, file)
 
@@ -111,6 +119,7 @@ def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "floa
     Raises OSError if the file cannot be read, and ValueError if it is no checkpoint, a damaged one,
     or one of another kind.
     """
+    # Both kinds of file give the same dict.
     path = Path(path)
     public = path.suffix == ".safetensors"
     content = read_public_hdit(path, time_phase) if public else read(path)
@@ -120,33 +129,35 @@ def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "floa
             "give another --ckpt"
         )
     net = build(path, content)
+    fields = {name: content[name] for name in ("kind", "voxel_size", "box", "mean", "std")}
     return Prior(
         net=net.to(device).eval().requires_grad_(False),
-        kind=content["kind"],
-        voxel_size=content["voxel_size"],
-        box=content["box"],
-        mean=content["mean"],
-        std=content["std"],
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         task=content.get("task", ""),
         training=content.get("training"),
+        **fields,
     )
 
 
 def build(path, content: dict) -> nn.Module:
     """The network of a checkpoint's dict, with its weights; ValueError if they do not fit."""
     network, config_class = NETWORKS[content["kind"]]
+    # Files that ship hold float16.
     weights = {key: value.float() for key, value in content["weights"].items()}
     try:
         config = config_class(**content["config"])
+        # Each block costs time to build, also on the meta device.
         if sum(config.depths) + len(config.depths) > MOST_BLOCKS:
             raise ValueError(f"more than {MOST_BLOCKS} blocks and levels")
         # Try on the meta device first, which takes no memory however wide a damaged config is.
         with torch.device("meta"):
             network(config).load_state_dict(weights, assign=True)
+
+        # Now for real: the sizes are those of the file.
         net = network(config)
         net.load_state_dict(weights)
     except UNFIT as error:
+        # torch names every tensor that does not fit. The first ones say enough.
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path}: its weights do not fit this version's {network.__name__}: {reason[:300]}"
@@ -162,6 +173,7 @@ def read(path) -> dict:
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("wrong CRC-32")
+            # weights_only: a pickle could run code otherwise.
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         except DAMAGED as error:
@@ -169,6 +181,8 @@ def read(path) -> dict:
                 f"{path}: not a checkpoint of this project, or a damaged one "
                 f"({type(error).__name__}); copy it again or give another"
             ) from error
+
+    # A file of another program?
     is_ours = isinstance(content, dict) and content.keys() >= KEYS
     if not is_ours or content["kind"] not in list(NETWORKS):
         raise ValueError(
@@ -184,6 +198,7 @@ def check_fields(path, content: dict) -> None:
     def is_number(value, low, high):
         return type(value) in (int, float) and low < value < high  # false for nan
 
+    # The config is checked in `build`, which knows its network.
     weights = content["weights"]
     is_right = {
         "weights": isinstance(weights, dict)
@@ -196,6 +211,8 @@ def check_fields(path, content: dict) -> None:
         "task": isinstance(content.get("task", ""), str),
         "training": isinstance(content.get("training"), dict | None),
     }
+
+    # Name the first field that is wrong, with its value cut short.
     for name, right in is_right.items():
         if not right:
             value = " ".join(reprlib.repr(content[name]).split())
@@ -224,6 +241,8 @@ def read_public_hdit(path, time_phase: str) -> dict:
         raise ValueError(
             f"{path}: not the weights of an HDiT, or a damaged file ({error})"
         ) from error
+
+    # The file has nothing else, so the rest is what the paper says.
     large = len(config.widths) == 3
     return dict(
         kind="hdit",
@@ -244,10 +263,15 @@ def infer_config(weights: dict, time_phase: str = "float32") -> HDiTConfig:
         position = prefix.count(".")
         return len({key.split(".")[position] for key in weights if key.startswith(prefix)})
 
+    # Levels above the middle one are listed twice, down and up. Count those on the way down.
     levels = count("down_levels.")
     depths = [count(f"down_levels.{i}.") for i in range(levels)]
+
+    # Each layer that merges patches tells the width of the next level.
     width, voxels = weights["patch_in.proj.weight"].shape
     widths = [width] + [len(weights[f"merges.{i}.proj.weight"]) for i in range(levels)]
+
+    # The feed-forward layers of the middle level, which every network has, tell ff_mult.
     heads = len(weights["mid_level.0.self_attn.scale"])
     hidden = weights["mid_level.0.ff.down_proj.weight"].shape[1]
     return HDiTConfig(

@@ -67,6 +67,7 @@ def block_sides(grid: tuple[int, int, int], scale: tuple[float, float], aspect: 
 
     It holds a share of the grid within `scale`, and no side is longer than aspect * another.
     """
+    # All blocks that fit the grid, of which some have the right size and shape.
     sides = torch.cartesian_prod(*[torch.arange(1, n + 1) for n in grid]).view(-1, 3)
     share = sides.prod(1) / math.prod(grid)
     in_scale = (share >= scale[0]) & (share <= scale[1])
@@ -130,6 +131,7 @@ def hide(x: Tensor, token_mask: Tensor) -> Tensor:
 
     Raises ValueError if a side is no multiple of the grid's.
     """
+    # Every cell must have the same number of voxels.
     cells = token_mask.shape[1:]
     remainders = [side % n for side, n in zip(x.shape[2:], cells, strict=True)]
     if len(x) != len(token_mask) or any(remainders):
@@ -145,8 +147,11 @@ def positions(grid: tuple[int, int, int], width: int) -> Tensor:
 
     Equal parts for z, y, x, cut at `width`. Half of a part is sines, half cosines.
     """
+    # Frequencies fall from 1 to almost 1/10000.
     half = math.ceil(width / 6)
     omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+
+    # One row for each cell: angles of its z, then y, then x.
     axes = [torch.arange(n, dtype=torch.float64) for n in grid]
     r = torch.cartesian_prod(*axes).view(-1, 3)
     angle = r[..., None] * omega  # (L, 3, half)
@@ -219,6 +224,7 @@ class JEPA(nn.Module):
 
         Those of visible tokens mean nothing. Raises ValueError if x, mask and grid do not fit.
         """
+        # Encode what is visible, see Departure 1.
         if self.config.mask_at == "input":
             x = hide(x, token_mask)
         s = self.context(x)  # (1)
@@ -229,6 +235,8 @@ class JEPA(nn.Module):
                 f"and the predictor {len(self.positions)} places; give crops whose sides fill the "
                 "encoder's grid"
             )
+
+        # Put e in place of the hidden tokens, say where each token is, and predict.
         s = torch.where(visible[..., None], s, self.mask_token)
         return self.predictor(s + self.positions)  # (2)
 
@@ -244,6 +252,8 @@ def jepa_loss(
     # encoder is constant, and a collapse looks like progress. Ours have no z.
     with torch.no_grad():
         target = layer_norm(target_encoder(x))
+
+    # Compare what the predictor says of the hidden tokens.
     prediction = net(x, token_mask).float()
     error = F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).mean(-1)  # (B, L)
     return mean_hidden(error, token_mask.flatten(1))
@@ -324,11 +334,13 @@ def collapse(tokens: Tensor) -> dict[str, float]:
         raise ValueError(
             f"{len(tokens)} map cannot show whether tokens differ between maps; give at least 2"
         )
+    # How much tokens vary, between maps and altogether.
     z = layer_norm(tokens).double()
     between = z.var(0, correction=1).sum()  # over positions and channels
     deviation = (z - z.mean((0, 1))).flatten(0, 1)  # (B L, C)
     variance = deviation.square().sum()
 
+    # The number of directions in which they vary.
     singular = torch.linalg.svdvals(deviation)
     p = singular / singular.sum().clamp(min=1e-30)
     constant = F.smooth_l1_loss(deviation, torch.zeros_like(deviation))
@@ -368,7 +380,7 @@ class SoftHistogram(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        # grad is dL/dh (B, K). What follows is n sigma sum_j dL/dh_j dh_j/dx_i.
+        # grad is dL/dh (B, K). Every piece is n sigma sum_j dL/dh_j dh_j/dx_i.
         (x,) = ctx.saved_tensors
         grad = grad.to(x.dtype)[:, None]
         pieces = []
@@ -422,7 +434,7 @@ def hist_kl(x: Tensor, y: Tensor, bins: int = 64, sigma: float | None = None) ->
             f"maps of shapes {tuple(x.shape)} and {tuple(y.shape)} have no common batch; "
             "want one shape"
         )
-    # float64, because p - q may be a millionth of p. These are few numbers.
+    # Histograms are float64, because p - q may be a millionth of p. These are few numbers.
     p = soft_histogram(x, bins, sigma)
     q = soft_histogram(y, bins, sigma)
     m = (p + q) / 2

@@ -165,7 +165,7 @@ class WindowAttention(nn.Module):
         x = logits.softmax(-1).to(v.dtype) @ v
         x = x.transpose(2, 3).flatten(-2)  # (B, N, T, C)
 
-        # Back to the grid.
+        # Back to the grid, and the windows back in place.
         return join_windows(self.linear(x), w, shape).roll(shift, (1, 2, 3))
 
 
@@ -196,6 +196,7 @@ class FilterResponseNorm(nn.Module):
         self.tau = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # float32, because the square of a float16 overflows.
         gamma, beta, tau = (p.view(-1, 1, 1, 1) for p in (self.gamma, self.beta, self.tau))
         square = x.float().square().mean((2, 3, 4), keepdim=True)
         normalised = gamma * torch.rsqrt(square + EPS) * x + beta
@@ -219,6 +220,7 @@ class SwinConvBlock(nn.Module):
         self.trans_block = Transformer(config, half, shifted)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Convolutions for one half of the channels, attention for the other.
         a, b = self.conv1_1(x).chunk(2, dim=1)
         a = a + self.conv_block(a)  # (2)
         b = self.trans_block(b.movedim(1, -1)).movedim(-1, 1)
@@ -267,6 +269,8 @@ class Encoder(nn.Module):
         z, y, x_pad = (-n % self.multiple for n in x.shape[2:])
         if z or y or x_pad:
             x = F.pad(x, (0, x_pad, 0, y, 0, z), mode="replicate")
+
+        # Keep the input of every stage for the decoder.
         levels = [self.head(x)]
         for down in self.down:
             levels.append(down(levels[-1]))
@@ -288,6 +292,7 @@ class Decoder(nn.Module):
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         """[x_1, x_2, x_3, x_4, y] -> map (B, 1, D, H, W), sides as padded."""
+        # Add what the encoder had on each grid, from the innermost outwards.
         *skips, y = pyramid
         for up in self.up:
             y = up(y + skips.pop())
@@ -308,6 +313,7 @@ class SCUNet(nn.Module):
 
         Raises ValueError if x has another shape.
         """
+        # Cut off the padding.
         y = self.decoder(self.encoder.pyramid(x))
         D, H, W = x.shape[2:]
         return y[..., :D, :H, :W].float()
