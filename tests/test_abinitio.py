@@ -193,19 +193,3 @@ def test_a_row_of_table_6_reaches_algorithm_3_and_a_folder_its_default_name(tmp_
     assert asked["stop_gradient"] is True
     assert asked["q"] == 0
     assert (tmp_path / "out/in_abinitio.mrc").exists()
-
-
-def test_the_program_refuses_anything_but_one_stack(tmp_path):
-    path = str(write(tmp_path / "map.mrc", np.random.rand(24, 24, 24), ispg=1, mz=24))
-    cases = {
-        "a volume of 24": [path],
-        "wants one stack; 2 given": [path, path],
-        "wants one stack; 0 given": [],
-        "pocs is no answer to --task abinitio": [path, "--method", "pocs"],
-        "--max-shift -1: 0 or more": [path, "--max-shift", "-1"],
-        "--task abinitio changes no map": [path, "--mask", path],
-    }
-    for message, argv in cases.items():
-        with pytest.raises(ValueError, match=message):
-            sampling.main(["--task", "abinitio", *argv])
-    assert [file.name for file in tmp_path.iterdir()] == ["map.mrc"]
