@@ -2,7 +2,7 @@
 
     x_t = (1 - t) x_0 + t x_1            x_0 ~ data, x_1 ~ N(0, I), t in [0, 1]         (1)
     v_t = dx_t/dt = x_1 - x_0                                                           (2)
-    L   = E |v_theta(x_t, t) - v_t|^2    least for v_theta = E[x_1 - x_0 | x_t]         (3)
+    L   = E |v_theta(x_t, t) - v_t|^2    smallest if v_theta = E[x_1 - x_0 | x_t]       (3)
     E[x_0 | x_t] = x_t - t v_theta(x_t, t)                                              (4)
     dx/dt = v_theta(x, t)                from t = 1 down to 0 noise becomes a map       (5)
     log p_0(x_0) = log N(x_1; 0, I) + integral_0^1 div v_theta(x_t, t) dt   along (5)   (6)
@@ -65,7 +65,7 @@ def evaluate(velocity: Velocity, x: Tensor, t: Tensor | float) -> Tensor:
 
     Raises ValueError if the velocity does not have the shape of x.
     """
-    # Times are never bfloat16, which keeps 3 digits. Neither are the sums that solvers build of v.
+    # bfloat16 keeps 3 digits, which is too few for times and for the sums that solvers build of v.
     wide = torch.promote_types(x.dtype, torch.float32)
     if not torch.is_tensor(t):
         t = torch.full((len(x),), t, device=x.device, dtype=wide)
@@ -99,7 +99,10 @@ def autocast(device: torch.device, bf16: bool = True) -> torch.autocast:
 
 
 def draw_device(generator: torch.Generator | None, device) -> torch.device:
-    """Where to draw: with a CPU generator a GPU run sees the numbers that a CPU run sees."""
+    """The device to draw on: the generator's, or `device` without one.
+
+    With a CPU generator, a run on a GPU draws the same numbers as a run on a CPU.
+    """
     return device if generator is None else generator.device
 
 
@@ -217,8 +220,8 @@ def sample(
 ) -> Tensor:
     """Integrate (5) from t_start to 0 in equal steps: maps x_0 (B, ...) from x_1 (B, ...).
 
-    x_1: noise, or where t_start < 1 the maps at that time, from `interpolate`. method: a key of
-    SOLVERS. Euler and midpoint never evaluate t = 0. progress wraps the range of steps, as
+    x_1: noise. With t_start < 1 give the maps x_t at that time, from `interpolate`. method: a key
+    of SOLVERS. Euler and midpoint never evaluate t = 0. progress wraps the range of steps, as
     tqdm.tqdm does. Raises ValueError if steps < 1, method is unknown or t_start not in (0, 1].
     """
     if steps < 1:
@@ -251,18 +254,19 @@ def guided_step(
     lambda_max: float,
     per_time: bool = False,
 ) -> Tensor:
-    """One step of CryoFM's Algorithms 1 and 3: a step of (5), and one down the gradient of a loss.
+    """x after a step of CryoFM's Algorithms 1 and 3: Euler's for (5), and one down a gradient.
 
         x_t - v / N - lambda_t g / |g|,   lambda_t = min(lambda_max, t / (1 - t))
 
-    x, v, gradient: (K, D, H, W), each map with its own |g|. steps: N. per_time multiplies lambda_t
-    by 200 / N, so that the sum of all lambda does not depend on N.
+    x, v, gradient: (K, D, H, W). g is the gradient of a loss in x, and each map has its own |g|.
+    steps: N. per_time multiplies lambda_t by 200 / N, so that the sum of all lambda_t does not
+    depend on N.
     """
-    size = min(lambda_max, t / max(1 - t, 1e-6))
+    lambda_t = min(lambda_max, t / max(1 - t, 1e-6))
     if per_time:
-        size *= 200 / steps
+        lambda_t *= 200 / steps
     norm = torch.linalg.vector_norm(gradient, dim=(-3, -2, -1), keepdim=True)
-    return x - v / steps - size * gradient / norm
+    return x - v / steps - lambda_t * gradient / norm
 
 
 # ---- Likelihood
@@ -279,11 +283,12 @@ def log_likelihood(
     return_error: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-likelihood of each map by the probability-flow ODE (6), (B,) float64, in nats per map.
+    """Log-likelihood (6) of each map, by integrating the ODE (5): (B,) float64, in nats per map.
 
-    x_0: (B, ...) maps in network scale. std: of the normalisation, for the density itself (8).
-    probes: vectors z in (7), the same for all maps, so that the error in comparing two maps is
-    smaller than that of each. As many as voxels, or more, give the exact divergence.
+    x_0: (B, ...) maps in network scale. std: of the network scale (8), to get log p of the density
+    itself; 1 gives log p of x_0.
+    probes: number of vectors z in (7). All maps share them, so that a difference between two maps
+    has a smaller error than each map. As many as voxels, or more, give the exact divergence.
     rtol, atol: per voxel, see `dormand_prince`. Give networks 1e-4: their time features carry
     float32 rounding, and an untrained HDiT took 55, 163, 1285 evaluations at 1e-3, 1e-4, 1e-5.
     An evaluation is one forward and `probes` backward passes.
@@ -317,6 +322,7 @@ def log_likelihood(
         log_p_1 = -0.5 * (x_1.double().square().sum() + n * math.log(2 * math.pi))
         nats.append(log_p_1 + n * integral.mean() - n * math.log(std))  # (6), Erratum 2; (8)
 
+        # The probes disagree about the divergence, unless they are a full basis.
         exact = probes >= n
         error = 0 * log_p_1 if exact else n * integral.std() / math.sqrt(len(z))
         errors.append(error)
@@ -358,9 +364,9 @@ ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 
 def dormand_prince(slope: Callable, state: tuple[Tensor, ...], rtol: float, atol: float):
     """The state at t = 1 from d state/dt = slope(t, state), by Dormand & Prince's 5(4) pair.
 
-    state: a tuple of tensors, at t = 0. A step is kept if in each tensor the root mean square of
-    error / (atol + rtol |value|) is at most 1. Raises ValueError if no step is short enough, which
-    happens where the slope jumps or is not finite.
+    state: a tuple of tensors, at t = 0. A step is kept if the root mean square of
+    error / (atol + rtol |value|) is at most 1 in each tensor. Raises ValueError if no step is short
+    enough, which happens where the slope jumps or is not finite.
     """
 
     def combine(weights, slopes):
@@ -397,5 +403,6 @@ def dormand_prince(slope: Callable, state: tuple[Tensor, ...], rtol: float, atol
                 f"the ODE cannot pass t = {t:g}, error {size:g}: the velocity jumps or is not "
                 "finite; check the input, or raise rtol and atol"
             )
-        h *= min(5.0, max(0.2, 0.9 * max(size, 1e-4) ** -0.2))  # ibid. eq. II.4.13
+        # Choose the next step so that its error is just below what is tolerated.
+        h *= min(5.0, max(0.2, 0.9 * max(size, 1e-4) ** -0.2))  # Hairer et al., eq. II.4.13
     return state

@@ -15,6 +15,9 @@ tokens are merged into one wider token, and split again on the way back up:
     split: lerp(skip, W x, fac)                                                         (6)
     c = W_c [cos phi, sin phi],  phi = (2 pi 1000 t) w,  w ~ N(0, 1), fixed             (7)
 
+In (3) s_h is a learned number for each head. In (4) (z, y, x) is the token's position. In (6) `fac`
+is learned.
+
 CryoFM (arXiv:2410.08631) section 4.2, Tables 4 and 7. (1)-(6) are from Crowson et al. 2024 (HDiT).
 Parameters and buffers have the names of the public weights, which load with strict=True.
 
@@ -44,7 +47,7 @@ class HDiTConfig:
     """Sizes of the network. The defaults are CryoFM-S."""
 
     patch_size: int = 4
-    depths: tuple[int, ...] = (4, 8)  # blocks per level, outer to inner; outer levels run twice
+    depths: tuple[int, ...] = (4, 8)  # blocks per level, outer to inner, on each way
     widths: tuple[int, ...] = (768, 1536)
     d_head: int = 64
     kernel_size: int = 7  # of the neighbourhood attention, in tokens
@@ -121,7 +124,7 @@ def rms_normalise(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class AdaRMSNorm(nn.Module):
-    """(2)."""
+    """(2): normalise each token. The scale of each channel depends on the condition c."""
 
     def __init__(self, width: int, cond_width: int):
         super().__init__()
@@ -213,7 +216,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(5)."""
+    """(5): process each token by itself."""
 
     def __init__(self, config: HDiTConfig, width: int):
         super().__init__()
@@ -230,7 +233,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """(1)."""
+    """(1): attention, then the feed-forward network, each added to its input."""
 
     def __init__(self, config: HDiTConfig, width: int, kernel_size: int | None):
         super().__init__()
@@ -244,7 +247,7 @@ class Block(nn.Module):
 
 
 class Merge(nn.Module):
-    """p^3 neighbouring tokens -> one token. It also embeds the patches."""
+    """p^3 neighbouring tokens -> one token. With width_in = 1 it turns patches into tokens."""
 
     def __init__(self, p: int, width_in: int, width_out: int):
         super().__init__()
@@ -283,10 +286,10 @@ class PatchOut(nn.Module):
 
 
 class HDiT(nn.Module):
-    """The network.
+    """The network. All levels but the innermost exist twice: for the way down and the way up.
 
-    `activation_checkpointing` recomputes every block in the backward pass: less memory, a third
-    more time.
+    `activation_checkpointing` recomputes every block in the backward pass. This takes less memory
+    and a third more time.
     """
 
     def __init__(self, config: HDiTConfig, activation_checkpointing: bool = False):
@@ -294,7 +297,7 @@ class HDiT(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
 
-        # All levels but the innermost are on the way down and on the way up.
+        # The innermost level exists once, all others on both ways.
         *outer, (mid_depth, mid_width) = zip(config.depths, config.widths)
         width_pairs = list(zip(config.widths, config.widths[1:]))
 
@@ -357,7 +360,7 @@ class HDiT(nn.Module):
         # The innermost level attends to all tokens.
         x = self.run_blocks(self.mid_level, x, cond)
 
-        # Go back up: split every token, mix in those remembered, run the level.
+        # Go back up: split every token, mix in the remembered tokens, run the level.
         for blocks, split in zip(reversed(self.up_levels), reversed(self.splits)):
             x = split(x, skips.pop())
             x = self.run_blocks(blocks, x, cond)

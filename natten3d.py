@@ -15,9 +15,9 @@ The backward pass computes P again instead of storing it. For a gradient g = dL/
 (4)-(6): Dao et al. 2022 (arXiv:2205.14135) appendix B.
 Departure: NATTEN refuses k > L. Here k > L means the whole axis, k = L.
 
-Four ways lead to the same numbers. `reference` is (1)-(3) word for word. `tiled` turns it into
-matrix products in plain PyTorch. The Triton kernels (natten3d_triton.py) never write P to memory.
-A kernel that covers the grid makes it ordinary attention.
+Four ways lead to the same numbers. `reference` is (1)-(3) word for word, and slow. `tiled` turns it
+into matrix products in plain PyTorch. The Triton kernels (natten3d_triton.py) never write P to
+memory. `attend_to_all` is ordinary attention, for kernels that cover the grid or almost do.
 
 Shape letters: B samples; D, H, W tokens along z, y, x; T = D H W; n heads; d numbers per head.
 """
@@ -63,7 +63,7 @@ def na3d(
             "give three tensors of one shape (B, D, H, W, heads, head_dim)"
         )
 
-    # Fill in what was left open.
+    # Clamp the kernel to the grid, and fill in the default scale.
     grid = q.shape[1:4]
     kernel = clamp_kernel(kernel_size, grid)
     scale = q.shape[5] ** -0.5 if scale is None else float(scale)
@@ -74,7 +74,7 @@ def na3d(
         dtype = torch.get_autocast_dtype(q.device.type)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 
-    # Choose a way, and take it.
+    # Choose one of the four ways, and compute.
     backend = choose_backend(backend, q)
     if backend == "reference":
         return reference(q, k, v, kernel, scale)
@@ -116,7 +116,7 @@ def choose_backend(backend: str, q: Tensor) -> str:
     return backend
 
 
-# ---- Definition: who sees whom, and attention word for word ----
+# ---- Definition: which query sees which key, and attention word for word ----
 
 
 def window_starts(length: int, k: int) -> list[int]:
@@ -171,7 +171,7 @@ def make_bias(inside: Tensor, dtype: torch.dtype, device: torch.device) -> Tenso
 
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
 def whole_bias(grid: tuple, kernel: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(T, T), for attention over all pairs."""
+    """The bias (T, T) that makes attention over all pairs of tokens neighbourhood attention."""
     # A query sees a key if it does so along all three axes.
     inside = functools.reduce(torch.kron, map(visible_keys, grid, kernel))
     return make_bias(inside, dtype, device)
@@ -191,18 +191,19 @@ def attend_to_all(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: f
 # ---- Tiled: the plan ----
 #
 # A tile is a block of neighbouring queries. Its keys are the union of their windows, and a bias
-# says who sees whom. Tiles that are translates of one another form a group: they share the bias,
-# and their queries and keys are strided views of the volume. A group is a few batched matrix
-# products, so no loop runs over tokens.
+# says which query sees which key. Tiles that are translates of one another form a group: they
+# share the bias, and their queries and keys are strided views of the volume. A group is a few
+# batched matrix products, so no loop runs over tokens.
 
 
 class Blocks(NamedTuple):
-    """Blocks of `length` neighbouring tokens along an axis, one from each of `starts` on."""
+    """Blocks of `length` neighbouring tokens along an axis, one beginning at each of `starts`."""
 
     starts: range
     length: int
 
     def first(self) -> slice:
+        """The tokens of the first block."""
         return slice(self.starts[0], self.starts[0] + self.length)
 
 
@@ -263,11 +264,11 @@ def split_group(axes: Sequence[tuple[Blocks, Blocks]], most: int) -> list:
 def plan(
     grid: tuple, kernel: tuple, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Group], int]:
-    """The groups that make up a grid, and for how many heads at once their scores fit a chunk."""
+    """The groups that make up a grid, and the number of heads whose scores together fit CHUNK."""
     groups = []
     most_scores = 1
     for axes in itertools.product(*map(axis_groups, grid, kernel)):
-        # All tiles of a group look alike, so the first one tells who sees whom.
+        # All tiles of a group look alike, so the first one tells which query sees which key.
         visible = [
             visible_keys(length, k)[queries.first(), keys.first()]
             for length, k, (queries, keys) in zip(grid, kernel, axes)
@@ -275,7 +276,7 @@ def plan(
         inside = functools.reduce(torch.kron, visible)
         bias = make_bias(inside, dtype, device)
 
-        # Large groups are cut, so that the scores of one head fit a chunk.
+        # Cut large groups, so that the scores of one head fit CHUNK.
         for part in split_group(axes, CHUNK // bias.numel()):
             queries, keys = zip(*part)
             groups.append(Group(queries, keys, bias, not inside.all()))
@@ -312,7 +313,7 @@ def add_tiles(x: Tensor, blocks: Sequence[Blocks], matrices: Tensor) -> None:
     """The adjoint of gather_tiles, for tiles that overlap (keys).
 
     Every c-th tile of an axis is added at once, with c so large that these do not overlap. The
-    order of the sum is fixed, and so are its bits.
+    order of the sum is fixed, so two runs agree bit by bit.
     """
     view = tile_view(x, blocks)
     matrices = matrices.view(view.shape)
@@ -325,9 +326,9 @@ def add_tiles(x: Tensor, blocks: Sequence[Blocks], matrices: Tensor) -> None:
 
 
 def head_parts(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Views (n, D, H, W, d) of `count` heads of one sample at a time, of all tensors.
+    """Yield views (count, D, H, W, d) of all tensors: `count` heads of one sample at a time.
 
-    So memory and bits do not depend on the batch.
+    So neither the memory nor the rounding of a sample depends on the rest of the batch.
     """
     B, _, _, _, n, _ = tensors[0].shape
     for sample in range(B):
@@ -360,7 +361,7 @@ def tiled_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kernel: Sequence[int], scale: float
 ) -> list[Tensor]:
     """dq, dk, dv of (4)-(6), a group of tiles at a time."""
-    # delta and the sums over tiles are taken in float32 at least.
+    # Compute delta and the sums over tiles in float32 at least.
     wide = torch.promote_types(q.dtype, torch.float32)
     gradients = [torch.empty_like(x) for x in (q, k, v)]
     groups, head_count = plan(q.shape[1:4], tuple(kernel), q.dtype, q.device)
@@ -385,8 +386,8 @@ def tiled_backward(
             add_tiles(dv_sum, group.keys, torch.bmm(p.mT, g_tiles))  # (4)
             ds = torch.bmm(g_tiles, v_tiles.mT).sub_(delta_tiles).mul_(p)  # (5)
             write_tiles(dq_part, group.queries, torch.bmm(ds, k_tiles).mul_(scale))  # (6)
-            add_tiles(dk_sum, group.keys, torch.bmm(ds.mT, q_tiles))  # (6), scale follows
-        # The sums over tiles are complete.
+            add_tiles(dk_sum, group.keys, torch.bmm(ds.mT, q_tiles))  # (6), scaled below
+        # The sums over tiles are complete: scale those of dk, and round both.
         dk_part.copy_(dk_sum.mul_(scale))
         dv_part.copy_(dv_sum)
     return gradients
@@ -409,7 +410,7 @@ def token_tables(grid: tuple, kernel: tuple, device: torch.device) -> tuple[list
 def attention(
     q: Tensor, k: Tensor, v: Tensor, kernel: Sequence[int], scale: float, use_triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """(3), and the log2 of the sums of (2), which the Triton backward needs (else empty)."""
+    """(3), and `lse`: log2 of the sums in (2), which only the Triton backward pass needs."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with torch.autocast(q.device.type, enabled=False):
         if not use_triton:
@@ -430,7 +431,7 @@ def attention_backward(
     scale: float,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(4)-(6)."""
+    """dq, dk, dv of (4)-(6), from the gradient of the output and what the forward pass saved."""
     grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         if not use_triton:
@@ -457,7 +458,7 @@ def save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output)
 
 
-def backward(ctx, grad, _):
+def backward(ctx, grad, _):  # `lse` has no gradient, and neither have the settings
     gradients = attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return *gradients, None, None, None
 

@@ -1,12 +1,12 @@
 """The inverse problem: densities that agree with what was observed and with the prior.
 
 The prior is a velocity v(x_t, t) that turns noise (t = 1) into density (t = 0), see flow.py. It
-was trained without knowing any task. It meets an observation y of N voxels,
+was trained on clean densities, for no task. Here it is combined with an observation y of N voxels,
 
     y = A x + n,   (F A x)_k = m_k (F x)_k,   E |(F n)_k|^2 = P_k   for Fourier coefficient k    (1)
 
     missing wedge   m_k = 1 where a tilt series measured, else 0; the noise is white
-    half maps       m_k = 1; P depends on the shell, degrade.py (5), or on the direction too, (6)
+    half maps       m_k = 1; P depends on the shell, degrade.py (3), or on the direction too, (4)
 
 in steps from a time t to s < t:
 
@@ -71,7 +71,7 @@ class Observation:
 
     y: Tensor  # (D, H, W)
     measured: Tensor  # m of (1), boolean (D, H, W)
-    sigma: Tensor | float  # root of P / N in (6): one number, or (D, H, W)
+    sigma: Tensor | float  # sigma_k^2 = P_k / N in (6): one number, or (D, H, W)
     start: Tensor  # the classical answer (D, H, W), where sampling begins
     scale: Scale = Scale(1.0, 0.0, 1.0)
 
@@ -79,7 +79,7 @@ class Observation:
 def observe(
     prior: Prior, y: Tensor, measured: Tensor, sigma: Tensor | float, start: Tensor
 ) -> Observation:
-    """An Observation of maps y and start (D, H, W), whose grey scale and sigma are their own.
+    """An Observation from maps y and start (D, H, W) and sigma, all three in the units of y.
 
     The grey scale comes from `start`, whose percentile is nearer to the truth's than that of y.
     """
@@ -104,11 +104,12 @@ def device_of(prior: Prior) -> torch.device:
 def estimate_noise(y: Tensor, measured: Tensor) -> float:
     """The standard deviation of white noise in y (D, H, W), in its units.
 
-    Taken from the measured coefficients beyond Nyquist, in the corners of the Fourier cube. Noise
-    is everywhere and density is not, so the 5th percentile of the local power counts.
+    It is measured in the corners of the Fourier cube, beyond Nyquist, where density has little
+    power. Noise fills the whole map and density does not, so we take the 5th percentile of the
+    local power.
     """
     corner = measured & (fourier.wavenumber(y.shape) > 0.5)
-    # Local power in blocks of 8^3 voxels.
+    # The local power of these coefficients, in blocks of 8^3 voxels.
     squares = fourier.apply_fourier(y, corner).square()
     block = min(8, *y.shape)
     local_power = torch.nn.functional.avg_pool3d(squares[None, None], block).flatten()
@@ -121,8 +122,8 @@ def noise_and_signal(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Per shell 1 .. W//2: the noise power of each map, the signal's power S of (8), and the FSC.
 
-    maps: two half maps (D, H, W). Or one map and its curve: signal over signal and noise. Powers
-    are means of |F|^2. Raises ValueError if there is no signal.
+    maps: two half maps (D, H, W). Or one map, and curve: signal / (signal + noise) of its power in
+    each shell. Powers are means of |F|^2. Raises ValueError if there is no signal.
     """
     if curve is None:
         half_map_1, half_map_2 = maps
@@ -134,8 +135,8 @@ def noise_and_signal(
     else:
         powers = [degrade.noise_power_from_fsc(x, curve) for x in maps]
 
-    # From the first shell on that the halves do not share there is no signal: the difference
-    # between power and noise is chance. RELION's limit is 0.0001; at 15 Å 0.05 does better.
+    # The signal ends at the first shell whose FSC is below 0.05. Beyond it the difference between
+    # power and noise is chance. RELION's limit is 0.0001; at 15 Å 0.05 does better.
     shared = (curve >= 0.05).long().cumprod(0)
     excess = [degrade.radial_power(x) - power for x, power in zip(maps, powers)]
     signal = torch.stack(excess).mean(0).clamp(min=0) * shared
@@ -154,10 +155,11 @@ def pocs(
 
     support: boolean (D, H, W) in real space; the density is 0 outside of it.
     """
-    # What y holds outside of the measured region is noise.
+    # What y holds outside of the measured coefficients is noise. Remove it.
     y = put_back(torch.zeros_like(y), y, measured)
     u = y
     for _ in range(iterations):
+        # Project onto maps without negative density, then onto those that agree with y.     (7)
         u = u.clamp(min=0)
         if support is not None:
             u = u * support
@@ -178,8 +180,8 @@ class Tile(NamedTuple):
     """A cube of a periodic map, seen in one of the 24 orientations along the axes."""
 
     index: tuple[Tensor, ...]  # of its voxels in (K, D, H, W)
-    order: tuple[int, int, int]
-    flips: list[int]
+    order: tuple[int, int, int]  # of its axes, for permute
+    flips: list[int]  # axes to flip after that
 
 
 def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list[Tile]:
@@ -261,8 +263,9 @@ def sample_posterior(
     """Samples (K, D, H, W) in network scale, one per generator: Algorithm 2 from t_start on.
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
-    non-negativity projections in every step. leak: of `least_rho`, for noise that differs between
-    coefficients; None: rho = 1, without `missed`. tick is called after every step.
+    number of non-negativity projections in every step. leak: for noise that differs between
+    coefficients, chooses V_k of (6) by `least_rho` and `missed`. With None V_k is r^2, where
+    r = t / (1 - t). tick is called after every step.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
 
@@ -270,7 +273,8 @@ def sample_posterior(
         return flow.draw_noise(generators, y.shape, y.device)
 
     no_density = -prior.mean / prior.std
-    # The times, and how wrong the network's estimate is expected to be at each.
+
+    # The times, and V_k of (6) at each: how wrong the network's estimate is expected to be.
     times = torch.linspace(t_start, 0, steps + 1).tolist()
     ratios = [t / max(1 - t, 1e-3) for t in times[:-1]]
     r = torch.tensor(ratios, dtype=torch.float64)
@@ -306,11 +310,12 @@ def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
     """The smallest rho in 0.001 .. 1 with mean_k (w_k sigma_k / r)^2 <= leak * rho at all r (T,).
 
     In (6), V_k = r^2 / rho with r = t / (1 - t). Equation (3) copies part of the noise of y into
-    x_0''. The mean is that part, relative to the noise that the network expects at that time. One
-    coefficient gets 1 / (4 rho) of it at most. With rho > 1 the lowest frequencies would be left
-    to the network. Ours; RESULTS.md says how leak was chosen.
+    x_0''. The mean is the power of that part, relative to the noise that the network expects at
+    that time. For one coefficient it is 1 / (4 rho) at most. With rho > 1 the lowest frequencies
+    would be left to the network. Not from the papers; what it gains: RESULTS.md, "Choices of the
+    sampler".
     """
-    # Coefficients of one shell share their noise, so only the different values are counted.
+    # Coefficients of one shell have equal noise, so we list the different values and count each.
     sigma, count = sigma.expand(measured.shape)[measured].unique(return_counts=True)
     # The share of all coefficients, measured or not.
     share = (count / measured.numel()).to(sigma)
@@ -329,11 +334,12 @@ def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
 
 
 def missed(x: Tensor, y: Tensor, measured: Tensor, sigma: Tensor) -> Tensor:
-    """V_k for (6): the mean square error of maps x (K, D, H, W) that y shows in each shell.
+    """V_k for (6): the mean square error of maps x in each shell, as y shows it: (K, D, H, W).
 
-    This is |F(y - x)|^2 / N less the noise sigma^2, over the measured coefficients of a shell. It
-    is 0 unless it exceeds the noise itself (Morozov's discrepancy principle, at twice the noise):
-    there the network has lost what y knows well. Returns (K, D, H, W). Ours.
+    x: (K, D, H, W), the network's estimates. The error is the mean of |F(y - x)|^2 / N - sigma^2
+    over the measured coefficients of a shell. It is set to 0 unless it exceeds the noise, as in
+    Morozov's discrepancy principle. Where it does, the network has lost what y shows well, and
+    (6) trusts y more. Not from the papers.
     """
     share = degrade.shell_mean(measured.double()).clamp(min=1e-12)
 
@@ -343,8 +349,8 @@ def missed(x: Tensor, y: Tensor, measured: Tensor, sigma: Tensor) -> Tensor:
     # Compare the misfit in each shell with the noise alone.
     noise = measured_mean((sigma**2).expand(y.shape))
     errors = [measured_mean(torch.fft.fftn(u - y).abs().square() / y.numel()) for u in x]
-    beyond = torch.stack(errors) - noise
-    variance = torch.where(beyond > noise, beyond, 0).to(y.dtype)
+    excess = torch.stack(errors) - noise
+    variance = torch.where(excess > noise, excess, 0).to(y.dtype)
     return degrade.expand_shells(variance, y.shape)
 
 
@@ -364,13 +370,13 @@ def algorithm_1(
 ) -> Tensor:
     """Samples (K, D, H, W) in network scale by (9), Algorithm 1, from noise; sigma must be > 0.
 
-    operator_noise: A adds fresh noise to x_0', as the release's does. per_time: lambda times
+    operator_noise: A adds fresh noise to x_0', as in the release. per_time: multiply lambda by
     200 / steps, so that the weight of y does not depend on the number of steps.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
     x = flow.draw_noise(generators, y.shape, y.device)
     for i in range(steps):
-        # What the prior makes of x_t, seen through the operator A.
+        # Ask the prior what the clean map looks like, and apply the operator A to it.
         t = 1 - i / steps
         x.requires_grad_()
         velocity = tiled_velocity(prior, x, t, generators)
@@ -380,7 +386,7 @@ def algorithm_1(
             noise = flow.draw_noise(generators, y.shape, y.device)
             estimate = degrade.add_spectral_noise(estimate, power, noise=noise)
 
-        # The misfit l, and its gradient. No sample's loss depends on another sample.
+        # The misfit l of (9) and its gradient. The sum keeps the samples independent.
         residual = torch.fft.fftn(estimate - y, dim=fourier.XYZ)
         misfit = residual.abs() ** 2 / (2 * y.numel() * sigma**2)
         loss = torch.where(measured, misfit, 0).mean(fourier.XYZ)
@@ -423,7 +429,7 @@ class Moments:
     def __init__(self):
         self.count = 0
         self.mean = 0.0
-        self.square = 0.0
+        self.square = 0.0  # sum of squared deviations from the mean
 
     def add(self, x: Tensor) -> None:
         self.count += 1
@@ -438,7 +444,7 @@ class Moments:
 def with_fine_detail(mean: Tensor, classical: Tensor) -> Tensor:
     """The mean of samples on the grid of the classical answer, both (D, H, W) in one grey scale.
 
-    The prior changes what its own grid can hold. Finer detail comes from the classical answer.
+    The prior's grid may be coarser. Detail that it cannot hold comes from the classical answer.
     """
     # Only the change is interpolated, so that no detail of the classical answer is lost.
     change = mean - fourier.resample(classical, mean.shape)

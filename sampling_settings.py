@@ -180,7 +180,7 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
 
     def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
         """Noise power per shell -> per coefficient (D, H, W) of a map, by direction."""
-        # alpha is the relative noise power of each coefficient, degrade.py (6).
+        # alpha is the relative noise power of each coefficient, degrade.py (4).
         if self.orientations is not None:
             alpha = degrade.orientation_alpha(self.orientations, map.density.shape)
         else:

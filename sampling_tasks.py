@@ -5,10 +5,11 @@
     result = restore_wedge(map, prior, WedgeSettings(tilt_range=(-50, 60)))
     mrc.write_map("out.mrc", result.maps[""])
 
-With the flow prior a task settles grid, grey scale and noise in an Observation (posterior.py),
-draws samples of it, and goes back to the map's grid. The mean of the samples is the result, because
-FSC rewards the mean of the posterior. Their spread says where not to trust it. CryoLVM's fine-tuned
-networks are asked once, by sliding windows. `say` prints a line, report.silent prints nothing.
+With the flow prior a task brings the map to the prior's grid and grey scale, with its noise, as an
+Observation (posterior.py). It draws samples and goes back to the map's grid. The result is the mean
+of the samples, because FSC rewards the mean of the posterior. Their spread says where not to trust
+it. CryoLVM's fine-tuned networks need one pass, by sliding windows. `say` is called with each line
+to print; report.silent prints nothing.
 
 CryoFM: arXiv:2410.08631, sections 5.1-5.4, appendices B.2, D and E. CryoLVM: sections 4.2-4.4.
 Departure 1: where voxels are much coarser than the network's, "auto" takes the classical answer.
@@ -56,7 +57,7 @@ def restore_wedge(
     The result "" keeps every measured coefficient. "_mean" is the posterior mean, where measured
     coefficients lose their noise too. "_std" is the spread of the samples.
     """
-    # The classical answer first: it is shown beside the result, and may be all that makes sense.
+    # The classical answer comes first. It is shown beside the result, or is the result itself.
     y = map.density
     measured = settings.measured(map)
     answer = classical_wedge(map, measured, settings)
@@ -64,7 +65,7 @@ def restore_wedge(
     if method == "pocs":
         return answer
 
-    # Settle grid, grey scale and noise.
+    # Bring the map to the prior's grid and grey scale, with its noise.
     observation, noise = observe_wedge(map, prior, settings)
     sampler = posterior.WEDGE[method] | steps_of(settings)
     steps = sampler["steps"]
@@ -99,7 +100,7 @@ def restore_wedge(
 
 
 def classical_wedge(map: Map, measured: Tensor, settings: TiltSettings) -> Result:
-    """The answer of POCS. Raises ValueError where protein is dark."""
+    """The answer of POCS. Raises ValueError if protein is darker than its surroundings."""
     y = map.density
     volume.normalise(y, 0, 1)  # raises for dark protein
     classical = posterior.pocs(y, measured)
@@ -115,13 +116,13 @@ def classical_wedge(map: Map, measured: Tensor, settings: TiltSettings) -> Resul
 
 
 def choose_method(map: Map, prior: Prior, method: str, classical: str, say=print) -> str:
-    """The method, where "auto" is the prior, or the classical one for far too coarse voxels."""
+    """The method. "auto" means the prior, or the classical method if voxels are far too coarse."""
     voxel_size = max(map.voxel_size)
     if method != "auto":
         return method
     if voxel_size <= 2 * prior.voxel_size:
         return "prior"
-    # Departure 1
+    # Departure 1: such voxels hold no detail that the network knows.
     say(
         f"voxels of {voxel_size:g} Å hold no detail that this network ({prior.voxel_size:g} Å) "
         f"knows: {classical} instead; name a --method to use it all the same"
@@ -132,7 +133,7 @@ def choose_method(map: Map, prior: Prior, method: str, classical: str, say=print
 def on_network_grid(map: Map, prior: Prior, settings: TiltSettings) -> tuple[Map, Tensor]:
     """The map at the network's voxel size, and which of its coefficients were measured."""
     work = mrc.resample_map(map, prior.voxel_size)
-    # A finer grid has coefficients that the map never had.
+    # A finer grid has coefficients that the map never had. They do not count as measured.
     held = fourier.below_nyquist(work.density.shape, map.density.shape)
     return work, settings.measured(work) & held
 
@@ -144,8 +145,9 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
     work, measured = on_network_grid(map, prior, settings)
     maximum = volume.normalise(y, 0, 1)[1].maximum
 
-    # White noise has one power per coefficient, so that its standard deviation goes with the root
-    # of their number. It is estimated on the coarser grid, which has corners beyond Nyquist.
+    # Resampling keeps F y / N of each coefficient, so the standard deviation of white noise goes
+    # with the root of N, the number of voxels. It is estimated on the coarser of the two grids,
+    # because the corners of the finer one, beyond Nyquist, may be empty.
     gain = math.sqrt(work.density.numel() / y.numel())
     if settings.noise is not None:
         noise = settings.noise
@@ -154,13 +156,14 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
     else:
         noise = posterior.estimate_noise(y, settings.measured(map)) / maximum
 
-    # Algorithm 2 as printed knows no noise.
+    # Algorithm 2 as printed has no noise in y.
     sigma = 0.0 if settings.method == "paper" else noise * maximum * gain
     start = posterior.pocs(work.density, measured)
     return posterior.observe(prior, work.density, measured, sigma, start), noise
 
 
 def steps_of(settings: SampleSettings) -> dict[str, int]:
+    """The number of steps, if given, to replace that of the method."""
     return {"steps": settings.steps} if settings.steps else {}
 
 
@@ -187,12 +190,12 @@ def fill_wedge(
     if choose_method(map, network, settings.method, "POCS", say) == "pocs":
         return answer
 
-    # It was trained on maps that hold nothing in the wedge.
+    # The network was trained on maps with zeros in the wedge, so remove what the map has there.
     work, known = on_network_grid(map, network, settings)
     seen = fourier.put_back(torch.zeros_like(work.density), work.density, known)
     found, facts = ask_network(seen, network, settings, say)
 
-    # Departure 2
+    # Departure 2: put the measured coefficients back. `alone` is the network's answer without.
     restored = posterior.with_fine_detail(found, answer.shown["POCS"])
     restored = settings.inside_mask(fourier.put_back(restored, y, measured), y)
     alone = settings.inside_mask(fourier.resample(found, y.shape), y)
@@ -249,13 +252,13 @@ def restore_half_maps(
     restored_halves = []
     for i, (half, power) in enumerate(zip(halves, powers)):
         observation = observe_half_map(half, power, signal, prior, settings)
-        seed = settings.seed + (i << 32)
+        seed = settings.seed + (i << 32)  # far apart, so that the halves share no noise
         moments = Moments()
         draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
         filtered = posterior.wiener(half.density, settings.noise_on_grid(power, half), signal)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered))
 
-    # The result is the mean of both.
+    # The result is the mean of the restored halves.
     restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)
     densities = {"": restored}
     if half_map_2:
@@ -275,7 +278,7 @@ def noise_of_half_maps(
     halves: list[Map], settings: DenoiseSettings
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`posterior.noise_and_signal` of half maps on one grid, or of one map by its settings."""
-    # Check that what was given is enough, and that the halves fit.
+    # Two half maps of one grid are wanted, or one map and its noise.
     first, last = halves[0], halves[-1]
     if settings.describes_one_map != (len(halves) == 1):
         raise ValueError("give two half maps, or one map with noise_from_fsc or snr")
@@ -288,7 +291,7 @@ def noise_of_half_maps(
         )
     curve = None
     if len(halves) == 1:
-        # A map that is the mean of two halves has twice their SNR, degrade.py (5).
+        # A map that is the mean of two halves has twice their SNR, degrade.py (3).
         snr = settings.snr or 2 / (1 / settings.noise_from_fsc - 1)
         curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
@@ -296,8 +299,8 @@ def noise_of_half_maps(
 
 
 def resolution_of(curve: Tensor, map: Map) -> float:
-    """FSC_0.143 in Å of a curve over shells 1 .. W//2."""
-    # The curve begins with shell 1. Shell 0 is the mean, which halves share.
+    """The resolution in Å where a curve over shells 1 .. W//2 falls below 0.143."""
+    # Add shell 0. It is the mean, which the halves share.
     curve = torch.cat([curve.new_ones(1), curve])
     return float(fsc.resolution(curve, map.voxel_size[2], box=map.density.shape[-1]))
 
@@ -309,11 +312,11 @@ def observe_half_map(
     work = mrc.resample_map(half, prior.voxel_size)
     y = work.density
 
-    # Resampling keeps amplitudes per voxel, so |F y|^2 goes with the square of their number.
+    # Resampling keeps F y / N, so |F y|^2 goes with the square of N, the number of voxels.
     gain = (y.numel() / half.density.numel()) ** 2
     noise = settings.noise_on_grid(power * gain, work)
 
-    # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
+    # Sampling starts from the Wiener filter. Only coefficients of the half map's grid are measured.
     start = posterior.wiener(y, noise, signal * gain).clamp(min=0)
     held = fourier.below_nyquist(y.shape, half.density.shape)
     return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
@@ -351,7 +354,7 @@ def ask_network(
     density: Tensor, network: Prior, settings: NetworkSettings, say=print
 ) -> tuple[Tensor, dict]:
     """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
-    # What the network is shown goes from 0 to 1, as in appendix D.1.
+    # Clip and scale the map to 0 .. 1 as in appendix D.1, then to network scale.
     x, scale = volume.normalise(density, network.mean, network.std, settings.percentile)
     device = posterior.device_of(network)
 
@@ -395,7 +398,7 @@ def ab_initio(
     method = settings.method
     say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
 
-    # Only the network runs on the GPU.
+    # Only the network runs on the GPU, so move the maps there and the velocity back.
     device = posterior.device_of(prior)
 
     def velocity(x: Tensor, t: float, generators: list[Generator]) -> Tensor:
