@@ -135,8 +135,8 @@ def fit(
         (gradient,) = torch.autograd.grad(loss, V)
         return float(loss.detach()), gradient
 
-    # The longest safe step is 1 / the largest eigenvalue of d gradient / dV. Slices cross at low
-    # frequencies, so the first shells determine it. A few power iterations find it.
+    # The longest safe step c is 1 / the largest eigenvalue of d gradient / dV. Slices cross at low
+    # frequencies, so the first shells determine that eigenvalue. A few power iterations find it.
     low = k[k.norm(dim=1) <= 3]
     smooth = inside.float()
     for _ in range(4):
@@ -150,7 +150,7 @@ def fit(
     for _ in range(iterations):
         loss, gradient = loss_and_gradient(ahead, y, k)
         if loss > least:
-            # The step was too long. Go back to x, and on with half the step and no momentum.
+            # The step was too long. Go on from x, with half the step and no momentum.
             c /= 2
             ahead = x
             i = 0
@@ -171,9 +171,9 @@ def anneal(
 ) -> tuple[Tensor, float]:
     """(7) from random poses: a density of 24^3 voxels over the same box, and its correlation.
 
-    Every image counts for all 576 poses of `so3_grid(1)` and every shift, by a softmax of their
-    correlations. Its temperature falls. The correlation is the mean over images of the best pose's.
-    Takes seconds. Which hand comes out is chance.
+    Every image counts for all 576 rotations of `so3_grid(1)` and every shift, by a softmax of their
+    correlations, whose temperature falls. The correlation returned is that of an image's best pose,
+    averaged over images. Takes seconds. The hand is chance: the density may be mirrored.
     """
     # Coefficients up to shell 6 on a coarse grid, which has fewer voxels along the beam.
     n = 24
@@ -195,7 +195,7 @@ def anneal(
         T = width * cor.flatten(1).std(1)
         w = torch.softmax(cor.flatten(1) / T[:, None], 1).view_as(cor)  # (7)
 
-        # The mean observation at each grid rotation, and a few steps of (6) towards these.
+        # Average the observations at each grid rotation, and take a few steps of (6) towards them.
         total = w.sum((0, 1))  # (R,)
         used = total > 1e-3
         total = total[used]
@@ -264,8 +264,8 @@ def restore_projections(
     """Samples (K, N, N, N), one per generator, that start from the classical density.
 
     The density is noised to t_start. In every step the prior estimates x_0', and (6) moves that
-    towards the projections. start (N, N, N): in the units of the images, at poses that each sample
-    refines for itself.
+    towards the projections. start (N, N, N): in the units of the images. poses: those of the images
+    to begin with, which each sample refines for itself.
     """
     # All samples begin with the poses of the classical density.
     k = frequencies(radius, device=images.device)

@@ -6,8 +6,9 @@
     cor(p, y) = Re sum_k conj(p_k) y_k / (|p| |y|)                                              (4)
 
 d = 2 for images and 3 for volumes, N voxels per side. (2) is the central slice theorem: the slice
-through k_z = 0 holds the coefficients (1) of the projection along the beam. The sums run over half
-of the frequencies, one of k and -k, and over no mean, which is the same in every projection.
+through k_z = 0 holds the coefficients (1) of the projection along the beam. The sums of (4) run
+over half of the frequencies, one of k and -k. They leave out k = 0, the mean, which is the same in
+every projection.
 A pose is a rotation R (`degrade.project` has the convention) and a shift (x, y, z) in voxels.
 
 Shape letters: P images, C candidate poses of each, R rotations, S shifts, K frequencies.
@@ -86,8 +87,9 @@ def shift_grid(limit: float, step: float, dims: int = 2) -> Tensor:
 def turn_by(v: Tensor) -> Tensor:
     """Rotation vectors (..., 3) in degrees -> matrices (..., 3, 3)."""
     x, y, z = torch.deg2rad(v).unbind(-1)
-    o = torch.zeros_like(x)
-    cross_product = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1)
+    # The matrix exponential of the cross product with a vector is the rotation about it.
+    zero = torch.zeros_like(x)
+    cross_product = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1)
     return torch.matrix_exp(cross_product.unflatten(-1, (3, 3)))
 
 
@@ -134,9 +136,9 @@ def slices(volume: Tensor, rotations: Tensor, k: Tensor) -> Tensor:
 
     volume: (N, N, N); rotations: (..., 3, 3); k: `frequencies`. With those of dims = 3 it gives the
     coefficients of the turned volume V(R r). Linear in volume, differentiable in both.
-    Trilinear on a grid of frequencies twice as fine, where voxels are weighted against the effect
-    of this. The error left at d voxels from the middle is about (d / (2N - d))^2: 2 % at N/4,
-    11 % at the edge of the box.
+    Trilinear interpolation on a grid of frequencies twice as fine. It darkens voxels far from the
+    middle, so these are brightened in advance. The error that is left d voxels from the middle is
+    about (d / (2N - d))^2: 2 % at N/4, 11 % at the edge of the box.
     """
     N = volume.shape[-1]
     dims = 2 + int(k[:, 2].any())
@@ -200,7 +202,7 @@ def search(
     found = []
     memory = 2**26  # correlations held at once
     for part in y.split(max(1, memory // (len(rotations) * len(shifts)))):
-        # The best shift of each rotation, and then the best rotations.
+        # Find the best shift of each rotation, then the best rotations.
         best, shift = correlations(volume, part, k, rotations, shifts).max(1)  # (P, R)
         cor, rotation = best.topk(keep, dim=1)  # (P, keep)
         shift = shift.gather(1, rotation)
@@ -213,8 +215,8 @@ def refine(
 ) -> Poses:
     """The best pose around each candidate (P, C) of images (P, N, N), or volumes (P, N, N, N).
 
-    Tries turns by 0 or -+ angle (degrees) about each axis, and shifts by 0 or -+ step (voxels),
-    up to Fourier shell `radius`.
+    Tries turns by 0 or -+ angle (degrees) about each axis, with shifts by 0 or -+ step (voxels)
+    along each. Compares up to Fourier shell `radius`.
     """
     N = volume.shape[-1]
     dims = images.ndim - 1
@@ -231,11 +233,11 @@ def refine(
     memory = 64  # images at once
     parts = [x.split(memory) for x in (y, poses.rotations, poses.shifts)]
     for y_part, R, shift in zip(*parts):
-        # A slice for each of the 27 turns.
+        # Cut a slice for each of the 27 turns.
         R_near = R[:, :, None] @ turns  # (P, C, 27, 3, 3)
         p = slices(volume, R_near, k)  # (P, C, 27, K)
 
-        # The observation moved back by each of the shifts.
+        # Move the observation back by each of the shifts.
         shift_near = shift[:, :, None] + moves  # (P, C, S, 3)
         moved = y_part[:, None, None] * phase(k, -shift_near, N)  # (P, C, S, K)
 
@@ -344,15 +346,16 @@ def align(a: Tensor, b: Tensor) -> Aligned:
 
 
 def turn_and_move(x: Tensor, R: Tensor, shift: Tensor) -> Tensor:
-    """x (N, N, N) turned by R about voxel N//2 and displaced by shift (3,) x, y, z in voxels."""
+    """x(R r) of x (N, N, N), r from voxel N//2, displaced by shift (3,) x, y, z in voxels."""
     N = x.shape[-1]
-    # `rotate` turns about the middle, (2N - 1) / 2 on a grid twice as fine. Voxel N//2 is `delta`
-    # away from it, so the turn displaces by R^T delta what should stay.
+    # Turn on a grid twice as fine, where trilinear interpolation errs less. `rotate` turns about
+    # the middle of the box. Voxel N//2 is `delta` (in voxels) away from it, and the turn moves it
+    # to R^T delta.
     fine = rotate(fourier.resample(x, (2 * N,) * 3), R)
     turned = fine[::2, ::2, ::2]
     delta = (N // 2 - (2 * N - 1) / 4) * torch.ones(3, device=x.device)
 
-    # Displace by phases of all frequencies.
+    # Move it back, and by the shift, with a phase for each frequency.
     kz, ky, kx = fourier.freq_grid(turned.shape, device=x.device)
     k = torch.stack(torch.broadcast_tensors(kx, ky, kz), -1).float() * N
     factor = phase(k.view(-1, 3), shift + delta - R.T @ delta, N)

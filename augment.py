@@ -49,6 +49,7 @@ def random_rotation(generator: Generator) -> Tensor:
     # Four Gaussian numbers have no preferred direction.
     q = torch.randn(4, generator=generator, dtype=torch.float64)
     w, x, y, z = (q / q.norm()).tolist()
+    # The rotation matrix of the quaternion w + x i + y j + z k, row by row.
     entries = [
         1 - 2 * (y * y + z * z),
         2 * (x * y - w * z),
@@ -65,6 +66,7 @@ def random_rotation(generator: Generator) -> Tensor:
 
 def rot24(x: Tensor, generator: Generator) -> Tensor:
     """x (..., D, H, W) in one of its 24 orientations along the axes, all equally likely (F.1)."""
+    # Permute the spatial axes, which come last, then flip some.
     order, signs = ROTATIONS_24[randint(24, generator)]
     first = x.ndim - 3
     x = x.permute(*range(first), *(first + axis for axis in order))
@@ -90,15 +92,18 @@ def random_crop(x: Tensor, box: int, generator: Generator, mask: Tensor | None =
     """
     sides = x.shape[-3:]
     if mask is None:
+        # Draw the corner.
         corner = [randint(max(n - box, 0) + 1, generator) for n in sides]
         return crop(x, corner, box)
 
-    # Draw the middle, then move the cube inside.
+    # Draw the middle among the voxels of the mask.
     voxels = mask.flatten().nonzero()
     if len(voxels) == 0:
         raise ValueError("no voxel to centre the random crop on; lower the mask's threshold")
     voxel = int(voxels[randint(len(voxels), generator)])
     centre = np.unravel_index(voxel, sides)
+
+    # Move the cube inside the map.
     corner = [max(min(int(c) - box // 2, n - box), 0) for c, n in zip(centre, sides)]
     return crop(x, corner, box)
 
@@ -107,7 +112,7 @@ def random_centre(x: np.ndarray, generator: Generator, tries: int = 1_000_000) -
     """A voxel (z, y, x) of x's `density_mask`, all equally likely, without reading the whole map.
 
     By rejection: a voxel is in the mask if one of the 7^3 around it is above the threshold.
-    Raises ValueError if none of that many tries was.
+    Raises ValueError if none of `tries` random voxels was in the mask.
     """
     for _ in range(tries):
         # In a file that is mapped into memory, this reads a few pages.
@@ -126,7 +131,7 @@ def window(x: np.ndarray, centre: Iterable[int], side: int) -> Tensor:
     kind = torch.float16 if x.dtype == np.float16 else torch.float32
     out = torch.zeros((side, side, side), dtype=kind)
 
-    # The same voxels, counted in x and in the window.
+    # The slices of the voxels that x and the window share, in each of the two.
     in_x = []
     in_window = []
     for c, n in zip(centre, x.shape):
@@ -155,6 +160,7 @@ class RandomItems(torch.utils.data.Dataset):
         return ENDLESS
 
     def __getitem__(self, i: int):
+        # Draw the entry and all that is random about the item from one generator.
         generator = item_generator(self.seed, i)
         entry = self.entries[randint(len(self.entries), generator)]
         return self.draw(entry, generator)

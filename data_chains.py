@@ -6,7 +6,9 @@ A chain is built in three steps, each a function of a random generator:
 2. `fold` joins them by loops into one chain of CA atoms, and says where each peptide's O points.
 3. `backbone` hangs planar peptides between the CA atoms, `side_chains` adds random residues.
 
-Two CA atoms in a row are always 3.8 Å apart, as in proteins (trans peptides):
+A protein is a chain of amino acids (residues). Each has the backbone atoms N, CA, C, O, and a side
+chain on CA that starts with CB. The peptide between two CA holds C and O of the first residue and N
+of the second, in one plane. Neighbouring CA are always 3.8 Å apart here (trans peptides):
 
     |b - a| = 3.8 sin((n + 1) h) / sin h                        a loop of n CA from a to b  (1)
     D = C + 1.5 (-cos 111° z + sin 111° (cos d x + sin d y))    a new atom D bonded to C    (2)
@@ -14,7 +16,7 @@ Two CA atoms in a row are always 3.8 Å apart, as in proteins (trans peptides):
 In (1), one CA-CA spans the angle 2 h. In (2), z points from B to C, x lies in the plane of A, B and
 C, and d is the dihedral angle A-B-C-D (NeRF, Parsons et al. 2005, J. Comput. Chem. 26:1063).
 Coordinates are (x, y, z) in Å. R is the number of residues, n that of a part.
-Not from the papers: the chains stand in for the maps and models that they train on.
+Not from the papers, which train on maps and models of the EMDB and PDB.
 """
 
 import math
@@ -182,7 +184,8 @@ def arc(a: ndarray, b: ndarray, n: int, outward: ndarray) -> ndarray:
 
     outward (3,): the side to which the arc bulges.
     """
-    # Solve (1) for h by a table, because it has no closed inverse. The span falls as h grows.
+    # Solve (1) for h by a table, because it has no closed inverse. np.interp wants rising values,
+    # but the span falls as h grows, so both spans get a minus.
     table = np.linspace(1e-3, math.pi / (n + 1), 1000)
     span = CA_CA * np.sin((n + 1) * table) / np.sin(table)
     h = np.interp(-np.linalg.norm(b - a), -span, table)
@@ -201,7 +204,7 @@ def arc(a: ndarray, b: ndarray, n: int, outward: ndarray) -> ndarray:
 
 def roomiest_arc(a, b, outward, placed: ndarray, rng: Generator) -> ndarray:
     """Of five random arcs from a to b the one that is least crowded by the CA `placed`: (n, 3)."""
-    likely = math.ceil(0.4 * np.linalg.norm(b - a))
+    likely = math.ceil(0.4 * np.linalg.norm(b - a))  # CA of a loop that is not stretched
     arcs = []
     for _ in range(5):
         n = max(2, likely + rng.integers(-1, 2))
@@ -233,7 +236,7 @@ def fold(rng: Generator) -> tuple[ndarray, ndarray, str]:
 
 
 def in_peptide(place, x: ndarray, y: ndarray, first_ca=0) -> ndarray:
-    """The position (..., 3) of an atom at `place` in a peptide with the axes x, y (..., 3)."""
+    """Where an atom at `place` of a peptide is (..., 3). x, y: the peptide's axes (..., 3)."""
     return first_ca + place[0] * x + place[1] * y
 
 
@@ -251,6 +254,7 @@ def turn_loop_peptides(x: ndarray, y: ndarray) -> None:
     One peptide after the other, three times over, is turned about its CA-CA axis x until the angles
     N-CA-C on both sides of it come nearest to 111 degrees.
     """
+    # Begin with y at right angles to this axis and the one before, on alternating sides.
     loops = np.flatnonzero(np.isnan(y[:, 0]))
     y[loops] = unit(np.cross(x[loops - 1], x[loops])) * (-1.0) ** loops[:, None]
 

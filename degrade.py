@@ -137,8 +137,9 @@ def anisotropic_noise_power(power: Tensor, alpha: Tensor) -> Tensor:
     """Direction-dependent noise power (4) that keeps every shell's mean: float64 (..., D, H, W).
 
     power: (..., W//2) per shell. alpha: (D, H, W), the relative noise power (Departure 3) in
-    `fftfreq` layout, even in k. CryoFM 5.2 takes `1 + 49 * ~hermitian_part(wedge_mask(shape))`;
-    `orientation_alpha` computes it from particle orientations.
+    `fftfreq` layout, even in k. CryoFM 5.2 takes
+    `1 + 49 * ~fourier.hermitian_part(wedge_mask(shape))`. `orientation_alpha` computes it from
+    particle orientations.
     """
     return alpha * expand_shells(power / shell_mean(alpha), alpha.shape)  # (4)
 
@@ -150,7 +151,7 @@ def orientation_alpha(
 
     rotations: (P, 3, 3) as in (5). A particle seen along d measures the central slice k . d = 0,
     here every k within half_width degrees of it. alpha is 1 / (share of the particles that measure
-    k, relative to the mean over directions), at most `limit`, where next to none do.
+    k, relative to the mean over directions). It is `limit` at most, where hardly any particle does.
     Raises ValueError unless rotations are (P, 3, 3), P > 0.
     """
     if rotations.shape[1:] != (3, 3) or len(rotations) == 0:
@@ -173,7 +174,7 @@ def orientation_alpha(
         seen += ((k @ part.T).abs() <= band).sum(-1)
     mean = (seen * sin).sum() / sin.sum()
 
-    # Find the cell of each coefficient, turned into the hemisphere.
+    # Find the cell of each coefficient. Those with z < 0 take the cell of -k.
     kz, ky, kx = freq_grid(shape, device=beam.device)
     flip = torch.where(kz < 0, -1.0, 1.0)
     theta = torch.atan2((kx**2 + ky**2).sqrt(), kz.abs())
@@ -182,7 +183,7 @@ def orientation_alpha(
     column = (phi * 90 / math.pi).long().clamp(max=179)
     alpha = mean / seen[row, column].clamp(min=mean / limit)
 
-    # Cells straddle kz = 0, but noise is even in k.
+    # On kz = 0 the cells of k and -k differ, but noise is even in k. Take the mean of both.
     return (alpha + mirror(alpha)) / 2
 
 

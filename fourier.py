@@ -61,7 +61,7 @@ def wavenumber(shape, voxel_size=1.0, *, half: bool = False, device=None) -> Ten
 
 
 def below_nyquist(shape, old_shape) -> Tensor:
-    """Coefficients of a box that another grid over the same box has, too: boolean (D, H, W).
+    """Which coefficients of a grid (D, H, W) another grid over the same box has, too: boolean.
 
     shape: the grid whose coefficients are asked for; old_shape: the other grid.
     """
@@ -101,7 +101,7 @@ def irfft3(X: Tensor, shape) -> Tensor:
 
 
 def hartley(x: Tensor) -> Tensor:
-    """Hartley transform Re F - Im F of (..., D, H, W): real, and its own inverse times D H W."""
+    """Hartley transform Re F - Im F of (..., D, H, W): real. Applied twice it gives D H W x."""
     X = fft3(x)
     return X.real - X.imag
 
@@ -140,7 +140,10 @@ def apply_fourier(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def put_back(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """x with y's coefficients, (2): x (..., D, H, W), y (D, H, W), weights (D, H, W), even in k."""
+    """(2): x with y's coefficients, each by the share `weights`.
+
+    x: (..., D, H, W); y: (D, H, W); weights: (D, H, W), even in k (of a mask: `hermitian_part`).
+    """
     X = rfft3(x)
     Y = rfft3(y)
     X = X + stored_half(weights) * (Y - X)  # (2)

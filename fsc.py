@@ -92,14 +92,14 @@ def shell_sum(x: Tensor, shell: Tensor, n: int) -> Tensor:
 def half_weight(
     shape, region: Tensor | None = None, *, convention: str = "ours", device=None
 ) -> Tensor:
-    """How often a full sum meets each coefficient that `rfft3` stores: float32, to be broadcast.
+    """How often each coefficient that `rfft3` stores counts in a sum: float32, to be broadcast.
 
-    Twice where a coefficient stands for its mirror image, too, otherwise once. Convention "relion"
+    Twice if a coefficient stands for its mirror image, too, otherwise once. Convention "relion"
     counts every stored coefficient once.
     region: (D, H, W), the coefficients to count. Raises ValueError if it has another shape.
     """
     W = shape[-1]
-    # Planes along x: 0 and W/2 are their own mirror images, all between stand for two.
+    # Planes along x: 0 and W/2 hold their own mirror images, those between stand for two planes.
     weight = torch.ones(1, 1, W // 2 + 1, device=device)
     if convention != "relion":
         weight[..., 1 : (W + 1) // 2] = 2
@@ -193,9 +193,9 @@ def resolution(
     """Resolution (3) in Å of an FSC: (..., n) -> (...). Use float() for one curve.
 
     We interpolate linearly in frequency between the first shell below the threshold and the shell
-    before it. "relion" takes the shell before it. A curve that never falls gives the last shell
-    (Nyquist), a curve of nan gives nan. voxel_size and box belong to the side that makes the shells
-    (`shell_side`). box defaults to 2 (n - 1), so an odd one must be given.
+    before it. Convention "relion" takes the shell before it. A curve that never falls gives the
+    last shell (Nyquist), a curve of nan gives nan. voxel_size and box belong to the side that makes
+    the shells (`shell_side`). box defaults to 2 (n - 1), so an odd one must be given.
     """
     curve = torch.as_tensor(curve)
     if curve.ndim > 1:
@@ -208,7 +208,7 @@ def resolution(
         if shell > 0 and not math.isnan(value):
             known.append((shell, value))
 
-    # Find the first shell below the threshold.
+    # Find the first shell below the threshold. Without one, the last shell counts.
     crossing = known[-1][0] if len(known) > 1 else math.nan
     for (before, value), (shell, next_value) in itertools.pairwise(known):
         if next_value < threshold:

@@ -1,10 +1,10 @@
 """CryoLVM's objectives: pre-training on what is hidden (JEPA, MAE), and the loss of fine-tuning.
 
-Some cells of a map are hidden. A predictor guesses, from the tokens of the visible cells, the
-tokens that a slow copy of the encoder makes of the hidden ones:
+Some cells of a map are hidden. A predictor g guesses, from the tokens of the visible cells,
+the tokens that a slow copy of the encoder f (the target encoder) makes of the hidden ones:
 
     s = W f_theta(m x),  s' = W' f_theta'(x)      m = 0 in hidden cells; the copy sees all      (1)
-    s^_i = g_phi({s_j + z_j : j visible}, {e + z_k : k hidden})_i       z: positions            (2)
+    s^_i = g_phi({s_j + z_j : j visible}, {e + z_k : k hidden})_i   z: positions; e is learned  (2)
     L = E_x <SmoothL1_beta(s^_i - LN s'_i)>       <> over the hidden i and all channels         (3)
     theta' <- mu theta' + (1 - mu) theta          mu = mu_0 + (mu_1 - mu_0) n / N; W likewise   (4)
     MAE: L = E_x <(net(m x) - x)^2>               <> over the hidden voxels                     (5)
@@ -178,9 +178,9 @@ class TokenEncoder(nn.Module):
 
 
 class JEPA(nn.Module):
-    """What the optimiser trains: context encoder and predictor, so that one DDP wrapper serves.
+    """Context encoder and predictor in one module: all that the optimiser trains, in one DDP.
 
-    The target encoder is a deep copy of `.context`, kept outside: `update_target`.
+    The target encoder is a deep copy of `.context`. It is kept outside, see `update_target`.
     encoder, width: as in TokenEncoder; grid: cells of its features (6^3 for crops of 48^3).
     """
 
@@ -197,7 +197,7 @@ class JEPA(nn.Module):
         self.register_buffer("positions", positions(grid, width).float(), persistent=False)
         self.mask_token = nn.Parameter(torch.empty(width))  # e; 1-D, so that it does not decay
 
-        # g: a plain transformer over all tokens.
+        # g of (2): a plain transformer over all tokens.
         layers = [nn.Linear(width, config.width)]
         for _ in range(config.depth):
             block = nn.TransformerEncoderLayer(
@@ -222,7 +222,7 @@ class JEPA(nn.Module):
     def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
         """Maps (B, 1, D, H, W) and token_mask (B, d, h, w) -> predictions (B, L, C).
 
-        Those of visible tokens mean nothing. Raises ValueError if x, mask and grid do not fit.
+        Those of visible tokens have no meaning. Raises ValueError if x, mask and grid do not fit.
         """
         # Encode what is visible, see Departure 1.
         if self.config.mask_at == "input":
@@ -253,7 +253,7 @@ def jepa_loss(
     with torch.no_grad():
         target = layer_norm(target_encoder(x))
 
-    # Compare what the predictor says of the hidden tokens.
+    # Compare the predictions with the targets, over the hidden tokens only.
     prediction = net(x, token_mask).float()
     error = F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).mean(-1)  # (B, L)
     return mean_hidden(error, token_mask.flatten(1))
@@ -261,6 +261,7 @@ def jepa_loss(
 
 def mae_loss(net, x: Tensor, token_mask: Tensor) -> Tensor:
     """(5), a scalar, float32. net: encoder and decoder, (B, 1, D, H, W) -> the same shape."""
+    # The network sees only the visible voxels. Its error counts only in the hidden ones.
     error = (net(hide(x, token_mask)).float() - x).square()
     visible = hide(torch.ones_like(x), token_mask) > 0
     return mean_hidden(error, visible)
@@ -305,7 +306,8 @@ def lr_at(
     """Linear from start to peak over the warm-up, then a cosine to end."""
     if step + 1 < warmup:
         return start + (peak - start) * (step + 1) / warmup
-    return cosine(peak, end, (step + 1 - warmup) / max(1, steps - warmup))  # 1: no step is left
+    # max: the warm-up may take all steps.
+    return cosine(peak, end, (step + 1 - warmup) / max(1, steps - warmup))
 
 
 def weight_decay_at(step: int, steps: int, start: float = 0.04, end: float = 0.4) -> float:
@@ -327,7 +329,7 @@ def collapse(tokens: Tensor) -> dict[str, float]:
               C, 1 if all tokens vary along one line
     maps      share of the variance that is between maps at one position: 1 if position says
               nothing, 0 if it says all
-    constant  (3) with beta 1 for the mean token as a prediction: a loss is low only beside this
+    constant  (3) with beta 1 if the mean token is predicted everywhere: compare a loss with it
     Raises ValueError if B < 2.
     """
     if len(tokens) < 2:
@@ -354,17 +356,17 @@ def collapse(tokens: Tensor) -> dict[str, float]:
 
 # ---- Fine-tuning
 
-# Added to h in (7), so that a map with no value near [0, 1] is uniform and has no gradient.
+# Added to h in (7). A map without values near [0, 1] then has a uniform histogram and no gradient.
 EPS = 1e-8
 
-# Numbers held at once in (6): what fits the cache of a CPU, or 256 MB of a GPU's memory.
+# Numbers held at once in (6). They fit the cache of a CPU, or take 256 MB of a GPU's memory.
 PIECE = {"cpu": 2**18, "cuda": 2**26}
 
 
 class SoftHistogram(torch.autograd.Function):
     """(6) of maps (B, n): (B, K) float64.
 
-    Works piece by piece, and again so in the backward pass, because (B, n, K) does not fit memory.
+    Works piece by piece, because (B, n, K) does not fit memory. The backward pass does so again.
     """
 
     @staticmethod
@@ -380,7 +382,7 @@ class SoftHistogram(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        # grad is dL/dh (B, K). Every piece is n sigma sum_j dL/dh_j dh_j/dx_i.
+        # grad is dL/dh (B, K). Each piece is n sigma sum_j dL/dh_j dh_j/dx_i for its voxels i.
         (x,) = ctx.saved_tensors
         grad = grad.to(x.dtype)[:, None]
         pieces = []

@@ -104,7 +104,7 @@ def join_windows(x: Tensor, w: int, shape: tuple[int, int, int]) -> Tensor:
 
 
 def relative_positions(w: int) -> Tensor:
-    """(3, T, T): r_q - r_k of a window's voxels along z, y, x; -(w - 1) .. w - 1 counted from 0."""
+    """(3, T, T): r_q - r_k of a window's voxels along z, y, x, plus w - 1 so that all are >= 0."""
     r = torch.cartesian_prod(*[torch.arange(w)] * 3).T  # (3, T)
     return r[:, :, None] - r[:, None] + w - 1
 
@@ -114,7 +114,8 @@ def apart(shape: tuple[int, int, int], shift: tuple[int, int, int], w: int, devi
 
     After the roll by `shift`, the last windows also hold voxels from the opposite face.
     """
-    # Number the 8 parts of the rolled map: along each axis, was the voxel moved round or not?
+    # Number the 8 parts of the rolled map by whether a voxel came round from the other end of z, y
+    # and x. Voxels of one part were neighbours before the roll.
     moved = []
     for n, s in zip(shape, shift):
         moved.append((torch.arange(n, device=device) >= n - s).long())
@@ -128,7 +129,7 @@ def apart(shape: tuple[int, int, int], shift: tuple[int, int, int], w: int, devi
 
 
 class WindowAttention(nn.Module):
-    """(5) on (B, D, H, W, C)."""
+    """(5) on (B, D, H, W, C): attention within windows."""
 
     def __init__(self, config: SCUNetConfig, width: int, shifted: bool):
         super().__init__()
@@ -170,7 +171,7 @@ class WindowAttention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(4) on (B, D, H, W, C)."""
+    """(4) on (B, D, H, W, C): attention, then an MLP."""
 
     def __init__(self, config: SCUNetConfig, width: int, shifted: bool):
         super().__init__()
@@ -204,7 +205,7 @@ class FilterResponseNorm(nn.Module):
 
 
 class SwinConvBlock(nn.Module):
-    """(1) on (B, C, D, H, W)."""
+    """(1) on (B, C, D, H, W): convolutions beside attention."""
 
     def __init__(self, config: SCUNetConfig, width: int, shifted: bool):
         super().__init__()
@@ -237,7 +238,7 @@ def stage(config: SCUNetConfig, depth: int, level: int) -> list[SwinConvBlock]:
 
 
 class Encoder(nn.Module):
-    """(6)."""
+    """(6): from a map to features on a coarse grid."""
 
     def __init__(self, config: SCUNetConfig):
         super().__init__()
@@ -278,7 +279,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(7)."""
+    """(7): from the features of all grids back to a map."""
 
     def __init__(self, config: SCUNetConfig):
         super().__init__()

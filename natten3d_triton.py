@@ -7,10 +7,10 @@ The program goes through the tile's columns, N at a time: these are the tokens t
 with any of its rows. In the forward and dq kernels rows are queries and columns are keys. In the
 dk, dv kernel it is the other way round. The probabilities P are never written to memory.
 
-Tables say which tokens the rows and columns are, so the kernels know nothing of three dimensions:
-a row carries 3 of 12 bits, its places in the tile along z, y, x,
-a column carries the bits of all the places that it pairs with,
-so a row and a column are a pair if the row's bits are among the column's.
+Tables say which tokens the rows and columns are, so the kernels know nothing of three dimensions.
+A row carries 3 of 12 bits, for its places in the tile along z, y, x. A column carries the bits of
+all places that it pairs with. So a row and a column are a pair, that is, one is a query that sees
+the other, a key, if the row's bits are among the column's.
 
 Shape letters: B samples, T tokens, n heads, d numbers per head; P is d, padded to a power of two;
 M = TILE^3 rows.
@@ -55,6 +55,8 @@ def tables(pairs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     for axis in range(3):
         row = row.unfold(axis, TILE, TILE)
     row = row.flatten(3).flatten(0, 2)  # (tiles, TILE^3)
+
+    # A row gets the bits of its places along z, y and x, and none outside the grid.
     z, y, x = place_bits
     row_bits = (z[:, None, None] | y[:, None] | x).flatten() * (row >= 0)
 
@@ -193,6 +195,8 @@ if triton is not None:
             total = total * shrink + tl.sum(p, 1)  # (2)
             o_i = o_i * shrink[:, None] + matrix_product(p.to(v_j.dtype), v_j)  # (3)
             top = higher
+
+        # Divide by the sums, and keep their log2 for the backward pass.
         store_vectors(out + offset, i, o_i / total[:, None], n, d, P)
         tl.store(lse + head * T + i, top + tl.log2(total), mask=i >= 0)
 
@@ -302,6 +306,8 @@ if triton is not None:
             dv_j += matrix_product(p.to(g_i.dtype), g_i)  # (4)
             ds = p * (matrix_product(v_j, tl.trans(g_i)) - delta_i)  # (5)
             dk_j += matrix_product(ds.to(q_i.dtype), q_i)  # (6)
+
+        # The sums over all queries are complete.
         store_vectors(dk + offset, j, dk_j * scale, n, d, P)
         store_vectors(dv + offset, j, dv_j, n, d, P)
 
@@ -311,6 +317,7 @@ if triton is not None:
 
 def launch(kernel, tensors: Sequence[Tensor], table: Sequence[Tensor], scale: float) -> None:
     """Run one program per tile and head. tensors[0] is (B, D, H, W, n, d)."""
+    # A grid of programs (tiles, heads of all samples), and the numbers that they need.
     B, D, H, W, n, d = tensors[0].shape
     row, column, _ = table
     programs = (len(row), B * n)
@@ -348,6 +355,7 @@ def fused_backward(
     dk = torch.empty_like(k)
     dv = torch.empty_like(v)
     delta = torch.empty_like(lse)
-    launch(dq_kernel, (grad, q, k, v, out, lse, delta, dq), by_query, scale)  # writes delta too
+    # dq_kernel also writes delta, which dkv_kernel reads.
+    launch(dq_kernel, (grad, q, k, v, out, lse, delta, dq), by_query, scale)
     launch(dkv_kernel, (grad, q, k, v, lse, delta, dk, dv), by_key, scale)
     return dq, dk, dv

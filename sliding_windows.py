@@ -36,20 +36,21 @@ def sliding_windows(
     """(1) for one map (D, H, W) of any size in network scale.
 
     net: (B, 1, box, box, box) -> the same. fusion: a key of WINDOWS. progress: takes the list of
-    calls and yields them. Short sides are padded with solvent, 0, and cut again. Tiles of solvent
-    alone are not left out, because the network's biases answer them too. Memory is that of five
-    maps and of one call. Raises ValueError if the stride leaves gaps.
+    calls and yields them. Short sides are padded with solvent, 0, and cut again. Tiles that hold
+    only solvent are computed, too, because the network's answer to them is not 0. Memory is that
+    of five maps and of one call. Raises ValueError if the stride leaves gaps.
     """
-    # Where the tiles begin.
+    # Cut the padded map into tiles, which begin at these corners.
     padded = volume.pad(x, box)
     corners = volume.tile_starts(padded.shape, box, stride)
 
-    # Calls of equal size: on a CPU torch would take its slow convolution for a last single tile.
+    # Calls of about equal size, because torch on a CPU would use a slow convolution for a last call
+    # of one tile.
     count = math.ceil(len(corners) / tiles_per_call)
     bounds = [i * len(corners) // count for i in range(count + 1)]
     calls = [corners[first:last] for first, last in zip(bounds, bounds[1:])]
 
-    # Tiles are cut, answered and fused call by call.
+    # Cut, answer and fuse the tiles call by call, so that memory holds the tiles of one call.
     def answers():
         for call in progress(calls):
             tiles = volume.cut_tiles(padded, call, box)[:, None]  # (B, 1, box, box, box)
@@ -58,7 +59,7 @@ def sliding_windows(
             yield from batch.float()
 
     fused = volume.blend_tiles(answers(), corners, padded.shape, WINDOWS[fusion](box))
-    # `volume.pad` put voxel n // 2 of x at m // 2 of the padded map.
+    # Cut the padding off. `volume.pad` put voxel n // 2 of x at voxel m // 2 of the padded map.
     for dim, (n, m) in enumerate(zip(x.shape, padded.shape)):
         fused = fused.narrow(dim, m // 2 - n // 2, n)
     return fused

@@ -15,7 +15,7 @@ A step takes `batch` crops, in micro-batches. World size W, accumulation A:
 
 The crops, noise, times and masks of a micro-batch depend on (seed, m) alone. So a run that was
 stopped and resumed sees the same batches as an unbroken run. On a CPU it ends with the same
-weights, bit by bit. Two ranks take the step that one rank takes.
+weights, bit by bit. Two ranks together take the same step as one rank would.
 
 Written to --out: log.csv; checkpoint.pt, for --resume; prior.pt, the averaged weights in half
 precision for sampling.py (of CryoLVM jepa.pt, sharpen.pt, ...); samples/. SIGTERM, Ctrl-C and
@@ -61,6 +61,8 @@ def parse(argv=None) -> TrainConfig:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_argument("--model", choices=PRESETS, default="tiny")
+
+    # One flag for each number of TrainConfig, without defaults: these are the preset's.
     options = {option.name: option for option in fields(TrainConfig) if option.metadata}
     for name, option in options.items():
         help = option.metadata["help"]
@@ -71,7 +73,7 @@ def parse(argv=None) -> TrainConfig:
         else:
             cli.add_argument(flag(name), help=help, type=option.type)
 
-    # What was not typed is None.
+    # Change the preset by what was typed. A flag that was not typed is None.
     typed = vars(cli.parse_args(argv))
     model = typed.pop("model")
     preset = PRESETS[model]
@@ -100,7 +102,11 @@ def to_device(batch, train_set, device: torch.device) -> torch.Tensor:
 
 
 def noise_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
-    """What times, noise and masks of a micro-batch are drawn with; no crop uses such a seed."""
+    """The generator for times, noise and masks of micro-batch `number`.
+
+    Its seeds are spread out, so that they do not coincide with those of the crops
+    (`augment.item_generator`).
+    """
     seed = (seed * 1_000_003 + number) * 268_636_163 % 2**63
     return torch.Generator(device).manual_seed(seed)
 
@@ -129,16 +135,16 @@ def stop_failed_run(step: int, numbers: list, finite: list, per_batch: int, rank
     numbers: of this rank's micro-batches; finite: whether the loss of each is, then the gradient.
     Raises ValueError, always.
     """
-    # The lowest number over all ranks.
+    # Find the lowest number of a bad micro-batch over all ranks.
     bad = min((number for number, ok in zip(numbers, finite) if not ok), default=NO_BATCH)
     bad = int(ranks.reduce(torch.tensor(bad), dist.ReduceOp.MIN))
 
-    # The weights may have gone astray some steps ago, so the checkpoint before stays, too.
+    # The weights may have gone wrong some steps ago, so keep the previous checkpoint, too.
     if ranks.rank == 0:
         if (out / "checkpoint.pt").exists():
             shutil.copyfile(out / "checkpoint.pt", out / "checkpoint_before.pt")
         save(step)
-    # Wait for it: the first rank to fail ends the others.
+    # All ranks wait until it is saved, because the first one that exits ends the others.
     ranks.reduce(torch.zeros(1))
 
     where = "each loss is finite, the gradient is not"
@@ -198,6 +204,7 @@ def main(argv=None) -> None:
     tally = Tally(device)
 
     for step in range(start, cfg.steps):
+        # Set the learning rate, and go through the micro-batches of this step.            (1)
         lr = set_rates(opts, step, cfg)
         step_numbers = range(step * per_step + ranks.rank, (step + 1) * per_step, ranks.world)
         finite = []
@@ -214,6 +221,8 @@ def main(argv=None) -> None:
             loss = loss.detach().double()  # no .item() here: it would wait for the GPU
             tally.count(loss, bucket)
             finite.append(loss.isfinite().all())
+
+        # Clip the gradient.
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         tally.norms.append(norm)
         finite.append(norm.isfinite())
@@ -241,7 +250,7 @@ def main(argv=None) -> None:
             held_out = []
             if evaluating and ranks.rank == 0:
                 held_out = held_out_losses(net, ema, held_out_crops, cfg)
-            # Not where a signal alone asked for an evaluation: an unbroken run has none there.
+            # Not if only a signal caused this evaluation, because an unbroken run has none here.
             if state.plateau and done % cfg.eval_every == 0:
                 first_loss = torch.tensor(held_out[0] if held_out else 0.0, dtype=torch.float64)
                 state.plateau.step(float(ranks.reduce(first_loss)))  # the first rank's
@@ -265,7 +274,7 @@ if __name__ == "__main__":
         hint = "less memory: a smaller --micro-batch, --activation-checkpointing"
         sys.exit(f"train.py: {error}\n{hint}")
     except (ValueError, OSError) as error:
-        # Of an error in a data worker the last line says what it was.
+        # The message of an error in a data worker holds a traceback. Print its last line.
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")

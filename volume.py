@@ -29,7 +29,7 @@ from torch import Tensor
 
 
 class Scale(NamedTuple):
-    """What takes a map to network scale and back. `maximum` is p of (1), in the map's units."""
+    """The numbers of (1), for network scale and back. `maximum` is p, in the map's units."""
 
     maximum: float
     mean: float
@@ -64,8 +64,9 @@ def normalise(
 def denormalise(x: Tensor, scale: Scale) -> Tensor:
     """The inverse of (1): a map in its own units.
 
-    What was clipped stays clipped: negative values come back as 0, and those above `scale.maximum`
-    (one voxel in 100,000) as the maximum. Values that a network puts beyond are kept.
+    What `normalise` clipped stays clipped: negative values come back as 0, and those above
+    `scale.maximum` (one voxel in 100,000) as the maximum. Nothing is clipped here, so values of a
+    network may lie beyond.
     """
     return (x * scale.std + scale.mean) * scale.maximum
 
@@ -195,12 +196,13 @@ def sample_cubic(x: Tensor, grid: Tensor) -> Tensor:
     voxel = place.floor()
     a = place - voxel
 
-    # Weights of the taps voxel, voxel + 1 and voxel + 2; that of voxel - 1 is what is left to 1.
+    # Weights of the taps voxel, voxel + 1 and voxel + 2. All four sum to 1, so that of voxel - 1 is
+    # the rest.
     w_1 = (4 - 6 * a**2 + 3 * a**3) / 6
     w_2 = (1 + 3 * a + 3 * a**2 - 3 * a**3) / 6
     w_3 = a**3 / 6
 
-    # The look-up for the lower two taps, and the one for the upper two.
+    # One look-up for the lower two taps and one for the upper two, on each axis. Sum over all 8.
     upper = w_2 + w_3
     lower = 1 - upper
     places = (voxel - 1 + w_1 / lower, voxel + 1 + w_3 / upper)
