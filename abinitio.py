@@ -98,7 +98,7 @@ def projection_loss(p: Tensor, y: Tensor, *, stop_gradient: bool, q: float) -> T
     """L of Algorithm 3 with the settings of one row of Table 6."""
     psi = psi_sg if stop_gradient else psi_cor
     power = p.square().sum((-2, -1)).detach()
-    return psi(p, y) + psi_bg(p, y, q) / power
+    return psi(p, y) + psi_bg(p, y, q) / power  # not stated: / power
 
 
 # ---- Without a prior
@@ -324,7 +324,7 @@ def algorithm_3(
 
     def gradient(V):
         # dl/dx_0' of one sample, at the poses that fit it best.
-        poses = find_poses(V, images, max_shift=max_shift, radius=radius)  # (4)
+        poses = find_poses(V, images, max_shift=max_shift, radius=radius)  # (4), Departure
         # Few images at a time, because the graph of a projection takes memory.
         total = 0
         V = V.clone().requires_grad_()
@@ -346,7 +346,7 @@ def algorithm_3(
         # The gradient of the losses, back through the network.
         by_V = torch.stack([gradient(V_k) for V_k in V.detach()])
         (g,) = torch.autograd.grad(V, x, by_V)
-        x = guided_step(x, v, g, t, steps, lambda_max).detach()  # (5)
+        x = guided_step(x, v, g, t, steps, lambda_max).detach()  # (5), Erratum
         for _ in generators:
             tick()
 

@@ -124,7 +124,7 @@ def random_centre(x: np.ndarray, generator: Generator, tries: int = 1_000_000) -
 
 
 def window(x: np.ndarray, centre: Iterable[int], side: int) -> Tensor:
-    """side^3 voxels of x, 0 outside of it: voxel `centre` becomes voxel side // 2.
+    """side^3 voxels of x, 0 outside of it: voxel `centre` becomes voxel side // 2 (Departure 1).
 
     float16 if x is, float32 otherwise.
     """

@@ -171,7 +171,7 @@ def loss(
     # Ask the network for the velocity somewhere on the path, and compare with the true one.
     x_t = interpolate(x_0, x_1, t)
     v = evaluate(velocity, x_t, t)
-    error = v - (x_1 - x_0)  # (2)
+    error = v - (x_1 - x_0)  # (2), Erratum 1
     error = error.square().flatten(1).mean(1)  # (B,)  (3), Departure 1
     return error if per_sample else error.mean()
 
@@ -266,6 +266,7 @@ def guided_step(
     if per_time:
         lambda_t *= 200 / steps
     norm = torch.linalg.vector_norm(gradient, dim=(-3, -2, -1), keepdim=True)
+    # The minus before lambda_t and the 1/N: Erratum in posterior.py and abinitio.py.
     return x - v / steps - lambda_t * gradient / norm
 
 

@@ -20,7 +20,7 @@ Fine-tuning adds to the squared error a divergence of smooth grey-value histogra
 code. What the paper leaves open is as in I-JEPA (Assran et al. 2023): LN without parameters, beta,
 blocks, mu, schedules; or as in V-JEPA (Bardes et al. 2024): z, one pass of g for all blocks.
 (5): He et al. 2022, the comparator of Table 11. Not stated: the size of the predictor, bins (64),
-sigma (a bin's width) and alpha (0.5).
+sigma (a bin's width) and alpha (0.5). Departures 1 to 3 and erratum 1 stand beside their lines.
 """
 
 import math

@@ -211,7 +211,7 @@ class SelfAttention(nn.Module):
             q, k, v = (u.flatten(1, 3).transpose(1, 2) for u in (q, k, v))  # (B, n, D H W, d)
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
         else:
-            out = na3d(q, k, v, self.kernel_size, scale=1.0)
+            out = na3d(q, k, v, self.kernel_size, scale=1.0)  # Departure 2
         return self.out_proj(out.reshape(x.shape))
 
 

@@ -96,7 +96,7 @@ def clamp_kernel(kernel_size: int | Sequence[int], grid: Sequence[int]) -> tuple
             f"kernel_size is {kernel_size}; give one or three odd numbers, "
             "because a window has a centre"
         )
-    return tuple(map(min, sizes, grid))
+    return tuple(map(min, sizes, grid))  # Departure
 
 
 def choose_backend(backend: str, q: Tensor) -> str:

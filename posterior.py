@@ -6,7 +6,7 @@ was trained on clean densities, for no task. Here it is combined with an observa
     y = A x + n,   (F A x)_k = m_k (F x)_k,   E |(F n)_k|^2 = P_k   for Fourier coefficient k    (1)
 
     missing wedge   m_k = 1 where a tilt series measured, else 0; the noise is white
-    half maps       m_k = 1; P depends on the shell, degrade.py (3), or on the direction too, (4)
+    half maps       m_k = 1; P depends on the shell, or on the direction too: degrade.py (3), (4)
 
 in steps from a time t to s < t:
 
@@ -28,7 +28,8 @@ exact because A is diagonal in Fourier space. (7): Youla & Webb 1982. Maps are (
 Erratum: Algorithm 1 leaves out the 1/N before v and adds lambda g, which climbs the loss. (9) is
 what the release does.
 Departure 1: the method "prior" starts from (7) or (8) at t < 1, takes (5) instead of (4), weighs by
-(6) and keeps density non-negative. RESULTS.md says what each is worth. "paper" is as printed.
+(6) and keeps density non-negative. RESULTS.md, "Choices of the sampler", says what each gains. The
+method "paper" is as printed.
 Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles.
 """
 
@@ -52,6 +53,7 @@ from fourier import put_back
 from volume import Scale
 
 # Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
+# "prior" is Departure 1.
 WEDGE = {
     "prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
     "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0),
@@ -212,7 +214,7 @@ def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list
 def tiled_velocity(
     prior: Prior, x: Tensor, t: float, generators: list[Generator], tiles_per_call: int = 8
 ) -> Tensor:
-    """v(x, t) for maps x (K, D, H, W) of any size, by tiles of the prior's box.
+    """v(x, t) for maps x (K, D, H, W) of any size, by tiles of the prior's box (Departure 2).
 
     x is in network scale; each map has its own generator, which draws its tiles.
     """
