@@ -13,6 +13,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 # SLURM sends SIGUSR1 before the time is up, where asked to.
@@ -51,7 +52,7 @@ class Ranks:
             dist.all_reduce(x, operation)
         return x
 
-    def wrap(self, net: torch.nn.Module, compile: bool) -> torch.nn.Module:
+    def wrap(self, net: nn.Module, compile: bool) -> nn.Module:
         """The network as it is called: its gradients are averaged over the ranks."""
         if self.world > 1:
             # torch 2.11 warns about an argument whose new name it does not know.
@@ -64,7 +65,7 @@ class Ranks:
             )
         return torch.compile(net) if compile else net
 
-    def averaging(self, ddp: torch.nn.Module, last: bool):
+    def averaging(self, ddp: nn.Module, last: bool):
         """Context of a backward pass: gradients cross ranks once per step, with the last one."""
         if self.world > 1 and not last:
             return ddp.no_sync()

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import checkpoint
@@ -17,8 +18,8 @@ from train_optim import averaged, optimizers
 class State:
     """Everything that a training step changes."""
 
-    net: torch.nn.Module
-    ema: torch.nn.Module  # averaged weights; of "jepa" the target encoder
+    net: nn.Module
+    ema: nn.Module  # averaged weights; of "jepa" the target encoder
     optimizers: list[torch.optim.Optimizer]
     plateau: ReduceLROnPlateau | None
 
@@ -93,7 +94,7 @@ def restore(state: State, saved: dict) -> None:
         state.plateau.load_state_dict(training["plateau"])
 
 
-def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
+def start_from(net: nn.Module, cfg: TrainConfig, say=print) -> None:
     """Load the averaged weights of --init; from another objective's pre-training only the encoder.
 
     Raises OSError without the file, ValueError if its network is another, or was fine-tuned for
@@ -122,7 +123,7 @@ def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
     print_change("std", prior.std, cfg.std, say)
 
 
-def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
+def network_for_use(ema: nn.Module, cfg: TrainConfig) -> nn.Module:
     """The network that a checkpoint is for: `ema`, or around jepa's target encoder a whole SCUNet.
 
     Nothing has taught the decoder of the latter yet. It shares its weights with `ema`.
@@ -134,7 +135,7 @@ def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
     return network
 
 
-def save(state: State, network: torch.nn.Module, cfg: TrainConfig, out: Path, step: int) -> None:
+def save(state: State, network: nn.Module, cfg: TrainConfig, out: Path, step: int) -> None:
     """Write checkpoint.pt for --resume, and prior.pt, jepa.pt, ... for use, in half precision.
 
     network: from `network_for_use`; step: how many steps the state has taken.
