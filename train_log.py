@@ -60,6 +60,7 @@ class Log:
 
     def write(self, step: int, tally: Tally, lr: float, held_out: list[float]) -> None:
         """One line. held_out: `held_out_losses`, or [] where they were not measured."""
+        # Means since the last line. Reading the losses waits for the GPU.
         cfg = self.cfg
         steps_per_s = len(tally.norms) / (time.perf_counter() - tally.since)
         maps_per_s = steps_per_s * cfg.batch
@@ -129,11 +130,14 @@ def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.
         parts = [flow.sample(net, part, SAMPLE_STEPS) for part in x_1.split(cfg.micro_batch)]
     x_0 = torch.cat(parts)[:, 0]
     density = (x_0 * cfg.std + cfg.mean).float().cpu()
+
+    # The maps.
     folder.mkdir(exist_ok=True)
     for i, x in enumerate(density):
         path = folder / f"step_{step:06d}_{i}.mrc"
         mrc.write_map(path, mrc.Map(x, cfg.voxel_size), overwrite=True)
 
+    # The picture, where matplotlib is installed.
     try:
         from matplotlib.image import imsave
     except ImportError:

@@ -24,6 +24,7 @@ class Ranks:
     """This process and the others that train the same network."""
 
     def __init__(self):
+        # torchrun sets these.
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -86,6 +87,7 @@ class StopSignals:
 
     def stopping(self) -> bool:
         """Whether a signal came, or torchrun has died and nobody else would end this rank."""
+        # A process whose parent has died gets another parent.
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
         return self.received or orphaned
 

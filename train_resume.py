@@ -74,7 +74,9 @@ def begin(cfg: TrainConfig, saved: dict | None, device: torch.device, say=print)
     net = build(cfg).to(device)
     if cfg.init and not saved:
         start_from(net, cfg, say)
+    # Optimisers start anew, even from --init; restore fills them where a run goes on.
     state = State(net, averaged(net, cfg), optimizers(net, cfg), None)
+    # The learning rate falls by a tenth after `patience` evaluations without progress.
     if cfg.patience:
         state.plateau = ReduceLROnPlateau(state.optimizers[0], factor=0.9, patience=cfg.patience)
     if saved:
@@ -105,6 +107,7 @@ def start_from(net: nn.Module, cfg: TrainConfig, say=print) -> None:
         raise ValueError(
             f"{cfg.init}: another network, {prior.net.config}; give the --model it was trained as"
         )
+    # The same objective: all weights. After pre-training: the encoder.
     if cfg.objective == "flow" or prior.task == cfg.objective != "jepa":
         say(f"starting from {cfg.init}")
         net.load_state_dict(prior.net.state_dict())
@@ -117,6 +120,7 @@ def start_from(net: nn.Module, cfg: TrainConfig, say=print) -> None:
             f"{cfg.init}: fine-tuned for {prior.task}, not for {cfg.objective}; "
             "give a pre-trained network"
         )
+    # The weights may be used at other settings than they were trained at, but not silently.
     print_change("voxel_size", prior.voxel_size, cfg.voxel_size, say)
     print_change("crop", prior.box, cfg.crop, say)
     print_change("mean", prior.mean, cfg.mean, say)
@@ -140,6 +144,7 @@ def save(state: State, network: nn.Module, cfg: TrainConfig, out: Path, step: in
 
     network: from `network_for_use`; step: how many steps the state has taken.
     """
+    # What only a resumed run needs.
     training = dict(
         net=state.net.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in state.optimizers],
@@ -149,6 +154,7 @@ def save(state: State, network: nn.Module, cfg: TrainConfig, out: Path, step: in
     )
     if cfg.objective == "jepa":
         training["target"] = state.ema.state_dict()
+    # What a user of the network must know, and which file is for users.
     shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
     name = "prior.pt"
     if cfg.objective != "flow":
