@@ -62,28 +62,22 @@ def parse(argv=None) -> TrainConfig:
     )
     cli.add_argument("--model", choices=PRESETS, default="tiny")
 
-    # One flag for each number of TrainConfig, without defaults: these are the preset's.
+    # One flag for each field of TrainConfig, without a default, which is the preset's.
     options = {option.name: option for option in fields(TrainConfig) if option.metadata}
     for name, option in options.items():
-        help = option.metadata["help"]
-        if option.metadata["only"]:
-            help += f" ({', '.join(option.metadata['only'])} only)"
+        how = {"type": option.type}
         if option.type is bool:
-            cli.add_argument(flag(name), help=help, action=argparse.BooleanOptionalAction)
-        else:
-            cli.add_argument(flag(name), help=help, type=option.type)
+            how = {"action": argparse.BooleanOptionalAction}
+        cli.add_argument(flag(name), help=option.metadata["help"], default=argparse.SUPPRESS, **how)
 
-    # Change the preset by what was typed. A flag that was not typed is None.
-    typed = vars(cli.parse_args(argv))
-    model = typed.pop("model")
+    # Change the preset by what was typed. A flag that was not typed is absent.
+    changes = vars(cli.parse_args(argv))
+    model = changes.pop("model")
     preset = PRESETS[model]
-    changes = {name: value for name, value in typed.items() if value is not None}
     for name in changes:
         if not used_by(options[name], preset.objective):
-            raise ValueError(
-                f"{flag(name)}: --model {model} does not use it, only "
-                f"{', '.join(options[name].metadata['only'])}; drop it"
-            )
+            only = ", ".join(options[name].metadata["only"])
+            raise ValueError(f"{flag(name)}: --model {model} does not use it, only {only}; drop it")
     return replace(preset, **changes)
 
 

@@ -44,6 +44,8 @@ def opt(default, help, within="", choices=(), only=()):
     within: the interval of a number, where "(" and ")" exclude the end. choices: those of a word.
     only: the objectives that use the flag, () for all. `train.parse` refuses it for any other.
     """
+    if only:
+        help += f" ({', '.join(only)} only)"
     metadata = dict(help=help, within=within, choices=choices, only=only)
     return field(default=default, metadata=metadata)
 

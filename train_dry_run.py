@@ -55,6 +55,7 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
 
     On a CPU the step takes one crop, on a GPU a micro-batch.
     """
+    # The network.
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(cfg.seed)
@@ -63,6 +64,7 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
     micro = split_batch(cfg, 1)[1]
     crops = micro if cuda else 1
 
+    # Crops for one step, and what they cost in arithmetic.
     train_set, _ = datasets(cfg, say)
     items = -(-crops // cfg.crops_per_map)  # rounded up
     x_0 = torch.cat([train_set[i] for i in range(items)])[:crops].to(device)
@@ -74,6 +76,7 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
         f"{flop / 1e12:.2f} TFLOP forward and backward"
     )
 
+    # Memory and time, measured.
     step = measure_step(net, x_0, cfg)
     state = 20 * parameters / GIB  # weights, gradient, average, two moments: 4 bytes each
     kept = step.kept / crops / GIB
@@ -87,6 +90,7 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
         f"one step of {crops} crop(s) on {device}{note}: loss {step.loss:.4f}, "
         f"{step.seconds:.2f} s, peak {peak_memory(cuda):.1f} GiB"
     )
+    # What that makes of the whole run.
     seconds = step.seconds / crops * cfg.batch
     say(
         f"so a step of {cfg.batch} takes {seconds:,.1f} s here, {cfg.steps:,} steps "
@@ -129,6 +133,7 @@ def measure_step(net, x: torch.Tensor, cfg: TrainConfig) -> Step:
         return tensor
 
     for _ in range(2 if cuda else 1):
+        # A step as in train.py.
         since = time.perf_counter()
         kept.clear()
         watch = torch.autograd.graph.saved_tensors_hooks(weigh, unchanged)

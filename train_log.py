@@ -54,51 +54,46 @@ class Log:
         self.cfg = cfg
         self.say = say
         self.path = out / "log.csv"
-        self.file = open_log(self.path, log_columns(cfg), start)
+        self.columns = log_columns(cfg)
+        self.file = open_log(self.path, self.columns, start)
         self.board = tensorboard(out, start) if cfg.tensorboard else None
 
     def write(self, step: int, tally: Tally, lr: float, held_out: list[float]) -> None:
         """One line. held_out: `held_out_losses`, or [] where they were not measured."""
+        # Means since the last line. Reading the losses waits for the GPU.
         cfg = self.cfg
         steps_per_s = len(tally.norms) / (time.perf_counter() - tally.since)
+        maps_per_s = steps_per_s * cfg.batch
         loss_sum, loss_count = tally.losses
-        values = {
-            "loss": float(loss_sum.sum() / loss_count.sum()),
-            "grad_norm": float(torch.stack(tally.norms).mean()),
-            "lr": lr,
-            "maps_per_s": steps_per_s * cfg.batch,
-        }
+        loss = float(loss_sum.sum() / loss_count.sum())
+        norm = float(torch.stack(tally.norms).mean())
+        per_time = (loss_sum / loss_count).tolist()
         measured = dict(zip(held_out_columns(cfg), held_out))
-        per_time = dict(zip(time_columns(cfg), (loss_sum / loss_count).tolist()))
 
         # What is printed.
         left = timedelta(seconds=round((cfg.steps - step) / steps_per_s))
         memory = peak_memory(tally.losses.device.type == "cuda")
         line = (
-            f"step {step:6d}  loss {values['loss']:.4f}  |g| {values['grad_norm']:.2f}  "
-            f"lr {lr:.1e}  {steps_per_s:.2f} steps/s  {values['maps_per_s']:.1f} maps/s  "
-            f"{memory:.1f} GiB  ETA {left}"
+            f"step {step:6d}  loss {loss:.4f}  |g| {norm:.2f}  lr {lr:.1e}  "
+            f"{steps_per_s:.2f} steps/s  {maps_per_s:.1f} maps/s  {memory:.1f} GiB  ETA {left}"
         )
         for name, value in measured.items():
             line += f"  {name.removeprefix('held_out_')} {value:.4f}"
         self.say(line)
 
-        # What is written. A bucket that no time fell into has no loss (nan).
-        values = {**values, **measured, **per_time}
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
-        self.write_row(step, values)
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-    def write_row(self, step: int, values: dict[str, float]) -> None:
-        """A row of log.csv; a column without a value stays empty."""
-        columns = log_columns(self.cfg)[1:]
-        cells = [f"{values[name]:.6g}" if name in values else "" for name in columns]
+        # What is written. A bucket that no time fell into has no loss (nan): its cell stays empty.
+        row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, maps_per_s=maps_per_s, **measured)
+        row.update(zip(time_columns(cfg), per_time))
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        cells = [f"{row[name]:.6g}" if name in row else "" for name in self.columns]
+        cells[0] = step
         try:
-            print(step, *cells, sep=",", file=self.file, flush=True)
+            print(*cells, sep=",", file=self.file, flush=True)
         except OSError as error:  # a full disk
             raise OSError(f"{self.path}: {error.strerror}") from None
+        if self.board:
+            for name in row.keys() - {"step"}:
+                self.board.add_scalar(name, row[name], step)
 
 
 def open_log(path: Path, columns: list[str], start: int):
@@ -135,11 +130,14 @@ def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.
         parts = [flow.sample(net, part, SAMPLE_STEPS) for part in x_1.split(cfg.micro_batch)]
     x_0 = torch.cat(parts)[:, 0]
     density = (x_0 * cfg.std + cfg.mean).float().cpu()
+
+    # The maps.
     folder.mkdir(exist_ok=True)
     for i, x in enumerate(density):
         path = folder / f"step_{step:06d}_{i}.mrc"
         mrc.write_map(path, mrc.Map(x, cfg.voxel_size), overwrite=True)
 
+    # The picture, where matplotlib is installed.
     try:
         from matplotlib.image import imsave
     except ImportError:

@@ -50,6 +50,8 @@ def datasets(cfg: TrainConfig, say=print):
             f"{cfg.data}: nothing to train on; give a folder of maps ({', '.join(mrc.SUFFIXES)}), "
             "PDB or mmCIF files, an archive of structures (.npz), or 'procedural'"
         )
+
+    # Hold a part of the entries out.
     train, held_out = split(entries)
     shared = ", the same one in other orientations" if len(train) == len(entries) else ""
     say(f"{cfg.data}: {len(train)} to train on, {len(held_out)} held out{shared}")
@@ -155,6 +157,7 @@ def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
 
     The micro-batch is the largest that --micro-batch allows.
     """
+    # A micro-batch holds whole items, and a rank's share of the batch holds whole micro-batches.
     share, rest = divmod(cfg.batch, world)
     largest = min(cfg.micro_batch, share)
     sizes = range(cfg.crops_per_map, largest + 1, cfg.crops_per_map)
@@ -262,6 +265,7 @@ def held_out_at(t: float, ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> f
 
 def restoration_losses(ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> list[float]:
     """The loss (9) of jepa.py and its terms, squared error and histogram divergence."""
+    # Sums, because the last part may hold fewer crops.
     mse = js = 0.0
     for part in parts:
         restored = ema(part[:, :1])

@@ -15,7 +15,7 @@ Departure 2 of train_config.py: Muon for the matrices of the blocks of "tiny".
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import flow
 import jepa
@@ -102,7 +102,7 @@ def orthogonalised(x: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+def optimizers(net: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW alone; or FairseqAdam, followed by Muon for the matrices of the blocks where asked."""
     betas = (0.9, cfg.beta2)
     if cfg.optimizer == "adamw":
@@ -153,13 +153,13 @@ def set_rates(opts: list[torch.optim.Optimizer], step: int, cfg: TrainConfig) ->
     return groups[0]["lr"]
 
 
-def averaged(net: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
+def averaged(net: nn.Module, cfg: TrainConfig) -> nn.Module:
     """`ema` at the start: a copy of the network, or of JEPA's context encoder."""
     source = net.context if cfg.objective == "jepa" else net
     return copy.deepcopy(source).requires_grad_(False).eval()
 
 
-def update_average(ema: torch.nn.Module, net: torch.nn.Module, n: int, cfg: TrainConfig) -> None:
+def update_average(ema: nn.Module, net: nn.Module, n: int, cfg: TrainConfig) -> None:
     """(3) after update n = 1, 2, ...; for "jepa" the target encoder, (4) of jepa.py."""
     if cfg.objective == "jepa":
         momentum = jepa.momentum_at(n - 1, cfg.steps, cfg.momentum)
@@ -168,6 +168,6 @@ def update_average(ema: torch.nn.Module, net: torch.nn.Module, n: int, cfg: Trai
         update_ema(ema, net, n, cfg.ema_decay)
 
 
-def update_ema(ema: torch.nn.Module, net: torch.nn.Module, n: int, decay: float) -> None:
+def update_ema(ema: nn.Module, net: nn.Module, n: int, decay: float) -> None:
     """(3) after update n = 1, 2, ...; buffers are copied."""
     jepa.update_target(ema, net, min(decay, (1 + n) / (10 + n)))

@@ -13,6 +13,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 # SLURM sends SIGUSR1 before the time is up, where asked to.
@@ -23,6 +24,7 @@ class Ranks:
     """This process and the others that train the same network."""
 
     def __init__(self):
+        # torchrun sets these.
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -51,7 +53,7 @@ class Ranks:
             dist.all_reduce(x, operation)
         return x
 
-    def wrap(self, net: torch.nn.Module, compile: bool) -> torch.nn.Module:
+    def wrap(self, net: nn.Module, compile: bool) -> nn.Module:
         """The network as it is called: its gradients are averaged over the ranks."""
         if self.world > 1:
             # torch 2.11 warns about an argument whose new name it does not know.
@@ -64,7 +66,7 @@ class Ranks:
             )
         return torch.compile(net) if compile else net
 
-    def averaging(self, ddp: torch.nn.Module, last: bool):
+    def averaging(self, ddp: nn.Module, last: bool):
         """Context of a backward pass: gradients cross ranks once per step, with the last one."""
         if self.world > 1 and not last:
             return ddp.no_sync()
@@ -85,6 +87,7 @@ class StopSignals:
 
     def stopping(self) -> bool:
         """Whether a signal came, or torchrun has died and nobody else would end this rank."""
+        # A process whose parent has died gets another parent.
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
         return self.received or orphaned
 

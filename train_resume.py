@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import checkpoint
@@ -17,8 +18,8 @@ from train_optim import averaged, optimizers
 class State:
     """Everything that a training step changes."""
 
-    net: torch.nn.Module
-    ema: torch.nn.Module  # averaged weights; of "jepa" the target encoder
+    net: nn.Module
+    ema: nn.Module  # averaged weights; of "jepa" the target encoder
     optimizers: list[torch.optim.Optimizer]
     plateau: ReduceLROnPlateau | None
 
@@ -73,7 +74,9 @@ def begin(cfg: TrainConfig, saved: dict | None, device: torch.device, say=print)
     net = build(cfg).to(device)
     if cfg.init and not saved:
         start_from(net, cfg, say)
+    # Optimisers start anew, even from --init; restore fills them where a run goes on.
     state = State(net, averaged(net, cfg), optimizers(net, cfg), None)
+    # The learning rate falls by a tenth after `patience` evaluations without progress.
     if cfg.patience:
         state.plateau = ReduceLROnPlateau(state.optimizers[0], factor=0.9, patience=cfg.patience)
     if saved:
@@ -93,7 +96,7 @@ def restore(state: State, saved: dict) -> None:
         state.plateau.load_state_dict(training["plateau"])
 
 
-def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
+def start_from(net: nn.Module, cfg: TrainConfig, say=print) -> None:
     """Load the averaged weights of --init; from another objective's pre-training only the encoder.
 
     Raises OSError without the file, ValueError if its network is another, or was fine-tuned for
@@ -104,6 +107,7 @@ def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
         raise ValueError(
             f"{cfg.init}: another network, {prior.net.config}; give the --model it was trained as"
         )
+    # The same objective: all weights. After pre-training: the encoder.
     if cfg.objective == "flow" or prior.task == cfg.objective != "jepa":
         say(f"starting from {cfg.init}")
         net.load_state_dict(prior.net.state_dict())
@@ -116,13 +120,14 @@ def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
             f"{cfg.init}: fine-tuned for {prior.task}, not for {cfg.objective}; "
             "give a pre-trained network"
         )
+    # The weights may be used at other settings than they were trained at, but not silently.
     print_change("voxel_size", prior.voxel_size, cfg.voxel_size, say)
     print_change("crop", prior.box, cfg.crop, say)
     print_change("mean", prior.mean, cfg.mean, say)
     print_change("std", prior.std, cfg.std, say)
 
 
-def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
+def network_for_use(ema: nn.Module, cfg: TrainConfig) -> nn.Module:
     """The network that a checkpoint is for: `ema`, or around jepa's target encoder a whole SCUNet.
 
     Nothing has taught the decoder of the latter yet. It shares its weights with `ema`.
@@ -134,11 +139,12 @@ def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
     return network
 
 
-def save(state: State, network: torch.nn.Module, cfg: TrainConfig, out: Path, step: int) -> None:
+def save(state: State, network: nn.Module, cfg: TrainConfig, out: Path, step: int) -> None:
     """Write checkpoint.pt for --resume, and prior.pt, jepa.pt, ... for use, in half precision.
 
     network: from `network_for_use`; step: how many steps the state has taken.
     """
+    # What only a resumed run needs.
     training = dict(
         net=state.net.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in state.optimizers],
@@ -148,6 +154,7 @@ def save(state: State, network: torch.nn.Module, cfg: TrainConfig, out: Path, st
     )
     if cfg.objective == "jepa":
         training["target"] = state.ema.state_dict()
+    # What a user of the network must know, and which file is for users.
     shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
     name = "prior.pt"
     if cfg.objective != "flow":
