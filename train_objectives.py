@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import atoms
+import augment
 import data
 import data_chains
 import data_pairs
@@ -42,7 +43,7 @@ def datasets(cfg: TrainConfig, say=print):
     Raises OSError or ValueError if there is nothing to train on.
     """
     if cfg.data == "procedural":
-        seeds = (cfg.seed, cfg.seed + 1)
+        seeds = (cfg.seed, cfg.seed + augment.HELD_OUT)
         return tuple(simulated(data_chains.ProceduralChains(seed), seed, cfg) for seed in seeds)
     entries, make = read_entries(cfg, say)
     if not entries:
@@ -53,7 +54,7 @@ def datasets(cfg: TrainConfig, say=print):
     train, held_out = split(entries)
     shared = ", the same one in other orientations" if len(train) == len(entries) else ""
     say(f"{cfg.data}: {len(train)} to train on, {len(held_out)} held out{shared}")
-    return make(train, cfg.seed, cfg), make(held_out, cfg.seed + 1, cfg)
+    return make(train, cfg.seed, cfg), make(held_out, cfg.seed + augment.HELD_OUT, cfg)
 
 
 def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
