@@ -236,11 +236,13 @@ def main(argv=None) -> None:
         last = done == cfg.steps or stopping
         saving = last or done % cfg.save_every == 0
         evaluating = last or done % cfg.eval_every == 0
-        if saving or evaluating or done % cfg.log_every == 0:
+        first = done == start + 1  # shows at once that the run works
+        if first or saving or evaluating or done % cfg.log_every == 0:
             ranks.reduce(tally.losses)
             held_out = []
             if evaluating and ranks.rank == 0:
-                held_out = held_out_losses(net, ema, held_out_crops, cfg)
+                with tally.paused():
+                    held_out = held_out_losses(net, ema, held_out_crops, cfg)
             # Not where a signal alone asked for an evaluation: an unbroken run has none there.
             if state.plateau and done % cfg.eval_every == 0:
                 first_loss = torch.tensor(held_out[0] if held_out else 0.0, dtype=torch.float64)
@@ -251,7 +253,8 @@ def main(argv=None) -> None:
                     save_run(done)
             tally = Tally(device)
         if ranks.rank == 0 and cfg.sample_every and done % cfg.sample_every == 0:
-            write_samples(ema, cfg, out / "samples", done, device)
+            with tally.paused():
+                write_samples(ema, cfg, out / "samples", done, device)
         if stopping:
             ranks.say(f"stopped by a signal after step {done}; go on with --resume")
             break

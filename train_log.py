@@ -1,5 +1,6 @@
 """What a training run shows: a line and a row of log.csv every `log_every` steps, sample maps."""
 
+import contextlib
 import math
 import time
 from datetime import timedelta
@@ -18,9 +19,10 @@ SAMPLE_STEPS = 32
 
 
 class Tally:
-    """Losses and gradient norms of the steps since the last log line.
+    """Losses, gradient norms and time of the steps since the last log line.
 
     They stay tensors until the line is written, because reading a number would wait for the GPU.
+    Evaluations, samples and checkpoints are not steps: the clock stands still in `paused`.
     """
 
     def __init__(self, device: torch.device):
@@ -28,6 +30,16 @@ class Tally:
         self.losses = torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=device)
         self.norms = []
         self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A block whose time does not count."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def steps_per_s(self) -> float:
+        return len(self.norms) / (time.perf_counter() - self.since)
 
     def count(self, loss: torch.Tensor, bucket: torch.Tensor) -> None:
         """loss, bucket: (n,), see `train_objectives.losses`."""
@@ -38,12 +50,13 @@ def time_columns(cfg: TrainConfig) -> list[str]:
     """Names of the training loss per time bucket, of "flow" only."""
     if cfg.objective != "flow":
         return []
+    # Equal parts of 0..1.
     edges = [i / TIME_BUCKETS for i in range(TIME_BUCKETS + 1)]
     return [f"loss_t{low:g}-{high:g}" for low, high in zip(edges, edges[1:])]
 
 
 def log_columns(cfg: TrainConfig) -> list[str]:
-    measured = ["step", "loss", "grad_norm", "lr", "maps_per_s"]
+    measured = ["step", "loss", "grad_norm", "lr", "crops_per_s"]
     return [*measured, *held_out_columns(cfg), *time_columns(cfg)]
 
 
@@ -51,6 +64,7 @@ class Log:
     """log.csv, what is printed, and TensorBoard if asked for."""
 
     def __init__(self, out: Path, cfg: TrainConfig, start: int, say=print):
+        # The file is open as long as the run lives.
         self.cfg = cfg
         self.say = say
         self.path = out / "log.csv"
@@ -60,23 +74,25 @@ class Log:
     def write(self, step: int, tally: Tally, lr: float, held_out: list[float]) -> None:
         """One line. held_out: `held_out_losses`, or [] where they were not measured."""
         cfg = self.cfg
-        steps_per_s = len(tally.norms) / (time.perf_counter() - tally.since)
+        steps_per_s = tally.steps_per_s()
+
+        # Of all steps since the last line.
         loss_sum, loss_count = tally.losses
         values = {
             "loss": float(loss_sum.sum() / loss_count.sum()),
             "grad_norm": float(torch.stack(tally.norms).mean()),
             "lr": lr,
-            "maps_per_s": steps_per_s * cfg.batch,
+            "crops_per_s": steps_per_s * cfg.batch,
         }
         measured = dict(zip(held_out_columns(cfg), held_out))
         per_time = dict(zip(time_columns(cfg), (loss_sum / loss_count).tolist()))
 
-        # What is printed.
+        # What is printed. The time left is that of the steps, without evaluations.
         left = timedelta(seconds=round((cfg.steps - step) / steps_per_s))
         memory = peak_memory(tally.losses.device.type == "cuda")
         line = (
             f"step {step:6d}  loss {values['loss']:.4f}  |g| {values['grad_norm']:.2f}  "
-            f"lr {lr:.1e}  {steps_per_s:.2f} steps/s  {values['maps_per_s']:.1f} maps/s  "
+            f"lr {lr:.1e}  {steps_per_s:.2f} steps/s  {values['crops_per_s']:.1f} crops/s  "
             f"{memory:.1f} GiB  ETA {left}"
         )
         for name, value in measured.items():
@@ -95,6 +111,7 @@ class Log:
         """A row of log.csv; a column without a value stays empty."""
         columns = log_columns(self.cfg)[1:]
         cells = [f"{values[name]:.6g}" if name in values else "" for name in columns]
+        # At once on the disk, so that a run can be watched and a kill loses nothing.
         try:
             print(step, *cells, sep=",", file=self.file, flush=True)
         except OSError as error:  # a full disk
@@ -102,7 +119,10 @@ class Log:
 
 
 def open_log(path: Path, columns: list[str], start: int):
-    """log.csv, to append to. A resumed run writes the rows after step `start` again: cut them."""
+    """log.csv, to append to. A resumed run writes the rows after step `start` again: cut them.
+
+    The header is written again too, because older versions called column 4 maps_per_s.
+    """
     rows = [",".join(columns)]
     if start and path.exists():
         for row in path.read_text().splitlines()[1:]:
@@ -129,17 +149,21 @@ def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.
 
     With matplotlib also a picture of their middle slices.
     """
+    # From noise to network values, then to densities.
     generator = torch.Generator().manual_seed(0)
     x_1 = torch.randn(SAMPLES, 1, *[cfg.crop] * 3, generator=generator).to(device)
     with flow.autocast(device, cfg.bf16):
         parts = [flow.sample(net, part, SAMPLE_STEPS) for part in x_1.split(cfg.micro_batch)]
     x_0 = torch.cat(parts)[:, 0]
     density = (x_0 * cfg.std + cfg.mean).float().cpu()
+
+    # The maps.
     folder.mkdir(exist_ok=True)
     for i, x in enumerate(density):
         path = folder / f"step_{step:06d}_{i}.mrc"
         mrc.write_map(path, mrc.Map(x, cfg.voxel_size), overwrite=True)
 
+    # The picture. Matplotlib is optional.
     try:
         from matplotlib.image import imsave
     except ImportError:
