@@ -18,9 +18,9 @@ stopped and resumed sees the same batches as an unbroken run. On a CPU it ends w
 weights, bit by bit. Two ranks take the step that one rank takes.
 
 Written to --out: log.csv; checkpoint.pt, for --resume; prior.pt, the averaged weights in half
-precision for sampling.py (of CryoLVM jepa.pt, sharpen.pt, ...); samples/. SIGTERM, Ctrl-C and
-SIGUSR1 (SLURM) end a run after the current step, with a checkpoint and exit code 0. --dry-run
-takes one step and says what a run would cost.
+precision for sampling.py (of CryoLVM jepa.pt, sharpen.pt, ...); samples/. SIGTERM, Ctrl-C, SIGHUP
+(a closed terminal) and SIGUSR1 (SLURM) end a run after the current step, with a checkpoint and exit
+code 0. --dry-run takes one step and says what a run would cost.
 """
 
 # Threads that wait for work sleep instead of spinning. On a machine whose second core was busy, a
@@ -41,10 +41,17 @@ import torch
 import torch.distributed as dist
 
 import flow
+from files import own_folder
 from train_config import PRESETS, TrainConfig, flag, used_by
 from train_dry_run import dry_run
 from train_log import Log, Tally, write_samples
-from train_objectives import datasets, held_out_losses, losses, split_batch
+from train_objectives import (
+    datasets,
+    held_out_losses,
+    losses,
+    refuse_raw_maps,
+    split_batch,
+)
 from train_optim import set_rates, update_average
 from train_ranks import Ranks, StopSignals, start_loader
 from train_resume import begin, network_for_use, read_training, save
@@ -100,7 +107,8 @@ def to_device(batch, train_set, device: torch.device) -> torch.Tensor:
 
 
 def noise_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
-    """What times, noise and masks of a micro-batch are drawn with; no crop uses such a seed."""
+    """What times, noise and masks of micro-batch `number` are drawn with."""
+    # Far from the streams of its crops, which augment.item_generator counts up.
     seed = (seed * 1_000_003 + number) * 268_636_163 % 2**63
     return torch.Generator(device).manual_seed(seed)
 
@@ -155,16 +163,33 @@ def stop_failed_run(step: int, numbers: list, finite: list, per_batch: int, rank
 
 
 def main(argv=None) -> None:
+    # Refuse what cannot work before any work.
     cfg = parse(argv)
     ranks = Ranks()
-    accumulate, micro = split_batch(cfg, ranks.world)
+    split_batch(cfg, ranks.world)
+    refuse_raw_maps(cfg, ranks.world)
+
+    # One rank is enough for a dry run.
     if cfg.dry_run:
-        dry_run(cfg, ranks.say)
+        if ranks.rank == 0:
+            dry_run(cfg, ranks.say)
         return
+
+    # One run per folder. The first rank is the one that writes.
+    if ranks.rank == 0:
+        with own_folder(Path(cfg.out), ranks.say):
+            train(cfg, ranks)
+    else:
+        train(cfg, ranks)
+
+
+def train(cfg: TrainConfig, ranks: Ranks) -> None:
+    """Take the steps of a run, from the first or from the one that was saved last."""
+    accumulate, micro = split_batch(cfg, ranks.world)
 
     # A new run starts at step 0, a resumed one after the last step that was saved.
     out = Path(cfg.out)
-    saved = read_training(out / "checkpoint.pt", cfg, ranks.say)
+    saved = read_training(out / "checkpoint.pt", cfg, micro, ranks.say)
     start = saved["training"]["step"] if saved else 0
     if start >= cfg.steps:
         ranks.say(f"nothing to do: step {start} of {cfg.steps}; give more --steps to go on")
@@ -186,13 +211,12 @@ def main(argv=None) -> None:
     per_step = accumulate * ranks.world
     numbers = range(start * per_step + ranks.rank, cfg.steps * per_step, ranks.world)  # (1)
     loader = start_loader(train_set, item_numbers(numbers, per_batch), per_batch, cfg.workers)
-    save_run = partial(save, state, network_for_use(ema, cfg), cfg, out)
+    save_run = partial(save, state, network_for_use(ema, cfg), cfg, out, micro)
     describe(net, cfg, ranks, start, accumulate, micro)
 
     # The first rank measures and writes, all ranks train.
     if ranks.rank == 0:
         held_out_crops = held_out_batch(held_out_set, cfg).to(device)
-        out.mkdir(parents=True, exist_ok=True)
         log = Log(out, cfg, start, ranks.say)
     signals = StopSignals()
     tally = Tally(device)
@@ -267,6 +291,10 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         hint = "less memory: a smaller --micro-batch, --activation-checkpointing"
         sys.exit(f"train.py: {error}\n{hint}")
+    except RuntimeError as error:  # what torch raises where the CPU's memory is too small
+        if "can't allocate memory" not in str(error):
+            raise
+        sys.exit("train.py: out of memory; less of it: a smaller --batch, --micro-batch, --crop")
     except (ValueError, OSError) as error:
         # Of an error in a data worker the last line says what it was.
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")

@@ -8,8 +8,8 @@ The presets called "tiny" are ours: they train on a CPU.
 
 Departure 1: the paper keeps the learning rate constant. "tiny" lets it fall to 0 over the second
     half, because a run of an hour needs that.
-Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024). In 150 steps
-    that reached the loss that FairseqAdam alone reached in more than 250.
+Departure 2: "tiny" gives the matrices of its blocks, merges and splits to Muon (Jordan et al.
+    2024). In 150 steps that reached the loss that FairseqAdam alone reached in more than 250.
 Departure 3: the "tiny-" restorations learn at 1e-3, falling to 0, not by plateaus. They learn by
     the squared error alone (alpha = 1), because with alpha = 0.5 the gradient of the histograms is
     about ten times as long.
@@ -106,8 +106,8 @@ class TrainConfig:
     # The optimiser.
     optimizer: str = opt(
         "adam",
-        "adam: FairseqAdam for all; muon: Muon for the matrices of the blocks, FairseqAdam for the "
-        "rest; adamw: PyTorch's, without decay of 1-D parameters",
+        "adam: FairseqAdam for all; muon: Muon for the inner matrices, FairseqAdam for the rest; "
+        " adamw: PyTorch's, without decay of 1-D parameters",
         choices=("adam", "muon", "adamw"),
     )
     lr: float = opt(1e-4, "peak learning rate", "(0, inf)")  # B.1
@@ -120,7 +120,9 @@ class TrainConfig:
         only=RESTORATIONS,
     )
     beta2: float = opt(0.98, "of Adam; beta1 is 0.9", "[0, 1)")  # B.1
-    weight_decay: float = opt(0.01, "decoupled; in pre-training it rises to 0.4", "[0, inf)")  # B.1
+    weight_decay: float = opt(
+        0.01, "decoupled; pre-training: rises to 0.4, 0: none", "[0, inf)"
+    )  # B.1
     clip: float = opt(1.0, "largest norm of the gradient", "(0, inf]")  # release
     ema_decay: float = opt(0.99, "of the averaged weights", "[0, 1]", only=AVERAGED)  # release
 
@@ -142,6 +144,8 @@ class TrainConfig:
         for option in fields(self):
             if option.metadata:
                 check(option, getattr(self, option.name))
+        if self.dry_run and self.resume:
+            raise ValueError("--dry-run --resume: a dry run reads no checkpoint; drop one of them")
         if self.crop % self.net.multiple:
             raise ValueError(
                 f"--crop {self.crop}: this network wants a multiple of {self.net.multiple}"

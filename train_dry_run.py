@@ -13,6 +13,7 @@ from model_hdit import HDiTConfig
 from train_config import TrainConfig
 from train_objectives import build, datasets, losses, split_batch
 from train_optim import averaged, optimizers, update_average
+from train_resume import start_from
 
 GIB = 2**30
 
@@ -59,6 +60,8 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(cfg.seed)
     net = build(cfg).to(device)
+    if cfg.init:
+        start_from(net, cfg, say)
     parameters = sum(p.numel() for p in net.parameters())
     micro = split_batch(cfg, 1)[1]
     crops = micro if cuda else 1

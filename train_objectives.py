@@ -31,6 +31,7 @@ from model_scunet import SCUNet
 from train_config import PRETRAINING, RESTORATIONS, TrainConfig
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
+MOST_RAW_MAPS = 16  # that several ranks read without data_prepare.py
 TIME_BUCKETS = 5  # of the training loss in log.csv: t in 0..0.2, 0.2..0.4, ...
 
 
@@ -79,6 +80,20 @@ def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
 
     # Atomic models.
     return atoms.read_structures(cfg.data), simulated
+
+
+def refuse_raw_maps(cfg: TrainConfig, world: int) -> None:
+    """Raise ValueError if several ranks would each read and resample a folder of raw maps."""
+    folder = Path(cfg.data)
+    if world == 1 or not folder.is_dir() or (folder / data_prepare.SETTINGS).exists():
+        return
+    count = len(files.list_files(folder, mrc.MAP_SUFFIXES))
+    if count > MOST_RAW_MAPS and not (folder / data_pairs.PAIRS).exists():
+        raise ValueError(
+            f"{folder}: {count} raw maps, which each of {world} ranks would read, resample and "
+            f"hold in memory. Prepare them once: python data_prepare.py maps {folder} "
+            f"{folder}_prepared --voxel-size {cfg.voxel_size:g}, then --data {folder}_prepared"
+        )
 
 
 def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
@@ -240,13 +255,16 @@ def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
     # The same masks every time.
     generator = torch.Generator(x.device).manual_seed(0)
     trained = net if cfg.objective == "jepa" else ema
-    loss = torch.stack([losses(trained, ema, part, cfg, generator)[0][0] for part in parts])
+    loss = 0.0
+    for part in parts:
+        # Parts may be unequal, and every crop counts the same.
+        loss += float(losses(trained, ema, part, cfg, generator)[0]) * len(part) / len(x)
     if cfg.objective == "mae":
-        return [float(loss.mean())]
+        return [loss]
 
     # Metrics that detect representation collapse, from the tokens of the target encoder.
     metrics = jepa.collapse(torch.cat([ema(part[:, :1]) for part in parts]))
-    return [float(loss.mean()), *(metrics[name] for name in held_out_columns(cfg)[1:])]
+    return [loss, *(metrics[name] for name in held_out_columns(cfg)[1:])]
 
 
 def held_out_at(t: float, ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> float:

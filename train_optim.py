@@ -9,7 +9,7 @@
 Pre-training takes its learning rate, weight decay and target encoder from jepa.py, which has them
 from the public I-JEPA.
 
-Departure 2 of train_config.py: Muon for the matrices of the blocks of "tiny".
+Departure 2 of train_config.py: Muon for the matrices inside "tiny".
 """
 
 import copy
@@ -103,7 +103,10 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW alone; or FairseqAdam, followed by Muon for the matrices of the blocks where asked."""
+    """AdamW alone; or FairseqAdam, followed by Muon for the inner matrices where asked.
+
+    These are the matrices of the blocks, and those that merge and split tokens between levels.
+    """
     betas = (0.9, cfg.beta2)
     if cfg.optimizer == "adamw":
         # Biases, scales and tables of relative positions do not decay.
@@ -117,7 +120,7 @@ def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optim
     matrices = []
     rest = []
     for name, p in net.named_parameters():
-        # Not of the blocks: patches in and out, and what turns the time into scales.
+        # Not inner ones: patches in and out, and what turns the time into scales.
         outside = any(part in name for part in ("norm", "time", "patch"))
         if cfg.optimizer == "muon" and p.ndim == 2 and not outside:
             matrices.append(p)
@@ -132,7 +135,9 @@ def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optim
 def lr_at(step: int, cfg: TrainConfig) -> float:
     """The learning rate (2) of the 0-based step; in pre-training I-JEPA's cosine."""
     if cfg.objective in PRETRAINING:
-        return jepa.lr_at(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 5)
+        return jepa.lr_at(
+            step, cfg.steps, cfg.warmup, cfg.lr, start=cfg.lr / 5, end=min(1e-6, cfg.lr)
+        )
     warm = min(1.0, 0.01 + 0.99 * step / cfg.warmup) if cfg.warmup else 1.0
     left = (cfg.steps - step) / (cfg.decay * cfg.steps) if cfg.decay else 1.0
     return cfg.lr * warm * min(1.0, left)

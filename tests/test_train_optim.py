@@ -58,7 +58,7 @@ def test_muon_is_pytorchs(monkeypatch, bf16, rtol):
         assert (ours - theirs).norm() <= rtol * (theirs - 1).norm()
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_fairseq_adam_all_else():
+def test_muon_takes_the_inner_matrices_and_fairseq_adam_all_else():
     net = HDiT(TINY)
     cfg = replace(train_config.PRESETS["tiny"], optimizer="muon")
     name_of = {id(p): name for name, p in net.named_parameters()}
@@ -74,6 +74,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_fairseq_adam_all_else():
         "0.ff.up_proj.weight",
         "0.ff.down_proj.weight",
     }
+    # Those that merge and split tokens as well.
+    assert {"merges.0.proj.weight", "splits.0.proj.weight"} < muon
     assert {"patch_in.proj.weight", "patch_out.proj.weight", "time_in_proj.weight"} < adam
     assert "out_norm.scale" in adam
     assert len(train_optim.optimizers(net, train_config.PRESETS["s"])) == 1
