@@ -82,6 +82,8 @@ def parse(argv=None) -> TrainConfig:
     typed = vars(cli.parse_args(argv))
     model = typed.pop("model")
     preset = PRESETS[model]
+
+    # The preset must use every flag that was.
     changes = {name: value for name, value in typed.items() if value is not None}
     for name in changes:
         if not used_by(options[name], preset.objective):
@@ -115,12 +117,14 @@ def noise_generator(seed: int, number: int, device: torch.device) -> torch.Gener
 
 def held_out_batch(held_out_set, cfg: TrainConfig) -> torch.Tensor:
     """Crops (n, 1 or 2, D, D, D) that are never trained on, n at least --held-out-crops."""
+    # Whole maps, all their crops.
     count = math.ceil(cfg.held_out_crops / cfg.crops_per_map)
     return torch.cat([held_out_set[i] for i in range(count)])
 
 
 def describe(net, cfg: TrainConfig, ranks, start: int, accumulate: int, micro: int) -> None:
     """Print what is trained, on what, and how far."""
+    # One line for all runs, and one for a schedule that may not be meant.
     parameters = sum(p.numel() for p in net.parameters())
     ranks.say(
         f"{parameters / 1e6:.2f} M parameters, {ranks.device}, "
@@ -149,6 +153,7 @@ def stop_failed_run(step: int, numbers: list, finite: list, per_batch: int, rank
     # Wait for it: the first rank to fail ends the others.
     ranks.reduce(torch.zeros(1))
 
+    # Items can be made again, to look at them.
     where = "each loss is finite, the gradient is not"
     if bad != NO_BATCH:
         first = bad * per_batch

@@ -141,6 +141,7 @@ class TrainConfig:
     tensorboard: bool = opt(False, "write what log.csv holds for TensorBoard too")
 
     def __post_init__(self):
+        # Each number alone, then those that depend on each other.
         for option in fields(self):
             if option.metadata:
                 check(option, getattr(self, option.name))
@@ -175,9 +176,11 @@ def flag(name: str) -> str:
 
 def check(option, value) -> None:
     """Raise ValueError if a flag's value is not one of its choices, or outside its interval."""
+    # Words.
     choices = option.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{flag(option.name)} {value}: choose {' or '.join(choices)}")
+    # Numbers, of which nan lies in no interval.
     interval = option.metadata["within"]
     if interval and not inside(value, interval):
         raise ValueError(f"{flag(option.name)} {value}: it must lie in {interval}")
@@ -185,6 +188,7 @@ def check(option, value) -> None:
 
 def inside(value: float, interval: str) -> bool:
     """Whether a number lies in an interval such as "[0, 1)"; nan lies in none."""
+    # Brackets include the end, round ones do not.
     low, high = map(float, interval[1:-1].split(", "))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
@@ -195,6 +199,7 @@ def used_by(option, objective: str) -> bool:
     """Whether a field is a flag that changes a run with this objective."""
     if not option.metadata:
         return False
+    # Without a list of objectives, all use it.
     only = option.metadata["only"]
     return not only or objective in only
 

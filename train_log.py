@@ -123,11 +123,14 @@ def open_log(path: Path, columns: list[str], start: int):
 
     The header is written again too, because older versions called column 4 maps_per_s.
     """
+    # Rows of steps that the checkpoint has.
     rows = [",".join(columns)]
     if start and path.exists():
         for row in path.read_text().splitlines()[1:]:
             if row[:1].isdigit() and int(row.split(",")[0]) <= start:
                 rows.append(row)
+
+    # Header and old rows, then the new ones one by one.
     path.write_text("\n".join(rows) + "\n")
     return open(path, "a")
 

@@ -43,9 +43,12 @@ def datasets(cfg: TrainConfig, say=print):
 
     Raises OSError or ValueError if there is nothing to train on.
     """
+    # Made-up chains differ by their seed alone.
     if cfg.data == "procedural":
         seeds = (cfg.seed, cfg.seed + augment.HELD_OUT)
         return tuple(simulated(data_chains.ProceduralChains(seed), seed, cfg) for seed in seeds)
+
+    # What is on the disk is split by its labels.
     entries, make = read_entries(cfg, say)
     if not entries:
         raise ValueError(
@@ -84,6 +87,7 @@ def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
 
 def refuse_raw_maps(cfg: TrainConfig, world: int) -> None:
     """Raise ValueError if several ranks would each read and resample a folder of raw maps."""
+    # One rank, atomic models and prepared folders are fine.
     folder = Path(cfg.data)
     if world == 1 or not folder.is_dir() or (folder / data_prepare.SETTINGS).exists():
         return
@@ -100,12 +104,14 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
     """The maps of --data. Raises ValueError if more than 1 % of them cannot be used."""
     box = cfg.crop if cfg.center_crops else None
     volumes, refused = data.read_volumes(cfg.data, cfg.voxel_size, box)
+    # Say which maps are left out, and why.
     for line in refused:
         say(f"skipped {line}")
     say(
         f"{cfg.data}: {len(refused)} maps skipped, {len(volumes)} read at "
         f"{cfg.voxel_size:g} Å per voxel"
     )
+    # A few bad maps are normal, more hint at a bad download or a wrong folder.
     count = len(refused) + len(volumes)
     if volumes and len(refused) > 0.01 * count:
         raise ValueError(
@@ -117,6 +123,7 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
 
 def simulated(structures, seed: int, cfg: TrainConfig):
     """A dataset of maps, or pairs of maps, that are simulated from atomic models."""
+    # What maps and pairs have in common.
     common = dict(
         crop=cfg.crop,
         crops=cfg.crops_per_map,
@@ -125,6 +132,7 @@ def simulated(structures, seed: int, cfg: TrainConfig):
         seed=seed,
     )
     if cfg.objective == "flow":
+        # Crops are cut from anywhere in a box of twice their side.
         box = cfg.crop if cfg.center_crops else 2 * cfg.crop
         return data.SimulatedCrops(structures, box=box, mean=cfg.mean, std=cfg.std, **common)
     # Pre-training uses the first map of a pair: what a deposited map looks like.
@@ -157,6 +165,7 @@ def split(entries: list) -> tuple[list, list]:
     If that leaves no label in one of the parts, a single label is held out. The only label of a
     data set is in both parts.
     """
+    # The hash of a label does not change when a data set grows.
     labels = {entry.label for entry in entries}
     chosen = {label for label in labels if data_prepare.held_out(label)}
     if len(chosen) in (0, len(labels)):
@@ -171,6 +180,7 @@ def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
 
     The micro-batch is the largest that --micro-batch allows.
     """
+    # Of this rank's share, the largest part that whole maps fill and that divides it.
     share, rest = divmod(cfg.batch, world)
     largest = min(cfg.micro_batch, share)
     sizes = range(cfg.crops_per_map, largest + 1, cfg.crops_per_map)
@@ -188,6 +198,7 @@ def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
     """What the optimiser trains, with random weights."""
+    # CryoFM's network, CryoLVM's, and around the encoder of the latter a predictor.
     if cfg.objective == "flow":
         return HDiT(cfg.net, cfg.activation_checkpointing)
     net = SCUNet(cfg.net)
@@ -207,6 +218,7 @@ def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Te
 
     x: (micro, 1 or 2, D, D, D); generator: of times, noise and masks.
     """
+    # CryoFM: one loss per crop, counted at its time.
     if cfg.objective == "flow":
         t = flow.sample_t(len(x), cfg.time_law, generator, x.device)
         bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
@@ -216,6 +228,8 @@ def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Te
     observed = x[:, :1]
     if cfg.objective in PRETRAINING:
         visible = jepa.block_masks(len(x), token_grid(cfg), generator)
+
+    # Pre-training guesses what is hidden, fine-tuning the map that is wanted.
     if cfg.objective == "jepa":
         loss = jepa.jepa_loss(net, ema, observed, visible)
     elif cfg.objective == "mae":
@@ -246,6 +260,7 @@ def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
 
     They are those of the averaged weights; for "jepa" of its predictor and the target encoder.
     """
+    # As many crops at once as in training.
     parts = x.split(cfg.micro_batch)
     if cfg.objective == "flow":
         return [held_out_at(t, ema, parts, cfg) for t in HELD_OUT_TIMES]
@@ -281,6 +296,7 @@ def held_out_at(t: float, ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> f
 
 def restoration_losses(ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> list[float]:
     """The loss (9) of jepa.py and its terms, squared error and histogram divergence."""
+    # Parts may be unequal, so sum over crops and divide at the end.
     mse = js = 0.0
     for part in parts:
         restored = ema(part[:, :1])

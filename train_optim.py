@@ -36,10 +36,13 @@ class FairseqAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            # n counts from 1, so that the bias correction is not 0.
             group["step"] += 1
             n = group["step"]
             lr = group["lr"]
             beta1, beta2 = group["betas"]
+
+            # Moments start at 0.
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
@@ -90,6 +93,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalised(x: Tensor) -> Tensor:
     """x with all singular values near 1, by five Newton-Schulz steps. x: (m, n)."""
+    # The products below are smallest for a wide matrix.
     tall = x.shape[0] > x.shape[1]
     x = x.to(torch.bfloat16 if flow.has_bf16(x.device) else torch.float32)
     x = x.T if tall else x
@@ -117,6 +121,7 @@ def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optim
             group["params"].append(p)
         return [torch.optim.AdamW([decayed, spared], cfg.lr, betas, weight_decay=cfg.weight_decay)]
 
+    # Muon is for what multiplies tokens.
     matrices = []
     rest = []
     for name, p in net.named_parameters():
@@ -138,6 +143,7 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
         return jepa.lr_at(
             step, cfg.steps, cfg.warmup, cfg.lr, start=cfg.lr / 5, end=min(1e-6, cfg.lr)
         )
+    # Rise over the warm-up, fall over the last part.
     warm = min(1.0, 0.01 + 0.99 * step / cfg.warmup) if cfg.warmup else 1.0
     left = (cfg.steps - step) / (cfg.decay * cfg.steps) if cfg.decay else 1.0
     return cfg.lr * warm * min(1.0, left)
@@ -148,6 +154,7 @@ def set_rates(opts: list[torch.optim.Optimizer], step: int, cfg: TrainConfig) ->
 
     Returns the learning rate. With --patience the plateau scheduler has set it already.
     """
+    # All optimisers follow one schedule.
     groups = [group for optimizer in opts for group in optimizer.param_groups]
     for group in groups:
         if not cfg.patience:

@@ -94,6 +94,7 @@ class Ranks:
 def environment_number(name: str, default: int) -> int:
     """An environment variable that is a number from 0. Raises ValueError if it is not."""
     text = os.environ.get(name, str(default))
+    # torchrun sets whole numbers, a shell may set anything.
     if not text.isdecimal():
         raise ValueError(
             f"{name}={text} in the environment: must be a number from 0; unset it, or start with "

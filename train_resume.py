@@ -40,6 +40,7 @@ def read_training(path: Path, cfg: TrainConfig, micro: int, say=print) -> dict |
     if not cfg.resume:
         refuse_existing_run(path, cfg)
         return None
+    # --resume: read the state, and refuse what is none.
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no checkpoint to resume from; leave out --resume to start a run"
@@ -73,6 +74,7 @@ def read_training(path: Path, cfg: TrainConfig, micro: int, say=print) -> dict |
         same_place = name in ("out", "resume", "init")
         if used_by(option, cfg.objective) and not same_place:
             print_change(name, flags.get(name, settings[name]), settings[name], say)
+    # Micro-batches also change with the number of ranks, which is no flag.
     before = training.get("micro", micro)  # older checkpoints lack it
     if before != micro:
         say(
@@ -93,9 +95,11 @@ def refuse_existing_run(path: Path, cfg: TrainConfig) -> None:
 
 def is_training(training: dict) -> bool:
     """Whether a checkpoint's training state has the parts that `save` writes."""
+    # Every part with its type.
     parts = {"net": dict, "optimizers": list, "step": int, "flags": dict}
     if not all(isinstance(training.get(name), kind) for name, kind in parts.items()):
         return False
+    # The plateau scheduler is one of fine-tuning only, None otherwise.
     return training["step"] >= 0 and isinstance(training.get("plateau"), dict | None)
 
 
@@ -109,13 +113,14 @@ def refuse_saved_settings(path: Path, flags: dict, cfg: TrainConfig) -> None:
     if cfg.patience:
         names.append("lr")
 
+    # Older checkpoints lack newer flags.
     for name in names:
         now = getattr(cfg, name)
         before = flags.get(name, now)
         if before != now:
             raise ValueError(
-                f"{path}: {flag(name)} {now:g} would change nothing, the run goes on with "
-                f"{before}; drop it or give {flag(name)} {before}, or start a run with --init"
+                f"{path}: {flag(name)} {now:g} comes too late, the saved optimiser state has "
+                f"{before}; give {flag(name)} {before}, or start a new run with --init"
             )
 
 
@@ -148,10 +153,12 @@ def begin(cfg: TrainConfig, saved: dict | None, device: torch.device, say=print)
 
 def restore(state: State, saved: dict) -> None:
     """Put a checkpoint into the state. Raises one of checkpoint.UNFIT if they do not fit."""
+    # The weights, raw and averaged.
     training = saved["training"]
     state.net.load_state_dict(training["net"])
     # Of "jepa" the checkpoint's own weights are a whole network, the target encoder is apart.
     state.ema.load_state_dict(training.get("target", saved["weights"]))
+    # Moments, learning rates and the plateau scheduler.
     for optimizer, content in zip(state.optimizers, training["optimizers"], strict=True):
         optimizer.load_state_dict(content)
         check_moments(optimizer)
@@ -162,6 +169,7 @@ def restore(state: State, saved: dict) -> None:
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError if moments are missing or do not fit, which torch does not look at."""
     for group in optimizer.param_groups:
+        # What a step multiplies with.
         for name in ("lr", "weight_decay"):
             if not isinstance(group[name], float | int):
                 raise ValueError(f"{name} is {group[name]}")
@@ -217,6 +225,7 @@ def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
     """
     if cfg.objective != "jepa":
         return ema
+    # A fresh decoder around the encoder, so that the file opens like any other SCUNet.
     network = SCUNet(cfg.net)
     network.encoder = ema.encoder
     return network
@@ -231,6 +240,7 @@ def save(
     has taken. Raises ValueError if the weights are not finite; then nothing is written.
     """
     refuse_lost_weights(state, out, step)
+    # What --resume needs beside the averaged weights.
     training = dict(
         net=state.net.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in state.optimizers],
@@ -252,6 +262,7 @@ def save(
 
 def refuse_lost_weights(state: State, out: Path, step: int) -> None:
     """Raise ValueError if a weight is nan, or larger than half precision holds."""
+    # One number per tensor is enough: its largest.
     largest = torch.finfo(torch.float16).max
     for p in (*state.net.parameters(), *state.ema.parameters()):
         if not p.abs().max() <= largest:  # true for nan, too

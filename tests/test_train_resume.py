@@ -212,7 +212,7 @@ def test_resuming_refuses_a_setting_that_the_optimiser_would_not_see(
     data = maps if model == "small" else atoms
     run(tmp_path / "a", model=model, data=data, steps=1)
     flag = "--" + setting.replace("_", "-")
-    says = f"{flag} {value} would change nothing, the run goes on with {saved}; drop it"
+    says = f"{flag} {value} comes too late, the saved optimiser state has {saved}"
     with pytest.raises(ValueError, match=says):
         run(tmp_path / "a", "--resume", model=model, data=data, **{setting: value})
 
