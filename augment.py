@@ -33,6 +33,7 @@ def item_generator(seed: int, i: int) -> Generator:
     that starts a generator torch uses the low 32 bits, so there are 2^32 streams. Those of a seed
     fill half of this circle: seed and seed + HELD_OUT never share a stream, whatever their items.
     """
+    # The first items count up.
     start = seed * COUNTED
     if i < COUNTED:
         return Generator().manual_seed((start + i) % 2**63)
@@ -46,6 +47,7 @@ def splitmix64(x: int) -> int:
 
     Numbers that differ by little, such as counted items, come out unrelated.
     """
+    # A step along the sequence, then two rounds of shift and multiply.
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
