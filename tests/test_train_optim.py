@@ -103,6 +103,13 @@ def test_pre_training_reaches_its_peak_even_if_the_run_is_no_longer_than_the_war
     assert rates[20:] == pytest.approx([1e-6] * (steps - 20))
 
 
+def test_a_low_peak_of_pre_training_is_never_exceeded():
+    # I-JEPA's cosine ends at 1e-6, which is above this peak.
+    cfg = replace(train_config.PRESETS["tiny-jepa"], lr=1e-7)
+    rates = [train_optim.lr_at(n, cfg) for n in range(cfg.steps)]
+    assert max(rates) == pytest.approx(1e-7)
+
+
 def test_rates_reach_all_groups_but_a_group_without_decay_stays_without():
     cfg = replace(train_config.PRESETS["tiny-jepa"], weight_decay=0.1)
     net = torch.nn.Linear(2, 2)
