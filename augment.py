@@ -19,6 +19,8 @@ from torch import Generator, Tensor
 from volume import ROTATIONS_24, crop
 
 ENDLESS = 2**62  # the length of a data set in which every index is another crop
+COUNTED = 1_000_003  # the first items of a seed, whose streams count up from seed * COUNTED
+HELD_OUT = 2**31  # added to a seed, it gives the seed of the held-out items
 
 
 # ---- Random numbers --------------------------------------------------------------------------
@@ -27,9 +29,29 @@ ENDLESS = 2**62  # the length of a data set in which every index is another crop
 def item_generator(seed: int, i: int) -> Generator:
     """The generator of item i of a data set, or of sample i of a prior.
 
-    The item depends on seed and i alone, not on the worker or the order of drawing.
+    The item depends on seed and i alone, not on the worker or the order of drawing. Of the number
+    that starts a generator torch uses the low 32 bits, so there are 2^32 streams. Those of a seed
+    fill half of this circle: seed and seed + HELD_OUT never share a stream, whatever their items.
     """
-    return Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
+    # The first items count up.
+    start = seed * COUNTED
+    if i < COUNTED:
+        return Generator().manual_seed((start + i) % 2**63)
+    # Counting on would give item 0 of seed + 1. Scatter the items over the rest of the half.
+    offset = COUNTED + splitmix64(splitmix64(seed) + i) % (HELD_OUT - COUNTED)
+    return Generator().manual_seed((start + offset) % 2**63)
+
+
+def splitmix64(x: int) -> int:
+    """64 bits in which each bit of x has changed half of the bits (Steele et al. 2014).
+
+    Numbers that differ by little, such as counted items, come out unrelated.
+    """
+    # A step along the sequence, then two rounds of shift and multiply.
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:

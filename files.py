@@ -8,16 +8,18 @@ with AtomicOutputs() as outputs:              several files that appear together
         file.write(...)
 
 write_json(path, value)                       NaN and infinity become null
+with own_folder(path):                        no other process may own the folder meanwhile
 refuse_existing(outputs, inputs, overwrite)   call it before the work, not after it
 list_files(path, suffixes)                    the files of a folder, without hidden ones
 """
 
 import contextlib
+import fcntl
 import glob
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,6 +81,41 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends without an error; see AtomicOutputs."""
     with AtomicOutputs() as outputs, outputs.open(path) as file:
         yield file
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Make a folder and own it until the block ends, by a lock on the hidden file `.lock` in it.
+
+    The kernel drops the lock when its process ends, also by kill -9. A folder that was made here
+    and stays empty is removed. Raises OSError if another process owns the folder.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    # Not open(path, "w"), which would erase the owner's number.
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip()
+            raise BlockingIOError(
+                f"{folder}: in use by another run ({owner}); wait for it or give another folder"
+            ) from None
+        except OSError as error:  # some network file systems
+            say(f"{folder}: cannot be locked ({error.strerror}); start no second run there")
+
+        # Say who owns it, for the message above.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

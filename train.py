@@ -15,12 +15,12 @@ A step takes `batch` crops, in micro-batches. World size W, accumulation A:
 
 The crops, noise, times and masks of a micro-batch depend on (seed, m) alone. So a run that was
 stopped and resumed sees the same batches as an unbroken run. On a CPU it ends with the same
-weights, bit by bit. Two ranks together take the same step as one rank would.
+weights, bit by bit. Two ranks take the step that one rank takes.
 
 Written to --out: log.csv; checkpoint.pt, for --resume; prior.pt, the averaged weights in half
-precision for sampling.py (of CryoLVM jepa.pt, sharpen.pt, ...); samples/. SIGTERM, Ctrl-C and
-SIGUSR1 (SLURM) end a run after the current step, with a checkpoint and exit code 0. --dry-run
-takes one step and says what a run would cost.
+precision for sampling.py (of CryoLVM jepa.pt, sharpen.pt, ...); samples/. SIGTERM, Ctrl-C, SIGHUP
+(a closed terminal) and SIGUSR1 (SLURM) end a run after the current step, with a checkpoint and exit
+code 0. --dry-run takes one step and says what a run would cost.
 """
 
 # Threads that wait for work sleep instead of spinning. On a machine whose second core was busy, a
@@ -41,10 +41,17 @@ import torch
 import torch.distributed as dist
 
 import flow
+from files import own_folder
 from train_config import PRESETS, TrainConfig, flag, used_by
 from train_dry_run import dry_run
 from train_log import Log, Tally, write_samples
-from train_objectives import datasets, held_out_losses, losses, split_batch
+from train_objectives import (
+    datasets,
+    held_out_losses,
+    losses,
+    refuse_raw_maps,
+    split_batch,
+)
 from train_optim import set_rates, update_average
 from train_ranks import Ranks, StopSignals, start_loader
 from train_resume import begin, network_for_use, read_training, save
@@ -61,23 +68,29 @@ def parse(argv=None) -> TrainConfig:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_argument("--model", choices=PRESETS, default="tiny")
-
-    # One flag for each field of TrainConfig, without a default, which is the preset's.
     options = {option.name: option for option in fields(TrainConfig) if option.metadata}
     for name, option in options.items():
-        how = {"type": option.type}
+        help = option.metadata["help"]
+        if option.metadata["only"]:
+            help += f" ({', '.join(option.metadata['only'])} only)"
         if option.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        cli.add_argument(flag(name), help=option.metadata["help"], default=argparse.SUPPRESS, **how)
+            cli.add_argument(flag(name), help=help, action=argparse.BooleanOptionalAction)
+        else:
+            cli.add_argument(flag(name), help=help, type=option.type)
 
-    # Change the preset by what was typed. A flag that was not typed is absent.
-    changes = vars(cli.parse_args(argv))
-    model = changes.pop("model")
+    # What was not typed is None.
+    typed = vars(cli.parse_args(argv))
+    model = typed.pop("model")
     preset = PRESETS[model]
+
+    # The preset must use every flag that was.
+    changes = {name: value for name, value in typed.items() if value is not None}
     for name in changes:
         if not used_by(options[name], preset.objective):
-            only = ", ".join(options[name].metadata["only"])
-            raise ValueError(f"{flag(name)}: --model {model} does not use it, only {only}; drop it")
+            raise ValueError(
+                f"{flag(name)}: --model {model} does not use it, only "
+                f"{', '.join(options[name].metadata['only'])}; drop it"
+            )
     return replace(preset, **changes)
 
 
@@ -96,23 +109,22 @@ def to_device(batch, train_set, device: torch.device) -> torch.Tensor:
 
 
 def noise_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
-    """The generator for times, noise and masks of micro-batch `number`.
-
-    Its seeds are spread out, so that they do not coincide with those of the crops
-    (`augment.item_generator`).
-    """
+    """What times, noise and masks of micro-batch `number` are drawn with."""
+    # Far from the streams of its crops, which augment.item_generator counts up.
     seed = (seed * 1_000_003 + number) * 268_636_163 % 2**63
     return torch.Generator(device).manual_seed(seed)
 
 
 def held_out_batch(held_out_set, cfg: TrainConfig) -> torch.Tensor:
     """Crops (n, 1 or 2, D, D, D) that are never trained on, n at least --held-out-crops."""
+    # Whole maps, all their crops.
     count = math.ceil(cfg.held_out_crops / cfg.crops_per_map)
     return torch.cat([held_out_set[i] for i in range(count)])
 
 
 def describe(net, cfg: TrainConfig, ranks, start: int, accumulate: int, micro: int) -> None:
     """Print what is trained, on what, and how far."""
+    # One line for all runs, and one for a schedule that may not be meant.
     parameters = sum(p.numel() for p in net.parameters())
     ranks.say(
         f"{parameters / 1e6:.2f} M parameters, {ranks.device}, "
@@ -129,18 +141,19 @@ def stop_failed_run(step: int, numbers: list, finite: list, per_batch: int, rank
     numbers: of this rank's micro-batches; finite: whether the loss of each is, then the gradient.
     Raises ValueError, always.
     """
-    # Find the lowest number of a bad micro-batch over all ranks.
+    # The lowest number over all ranks.
     bad = min((number for number, ok in zip(numbers, finite) if not ok), default=NO_BATCH)
     bad = int(ranks.reduce(torch.tensor(bad), dist.ReduceOp.MIN))
 
-    # The weights may have gone wrong some steps ago, so keep the previous checkpoint, too.
+    # The weights may have gone astray some steps ago, so the checkpoint before stays, too.
     if ranks.rank == 0:
         if (out / "checkpoint.pt").exists():
             shutil.copyfile(out / "checkpoint.pt", out / "checkpoint_before.pt")
         save(step)
-    # All ranks wait until it is saved, because the first one that exits ends the others.
+    # Wait for it: the first rank to fail ends the others.
     ranks.reduce(torch.zeros(1))
 
+    # Items can be made again, to look at them.
     where = "each loss is finite, the gradient is not"
     if bad != NO_BATCH:
         first = bad * per_batch
@@ -155,16 +168,33 @@ def stop_failed_run(step: int, numbers: list, finite: list, per_batch: int, rank
 
 
 def main(argv=None) -> None:
+    # Refuse what cannot work before any work.
     cfg = parse(argv)
     ranks = Ranks()
-    accumulate, micro = split_batch(cfg, ranks.world)
+    split_batch(cfg, ranks.world)
+    refuse_raw_maps(cfg, ranks.world)
+
+    # One rank is enough for a dry run.
     if cfg.dry_run:
-        dry_run(cfg, ranks.say)
+        if ranks.rank == 0:
+            dry_run(cfg, ranks.say)
         return
+
+    # One run per folder. The first rank is the one that writes.
+    if ranks.rank == 0:
+        with own_folder(Path(cfg.out), ranks.say):
+            train(cfg, ranks)
+    else:
+        train(cfg, ranks)
+
+
+def train(cfg: TrainConfig, ranks: Ranks) -> None:
+    """Take the steps of a run, from the first or from the one that was saved last."""
+    accumulate, micro = split_batch(cfg, ranks.world)
 
     # A new run starts at step 0, a resumed one after the last step that was saved.
     out = Path(cfg.out)
-    saved = read_training(out / "checkpoint.pt", cfg, ranks.say)
+    saved = read_training(out / "checkpoint.pt", cfg, micro, ranks.say)
     start = saved["training"]["step"] if saved else 0
     if start >= cfg.steps:
         ranks.say(f"nothing to do: step {start} of {cfg.steps}; give more --steps to go on")
@@ -186,19 +216,17 @@ def main(argv=None) -> None:
     per_step = accumulate * ranks.world
     numbers = range(start * per_step + ranks.rank, cfg.steps * per_step, ranks.world)  # (1)
     loader = start_loader(train_set, item_numbers(numbers, per_batch), per_batch, cfg.workers)
-    save_run = partial(save, state, network_for_use(ema, cfg), cfg, out)
+    save_run = partial(save, state, network_for_use(ema, cfg), cfg, out, micro)
     describe(net, cfg, ranks, start, accumulate, micro)
 
     # The first rank measures and writes, all ranks train.
     if ranks.rank == 0:
         held_out_crops = held_out_batch(held_out_set, cfg).to(device)
-        out.mkdir(parents=True, exist_ok=True)
         log = Log(out, cfg, start, ranks.say)
     signals = StopSignals()
     tally = Tally(device)
 
     for step in range(start, cfg.steps):
-        # Set the learning rate, and go through the micro-batches of this step.            (1)
         lr = set_rates(opts, step, cfg)
         step_numbers = range(step * per_step + ranks.rank, (step + 1) * per_step, ranks.world)
         finite = []
@@ -215,8 +243,6 @@ def main(argv=None) -> None:
             loss = loss.detach().double()  # no .item() here: it would wait for the GPU
             tally.count(loss, bucket)
             finite.append(loss.isfinite().all())
-
-        # Clip the gradient.
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         tally.norms.append(norm)
         finite.append(norm.isfinite())
@@ -239,12 +265,14 @@ def main(argv=None) -> None:
         last = done == cfg.steps or stopping
         saving = last or done % cfg.save_every == 0
         evaluating = last or done % cfg.eval_every == 0
-        if saving or evaluating or done % cfg.log_every == 0:
+        first = done == start + 1  # shows at once that the run works
+        if first or saving or evaluating or done % cfg.log_every == 0:
             ranks.reduce(tally.losses)
             held_out = []
             if evaluating and ranks.rank == 0:
-                held_out = held_out_losses(net, ema, held_out_crops, cfg)
-            # Not if only a signal caused this evaluation, because an unbroken run has none here.
+                with tally.paused():
+                    held_out = held_out_losses(net, ema, held_out_crops, cfg)
+            # Not where a signal alone asked for an evaluation: an unbroken run has none there.
             if state.plateau and done % cfg.eval_every == 0:
                 first_loss = torch.tensor(held_out[0] if held_out else 0.0, dtype=torch.float64)
                 state.plateau.step(float(ranks.reduce(first_loss)))  # the first rank's
@@ -254,7 +282,8 @@ def main(argv=None) -> None:
                     save_run(done)
             tally = Tally(device)
         if ranks.rank == 0 and cfg.sample_every and done % cfg.sample_every == 0:
-            write_samples(ema, cfg, out / "samples", done, device)
+            with tally.paused():
+                write_samples(ema, cfg, out / "samples", done, device)
         if stopping:
             ranks.say(f"stopped by a signal after step {done}; go on with --resume")
             break
@@ -267,8 +296,12 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         hint = "less memory: a smaller --micro-batch, --activation-checkpointing"
         sys.exit(f"train.py: {error}\n{hint}")
+    except RuntimeError as error:  # what torch raises where the CPU's memory is too small
+        if "can't allocate memory" not in str(error):
+            raise
+        sys.exit("train.py: out of memory; less of it: a smaller --batch, --micro-batch, --crop")
     except (ValueError, OSError) as error:
-        # The message of an error in a data worker holds a traceback. Print its last line.
+        # Of an error in a data worker the last line says what it was.
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")

@@ -8,8 +8,8 @@ The presets called "tiny" are ours: they train on a CPU.
 
 Departure 1: the paper keeps the learning rate constant. "tiny" lets it fall to 0 over the second
     half, because a run of an hour needs that.
-Departure 2: "tiny" gives the matrices of its blocks to Muon (Jordan et al. 2024). In 150 steps
-    that reached the loss that FairseqAdam alone reached in more than 250.
+Departure 2: "tiny" gives the matrices of its blocks, merges and splits to Muon (Jordan et al.
+    2024). In 150 steps that reached the loss that FairseqAdam alone reached in more than 250.
 Departure 3: the "tiny-" restorations learn at 1e-3, falling to 0, not by plateaus. They learn by
     the squared error alone (alpha = 1), because with alpha = 0.5 the gradient of the histograms is
     about ten times as long.
@@ -44,8 +44,6 @@ def opt(default, help, within="", choices=(), only=()):
     within: the interval of a number, where "(" and ")" exclude the end. choices: those of a word.
     only: the objectives that use the flag, () for all. `train.parse` refuses it for any other.
     """
-    if only:
-        help += f" ({', '.join(only)} only)"
     metadata = dict(help=help, within=within, choices=choices, only=only)
     return field(default=default, metadata=metadata)
 
@@ -108,8 +106,8 @@ class TrainConfig:
     # The optimiser.
     optimizer: str = opt(
         "adam",
-        "adam: FairseqAdam for all; muon: Muon for the matrices of the blocks, FairseqAdam for the "
-        "rest; adamw: PyTorch's, without decay of 1-D parameters",
+        "adam: FairseqAdam for all; muon: Muon for the inner matrices, FairseqAdam for the rest; "
+        " adamw: PyTorch's, without decay of 1-D parameters",
         choices=("adam", "muon", "adamw"),
     )
     lr: float = opt(1e-4, "peak learning rate", "(0, inf)")  # B.1
@@ -122,7 +120,9 @@ class TrainConfig:
         only=RESTORATIONS,
     )
     beta2: float = opt(0.98, "of Adam; beta1 is 0.9", "[0, 1)")  # B.1
-    weight_decay: float = opt(0.01, "decoupled; in pre-training it rises to 0.4", "[0, inf)")  # B.1
+    weight_decay: float = opt(
+        0.01, "decoupled; pre-training: rises to 0.4, 0: none", "[0, inf)"
+    )  # B.1
     clip: float = opt(1.0, "largest norm of the gradient", "(0, inf]")  # release
     ema_decay: float = opt(0.99, "of the averaged weights", "[0, 1]", only=AVERAGED)  # release
 
@@ -141,9 +141,12 @@ class TrainConfig:
     tensorboard: bool = opt(False, "write what log.csv holds for TensorBoard too")
 
     def __post_init__(self):
+        # Each number alone, then those that depend on each other.
         for option in fields(self):
             if option.metadata:
                 check(option, getattr(self, option.name))
+        if self.dry_run and self.resume:
+            raise ValueError("--dry-run --resume: a dry run reads no checkpoint; drop one of them")
         if self.crop % self.net.multiple:
             raise ValueError(
                 f"--crop {self.crop}: this network wants a multiple of {self.net.multiple}"
@@ -173,9 +176,11 @@ def flag(name: str) -> str:
 
 def check(option, value) -> None:
     """Raise ValueError if a flag's value is not one of its choices, or outside its interval."""
+    # Words.
     choices = option.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{flag(option.name)} {value}: choose {' or '.join(choices)}")
+    # Numbers, of which nan lies in no interval.
     interval = option.metadata["within"]
     if interval and not inside(value, interval):
         raise ValueError(f"{flag(option.name)} {value}: it must lie in {interval}")
@@ -183,6 +188,7 @@ def check(option, value) -> None:
 
 def inside(value: float, interval: str) -> bool:
     """Whether a number lies in an interval such as "[0, 1)"; nan lies in none."""
+    # Brackets include the end, round ones do not.
     low, high = map(float, interval[1:-1].split(", "))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
@@ -193,6 +199,7 @@ def used_by(option, objective: str) -> bool:
     """Whether a field is a flag that changes a run with this objective."""
     if not option.metadata:
         return False
+    # Without a list of objectives, all use it.
     only = option.metadata["only"]
     return not only or objective in only
 

@@ -13,6 +13,7 @@ from model_hdit import HDiTConfig
 from train_config import TrainConfig
 from train_objectives import build, datasets, losses, split_batch
 from train_optim import averaged, optimizers, update_average
+from train_resume import start_from
 
 GIB = 2**30
 
@@ -30,6 +31,7 @@ def multiply_adds(net: HDiTConfig, box: int) -> int:
 
     Norms, activations and the time features are left out; they are less than 0.1 %.
     """
+    # The outermost level has one token per patch.
     side = box // net.patch_size
     total = 2 * side**3 * net.patch_size**3 * net.widths[0]  # patches in and out
     levels = len(net.depths)
@@ -55,19 +57,24 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
 
     On a CPU the step takes one crop, on a GPU a micro-batch.
     """
-    # The network.
+    # The network as a run would begin with it.
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(cfg.seed)
     net = build(cfg).to(device)
+    if cfg.init:
+        start_from(net, cfg, say)
+
+    # A micro-batch of real data.
     parameters = sum(p.numel() for p in net.parameters())
     micro = split_batch(cfg, 1)[1]
     crops = micro if cuda else 1
 
-    # Crops for one step, and what they cost in arithmetic.
     train_set, _ = datasets(cfg, say)
     items = -(-crops // cfg.crops_per_map)  # rounded up
     x_0 = torch.cat([train_set[i] for i in range(items)])[:crops].to(device)
+
+    # How much arithmetic a crop is.
     forward = forward_flop(net, x_0, cfg)
     # A backward pass costs two forward passes, and one more where activations are recomputed.
     flop = forward * (4 if cfg.activation_checkpointing else 3)
@@ -76,7 +83,7 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
         f"{flop / 1e12:.2f} TFLOP forward and backward"
     )
 
-    # Memory and time, measured.
+    # Take the step: memory, time and loss.
     step = measure_step(net, x_0, cfg)
     state = 20 * parameters / GIB  # weights, gradient, average, two moments: 4 bytes each
     kept = step.kept / crops / GIB
@@ -90,7 +97,8 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
         f"one step of {crops} crop(s) on {device}{note}: loss {step.loss:.4f}, "
         f"{step.seconds:.2f} s, peak {peak_memory(cuda):.1f} GiB"
     )
-    # What that makes of the whole run.
+
+    # The whole run, on this device alone.
     seconds = step.seconds / crops * cfg.batch
     say(
         f"so a step of {cfg.batch} takes {seconds:,.1f} s here, {cfg.steps:,} steps "
@@ -109,6 +117,7 @@ def forward_flop(net, x: torch.Tensor, cfg: TrainConfig) -> int:
     """FLOP of the forward pass of one crop. Torch cannot count na3d, so HDiT has a formula."""
     if cfg.objective == "flow":
         return 2 * multiply_adds(cfg.net, cfg.crop)
+    # Torch counts while it computes.
     with FlopCounterMode(display=False) as counter:
         loss_of(net, averaged(net, cfg), x[:1], cfg)
     return counter.get_total_flops()
@@ -132,13 +141,15 @@ def measure_step(net, x: torch.Tensor, cfg: TrainConfig) -> Step:
     def unchanged(tensor):
         return tensor
 
+    # The first step on a GPU also loads kernels.
     for _ in range(2 if cuda else 1):
-        # A step as in train.py.
         since = time.perf_counter()
         kept.clear()
         watch = torch.autograd.graph.saved_tensors_hooks(weigh, unchanged)
         with watch, flow.autocast(x.device, cfg.bf16):
             loss = loss_of(net, ema, x, cfg)
+
+        # Backward and update, as the loop of train.py does.
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         for optimizer in opts:

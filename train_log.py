@@ -1,5 +1,6 @@
 """What a training run shows: a line and a row of log.csv every `log_every` steps, sample maps."""
 
+import contextlib
 import math
 import time
 from datetime import timedelta
@@ -18,9 +19,10 @@ SAMPLE_STEPS = 32
 
 
 class Tally:
-    """Losses and gradient norms of the steps since the last log line.
+    """Losses, gradient norms and time of the steps since the last log line.
 
     They stay tensors until the line is written, because reading a number would wait for the GPU.
+    Evaluations, samples and checkpoints are not steps: the clock stands still in `paused`.
     """
 
     def __init__(self, device: torch.device):
@@ -28,6 +30,16 @@ class Tally:
         self.losses = torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=device)
         self.norms = []
         self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A block whose time does not count."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def steps_per_s(self) -> float:
+        return len(self.norms) / (time.perf_counter() - self.since)
 
     def count(self, loss: torch.Tensor, bucket: torch.Tensor) -> None:
         """loss, bucket: (n,), see `train_objectives.losses`."""
@@ -38,12 +50,13 @@ def time_columns(cfg: TrainConfig) -> list[str]:
     """Names of the training loss per time bucket, of "flow" only."""
     if cfg.objective != "flow":
         return []
+    # Equal parts of 0..1.
     edges = [i / TIME_BUCKETS for i in range(TIME_BUCKETS + 1)]
     return [f"loss_t{low:g}-{high:g}" for low, high in zip(edges, edges[1:])]
 
 
 def log_columns(cfg: TrainConfig) -> list[str]:
-    measured = ["step", "loss", "grad_norm", "lr", "maps_per_s"]
+    measured = ["step", "loss", "grad_norm", "lr", "crops_per_s"]
     return [*measured, *held_out_columns(cfg), *time_columns(cfg)]
 
 
@@ -51,58 +64,73 @@ class Log:
     """log.csv, what is printed, and TensorBoard if asked for."""
 
     def __init__(self, out: Path, cfg: TrainConfig, start: int, say=print):
+        # The file is open as long as the run lives.
         self.cfg = cfg
         self.say = say
         self.path = out / "log.csv"
-        self.columns = log_columns(cfg)
-        self.file = open_log(self.path, self.columns, start)
+        self.file = open_log(self.path, log_columns(cfg), start)
         self.board = tensorboard(out, start) if cfg.tensorboard else None
 
     def write(self, step: int, tally: Tally, lr: float, held_out: list[float]) -> None:
         """One line. held_out: `held_out_losses`, or [] where they were not measured."""
-        # Means since the last line. Reading the losses waits for the GPU.
         cfg = self.cfg
-        steps_per_s = len(tally.norms) / (time.perf_counter() - tally.since)
-        maps_per_s = steps_per_s * cfg.batch
-        loss_sum, loss_count = tally.losses
-        loss = float(loss_sum.sum() / loss_count.sum())
-        norm = float(torch.stack(tally.norms).mean())
-        per_time = (loss_sum / loss_count).tolist()
-        measured = dict(zip(held_out_columns(cfg), held_out))
+        steps_per_s = tally.steps_per_s()
 
-        # What is printed.
+        # Of all steps since the last line.
+        loss_sum, loss_count = tally.losses
+        values = {
+            "loss": float(loss_sum.sum() / loss_count.sum()),
+            "grad_norm": float(torch.stack(tally.norms).mean()),
+            "lr": lr,
+            "crops_per_s": steps_per_s * cfg.batch,
+        }
+        measured = dict(zip(held_out_columns(cfg), held_out))
+        per_time = dict(zip(time_columns(cfg), (loss_sum / loss_count).tolist()))
+
+        # What is printed. The time left is that of the steps, without evaluations.
         left = timedelta(seconds=round((cfg.steps - step) / steps_per_s))
         memory = peak_memory(tally.losses.device.type == "cuda")
         line = (
-            f"step {step:6d}  loss {loss:.4f}  |g| {norm:.2f}  lr {lr:.1e}  "
-            f"{steps_per_s:.2f} steps/s  {maps_per_s:.1f} maps/s  {memory:.1f} GiB  ETA {left}"
+            f"step {step:6d}  loss {values['loss']:.4f}  |g| {values['grad_norm']:.2f}  "
+            f"lr {lr:.1e}  {steps_per_s:.2f} steps/s  {values['crops_per_s']:.1f} crops/s  "
+            f"{memory:.1f} GiB  ETA {left}"
         )
         for name, value in measured.items():
             line += f"  {name.removeprefix('held_out_')} {value:.4f}"
         self.say(line)
 
-        # What is written. A bucket that no time fell into has no loss (nan): its cell stays empty.
-        row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, maps_per_s=maps_per_s, **measured)
-        row.update(zip(time_columns(cfg), per_time))
-        row = {name: value for name, value in row.items() if not math.isnan(value)}
-        cells = [f"{row[name]:.6g}" if name in row else "" for name in self.columns]
-        cells[0] = step
+        # What is written. A bucket that no time fell into has no loss (nan).
+        values = {**values, **measured, **per_time}
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
+        self.write_row(step, values)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def write_row(self, step: int, values: dict[str, float]) -> None:
+        """A row of log.csv; a column without a value stays empty."""
+        columns = log_columns(self.cfg)[1:]
+        cells = [f"{values[name]:.6g}" if name in values else "" for name in columns]
+        # At once on the disk, so that a run can be watched and a kill loses nothing.
         try:
-            print(*cells, sep=",", file=self.file, flush=True)
+            print(step, *cells, sep=",", file=self.file, flush=True)
         except OSError as error:  # a full disk
             raise OSError(f"{self.path}: {error.strerror}") from None
-        if self.board:
-            for name in row.keys() - {"step"}:
-                self.board.add_scalar(name, row[name], step)
 
 
 def open_log(path: Path, columns: list[str], start: int):
-    """log.csv, to append to. A resumed run writes the rows after step `start` again: cut them."""
+    """log.csv, to append to. A resumed run writes the rows after step `start` again: cut them.
+
+    The header is written again too, because older versions called column 4 maps_per_s.
+    """
+    # Rows of steps that the checkpoint has.
     rows = [",".join(columns)]
     if start and path.exists():
         for row in path.read_text().splitlines()[1:]:
             if row[:1].isdigit() and int(row.split(",")[0]) <= start:
                 rows.append(row)
+
+    # Header and old rows, then the new ones one by one.
     path.write_text("\n".join(rows) + "\n")
     return open(path, "a")
 
@@ -124,6 +152,7 @@ def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.
 
     With matplotlib also a picture of their middle slices.
     """
+    # From noise to network values, then to densities.
     generator = torch.Generator().manual_seed(0)
     x_1 = torch.randn(SAMPLES, 1, *[cfg.crop] * 3, generator=generator).to(device)
     with flow.autocast(device, cfg.bf16):
@@ -137,7 +166,7 @@ def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.
         path = folder / f"step_{step:06d}_{i}.mrc"
         mrc.write_map(path, mrc.Map(x, cfg.voxel_size), overwrite=True)
 
-    # The picture, where matplotlib is installed.
+    # The picture. Matplotlib is optional.
     try:
         from matplotlib.image import imsave
     except ImportError:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import atoms
+import augment
 import data
 import data_chains
 import data_pairs
@@ -30,6 +31,7 @@ from model_scunet import SCUNet
 from train_config import PRETRAINING, RESTORATIONS, TrainConfig
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
+MOST_RAW_MAPS = 16  # that several ranks read without data_prepare.py
 TIME_BUCKETS = 5  # of the training loss in log.csv: t in 0..0.2, 0.2..0.4, ...
 
 
@@ -41,21 +43,22 @@ def datasets(cfg: TrainConfig, say=print):
 
     Raises OSError or ValueError if there is nothing to train on.
     """
+    # Made-up chains differ by their seed alone.
     if cfg.data == "procedural":
-        seeds = (cfg.seed, cfg.seed + 1)
+        seeds = (cfg.seed, cfg.seed + augment.HELD_OUT)
         return tuple(simulated(data_chains.ProceduralChains(seed), seed, cfg) for seed in seeds)
+
+    # What is on the disk is split by its labels.
     entries, make = read_entries(cfg, say)
     if not entries:
         raise ValueError(
             f"{cfg.data}: nothing to train on; give a folder of maps ({', '.join(mrc.SUFFIXES)}), "
             "PDB or mmCIF files, an archive of structures (.npz), or 'procedural'"
         )
-
-    # Hold a part of the entries out.
     train, held_out = split(entries)
     shared = ", the same one in other orientations" if len(train) == len(entries) else ""
     say(f"{cfg.data}: {len(train)} to train on, {len(held_out)} held out{shared}")
-    return make(train, cfg.seed, cfg), make(held_out, cfg.seed + 1, cfg)
+    return make(train, cfg.seed, cfg), make(held_out, cfg.seed + augment.HELD_OUT, cfg)
 
 
 def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
@@ -82,16 +85,33 @@ def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
     return atoms.read_structures(cfg.data), simulated
 
 
+def refuse_raw_maps(cfg: TrainConfig, world: int) -> None:
+    """Raise ValueError if several ranks would each read and resample a folder of raw maps."""
+    # One rank, atomic models and prepared folders are fine.
+    folder = Path(cfg.data)
+    if world == 1 or not folder.is_dir() or (folder / data_prepare.SETTINGS).exists():
+        return
+    count = len(files.list_files(folder, mrc.MAP_SUFFIXES))
+    if count > MOST_RAW_MAPS and not (folder / data_pairs.PAIRS).exists():
+        raise ValueError(
+            f"{folder}: {count} raw maps, which each of {world} ranks would read, resample and "
+            f"hold in memory. Prepare them once: python data_prepare.py maps {folder} "
+            f"{folder}_prepared --voxel-size {cfg.voxel_size:g}, then --data {folder}_prepared"
+        )
+
+
 def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
     """The maps of --data. Raises ValueError if more than 1 % of them cannot be used."""
     box = cfg.crop if cfg.center_crops else None
     volumes, refused = data.read_volumes(cfg.data, cfg.voxel_size, box)
+    # Say which maps are left out, and why.
     for line in refused:
         say(f"skipped {line}")
     say(
         f"{cfg.data}: {len(refused)} maps skipped, {len(volumes)} read at "
         f"{cfg.voxel_size:g} Å per voxel"
     )
+    # A few bad maps are normal, more hint at a bad download or a wrong folder.
     count = len(refused) + len(volumes)
     if volumes and len(refused) > 0.01 * count:
         raise ValueError(
@@ -103,6 +123,7 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
 
 def simulated(structures, seed: int, cfg: TrainConfig):
     """A dataset of maps, or pairs of maps, that are simulated from atomic models."""
+    # What maps and pairs have in common.
     common = dict(
         crop=cfg.crop,
         crops=cfg.crops_per_map,
@@ -111,6 +132,7 @@ def simulated(structures, seed: int, cfg: TrainConfig):
         seed=seed,
     )
     if cfg.objective == "flow":
+        # Crops are cut from anywhere in a box of twice their side.
         box = cfg.crop if cfg.center_crops else 2 * cfg.crop
         return data.SimulatedCrops(structures, box=box, mean=cfg.mean, std=cfg.std, **common)
     # Pre-training uses the first map of a pair: what a deposited map looks like.
@@ -143,6 +165,7 @@ def split(entries: list) -> tuple[list, list]:
     If that leaves no label in one of the parts, a single label is held out. The only label of a
     data set is in both parts.
     """
+    # The hash of a label does not change when a data set grows.
     labels = {entry.label for entry in entries}
     chosen = {label for label in labels if data_prepare.held_out(label)}
     if len(chosen) in (0, len(labels)):
@@ -157,7 +180,7 @@ def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
 
     The micro-batch is the largest that --micro-batch allows.
     """
-    # A micro-batch holds whole items, and a rank's share of the batch holds whole micro-batches.
+    # Of this rank's share, the largest part that whole maps fill and that divides it.
     share, rest = divmod(cfg.batch, world)
     largest = min(cfg.micro_batch, share)
     sizes = range(cfg.crops_per_map, largest + 1, cfg.crops_per_map)
@@ -175,6 +198,7 @@ def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
     """What the optimiser trains, with random weights."""
+    # CryoFM's network, CryoLVM's, and around the encoder of the latter a predictor.
     if cfg.objective == "flow":
         return HDiT(cfg.net, cfg.activation_checkpointing)
     net = SCUNet(cfg.net)
@@ -194,6 +218,7 @@ def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Te
 
     x: (micro, 1 or 2, D, D, D); generator: of times, noise and masks.
     """
+    # CryoFM: one loss per crop, counted at its time.
     if cfg.objective == "flow":
         t = flow.sample_t(len(x), cfg.time_law, generator, x.device)
         bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
@@ -203,6 +228,8 @@ def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Te
     observed = x[:, :1]
     if cfg.objective in PRETRAINING:
         visible = jepa.block_masks(len(x), token_grid(cfg), generator)
+
+    # Pre-training guesses what is hidden, fine-tuning the map that is wanted.
     if cfg.objective == "jepa":
         loss = jepa.jepa_loss(net, ema, observed, visible)
     elif cfg.objective == "mae":
@@ -233,6 +260,7 @@ def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
 
     They are those of the averaged weights; for "jepa" of its predictor and the target encoder.
     """
+    # As many crops at once as in training.
     parts = x.split(cfg.micro_batch)
     if cfg.objective == "flow":
         return [held_out_at(t, ema, parts, cfg) for t in HELD_OUT_TIMES]
@@ -242,13 +270,16 @@ def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
     # The same masks every time.
     generator = torch.Generator(x.device).manual_seed(0)
     trained = net if cfg.objective == "jepa" else ema
-    loss = torch.stack([losses(trained, ema, part, cfg, generator)[0][0] for part in parts])
+    loss = 0.0
+    for part in parts:
+        # Parts may be unequal, and every crop counts the same.
+        loss += float(losses(trained, ema, part, cfg, generator)[0]) * len(part) / len(x)
     if cfg.objective == "mae":
-        return [float(loss.mean())]
+        return [loss]
 
     # Metrics that detect representation collapse, from the tokens of the target encoder.
     metrics = jepa.collapse(torch.cat([ema(part[:, :1]) for part in parts]))
-    return [float(loss.mean()), *(metrics[name] for name in held_out_columns(cfg)[1:])]
+    return [loss, *(metrics[name] for name in held_out_columns(cfg)[1:])]
 
 
 def held_out_at(t: float, ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> float:
@@ -265,7 +296,7 @@ def held_out_at(t: float, ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> f
 
 def restoration_losses(ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> list[float]:
     """The loss (9) of jepa.py and its terms, squared error and histogram divergence."""
-    # Sums, because the last part may hold fewer crops.
+    # Parts may be unequal, so sum over crops and divide at the end.
     mse = js = 0.0
     for part in parts:
         restored = ema(part[:, :1])

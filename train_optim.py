@@ -9,13 +9,13 @@
 Pre-training takes its learning rate, weight decay and target encoder from jepa.py, which has them
 from the public I-JEPA.
 
-Departure 2 of train_config.py: Muon for the matrices of the blocks of "tiny".
+Departure 2 of train_config.py: Muon for the matrices inside "tiny".
 """
 
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flow
 import jepa
@@ -36,10 +36,13 @@ class FairseqAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            # n counts from 1, so that the bias correction is not 0.
             group["step"] += 1
             n = group["step"]
             lr = group["lr"]
             beta1, beta2 = group["betas"]
+
+            # Moments start at 0.
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
@@ -90,6 +93,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalised(x: Tensor) -> Tensor:
     """x with all singular values near 1, by five Newton-Schulz steps. x: (m, n)."""
+    # The products below are smallest for a wide matrix.
     tall = x.shape[0] > x.shape[1]
     x = x.to(torch.bfloat16 if flow.has_bf16(x.device) else torch.float32)
     x = x.T if tall else x
@@ -102,8 +106,11 @@ def orthogonalised(x: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def optimizers(net: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW alone; or FairseqAdam, followed by Muon for the matrices of the blocks where asked."""
+def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW alone; or FairseqAdam, followed by Muon for the inner matrices where asked.
+
+    These are the matrices of the blocks, and those that merge and split tokens between levels.
+    """
     betas = (0.9, cfg.beta2)
     if cfg.optimizer == "adamw":
         # Biases, scales and tables of relative positions do not decay.
@@ -114,10 +121,11 @@ def optimizers(net: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
             group["params"].append(p)
         return [torch.optim.AdamW([decayed, spared], cfg.lr, betas, weight_decay=cfg.weight_decay)]
 
+    # Muon is for what multiplies tokens.
     matrices = []
     rest = []
     for name, p in net.named_parameters():
-        # Not of the blocks: patches in and out, and what turns the time into scales.
+        # Not inner ones: patches in and out, and what turns the time into scales.
         outside = any(part in name for part in ("norm", "time", "patch"))
         if cfg.optimizer == "muon" and p.ndim == 2 and not outside:
             matrices.append(p)
@@ -132,7 +140,10 @@ def optimizers(net: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
 def lr_at(step: int, cfg: TrainConfig) -> float:
     """The learning rate (2) of the 0-based step; in pre-training I-JEPA's cosine."""
     if cfg.objective in PRETRAINING:
-        return jepa.lr_at(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 5)
+        return jepa.lr_at(
+            step, cfg.steps, cfg.warmup, cfg.lr, start=cfg.lr / 5, end=min(1e-6, cfg.lr)
+        )
+    # Rise over the warm-up, fall over the last part.
     warm = min(1.0, 0.01 + 0.99 * step / cfg.warmup) if cfg.warmup else 1.0
     left = (cfg.steps - step) / (cfg.decay * cfg.steps) if cfg.decay else 1.0
     return cfg.lr * warm * min(1.0, left)
@@ -143,6 +154,7 @@ def set_rates(opts: list[torch.optim.Optimizer], step: int, cfg: TrainConfig) ->
 
     Returns the learning rate. With --patience the plateau scheduler has set it already.
     """
+    # All optimisers follow one schedule.
     groups = [group for optimizer in opts for group in optimizer.param_groups]
     for group in groups:
         if not cfg.patience:
@@ -153,13 +165,13 @@ def set_rates(opts: list[torch.optim.Optimizer], step: int, cfg: TrainConfig) ->
     return groups[0]["lr"]
 
 
-def averaged(net: nn.Module, cfg: TrainConfig) -> nn.Module:
+def averaged(net: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
     """`ema` at the start: a copy of the network, or of JEPA's context encoder."""
     source = net.context if cfg.objective == "jepa" else net
     return copy.deepcopy(source).requires_grad_(False).eval()
 
 
-def update_average(ema: nn.Module, net: nn.Module, n: int, cfg: TrainConfig) -> None:
+def update_average(ema: torch.nn.Module, net: torch.nn.Module, n: int, cfg: TrainConfig) -> None:
     """(3) after update n = 1, 2, ...; for "jepa" the target encoder, (4) of jepa.py."""
     if cfg.objective == "jepa":
         momentum = jepa.momentum_at(n - 1, cfg.steps, cfg.momentum)
@@ -168,6 +180,6 @@ def update_average(ema: nn.Module, net: nn.Module, n: int, cfg: TrainConfig) -> 
         update_ema(ema, net, n, cfg.ema_decay)
 
 
-def update_ema(ema: nn.Module, net: nn.Module, n: int, decay: float) -> None:
+def update_ema(ema: torch.nn.Module, net: torch.nn.Module, n: int, decay: float) -> None:
     """(3) after update n = 1, 2, ...; buffers are copied."""
     jepa.update_target(ema, net, min(decay, (1 + n) / (10 + n)))

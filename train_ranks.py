@@ -9,41 +9,57 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# SLURM sends SIGUSR1 before the time is up, where asked to.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SLURM sends SIGUSR1 before the time is up, where asked to. A terminal that closes sends SIGHUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Ranks:
-    """This process and the others that train the same network."""
+    """This process and the others that train the same network.
+
+    Raises ValueError if the variables that torchrun sets contradict each other.
+    """
 
     def __init__(self):
-        # torchrun sets these.
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        # Which of the processes this is, of how many, and which of those on this machine.
+        self.rank = environment_number("RANK", 0)
+        self.local_rank = environment_number("LOCAL_RANK", 0)
+        self.world = environment_number("WORLD_SIZE", 1)
+        if self.rank >= self.world:
+            raise ValueError(
+                f"RANK={self.rank} and WORLD_SIZE={self.world} in the environment: a rank must be "
+                "smaller than their number; unset both, or start with torchrun"
+            )
+
+        # One GPU for each process of a machine.
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
 
     def say(self, *words) -> None:
-        """Print, on the first rank only."""
-        if self.rank == 0:
+        """Print, on the first rank only. A run goes on if nobody reads any more."""
+        if self.rank != 0:
+            return
+        try:
             print(*words, flush=True)
+        except OSError as error:  # `| head` has ended, the terminal is closed, the disk is full
+            discard_output(error)
 
     def join(self) -> None:
         """Meet the other ranks. Raises an error if they do not come: no rank trains on alone."""
         if self.cuda:
             torch.cuda.set_device(self.device)
+        # NCCL for what is on a GPU. Losses and signals are on the CPU.
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo")
 
     def leave(self) -> None:
+        """Part from the other ranks, at the end of the run."""
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -53,8 +69,9 @@ class Ranks:
             dist.all_reduce(x, operation)
         return x
 
-    def wrap(self, net: nn.Module, compile: bool) -> nn.Module:
+    def wrap(self, net: torch.nn.Module, compile: bool) -> torch.nn.Module:
         """The network as it is called: its gradients are averaged over the ranks."""
+        # One process needs no wrapper.
         if self.world > 1:
             # torch 2.11 warns about an argument whose new name it does not know.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
@@ -66,35 +83,68 @@ class Ranks:
             )
         return torch.compile(net) if compile else net
 
-    def averaging(self, ddp: nn.Module, last: bool):
+    def averaging(self, ddp: torch.nn.Module, last: bool):
         """Context of a backward pass: gradients cross ranks once per step, with the last one."""
+        # The passes before it add up their gradients on their own rank.
         if self.world > 1 and not last:
             return ddp.no_sync()
         return contextlib.nullcontext()
 
 
+def environment_number(name: str, default: int) -> int:
+    """An environment variable that is a number from 0. Raises ValueError if it is not."""
+    text = os.environ.get(name, str(default))
+    # torchrun sets whole numbers, a shell may set anything.
+    if not text.isdecimal():
+        raise ValueError(
+            f"{name}={text} in the environment: must be a number from 0; unset it, or start with "
+            "torchrun, which sets it"
+        )
+    return int(text)
+
+
+def discard_output(error: OSError) -> None:
+    """Let everything that is printed from now on vanish, and say so on stderr."""
+    # Python writes what is left in the buffer at its exit, so the file itself must be another.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    with contextlib.suppress(OSError):  # stderr may be closed as well
+        print(
+            f"train.py: cannot print any more ({error.strerror}); the run goes on, see log.csv",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 class StopSignals:
-    """Catches SIGTERM, Ctrl-C and SIGUSR1, so that the loop can finish its step, save and leave."""
+    """Catches STOP_SIGNALS, so that the loop can finish its step, save and leave."""
 
     def __init__(self):
         self.received = False
         self.parent = os.getppid()
         for name in STOP_SIGNALS:
-            signal.signal(name, self.receive)
+            # `nohup` makes a run ignore SIGHUP, so that it outlives the terminal.
+            outlives = name == signal.SIGHUP and signal.getsignal(name) == signal.SIG_IGN
+            if not outlives:
+                signal.signal(name, self.receive)
 
     def receive(self, signum, frame) -> None:
         self.received = True
 
     def stopping(self) -> bool:
         """Whether a signal came, or torchrun has died and nobody else would end this rank."""
-        # A process whose parent has died gets another parent.
+        # An orphan gets another parent.
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
         return self.received or orphaned
 
 
 def start_loader(train_set, items, items_per_batch: int, workers: int):
     """An iterator over batches of the items with these numbers, in this order."""
+    # Otherwise Python waits at its exit for workers that never end.
     atexit.register(end_workers)
+
+    # Workers make batches ahead. Pages that are pinned reach a GPU while it computes.
     loader = torch.utils.data.DataLoader(
         train_set,
         batch_size=items_per_batch,

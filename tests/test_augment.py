@@ -20,6 +20,41 @@ def rng():
     return torch.Generator().manual_seed(0)
 
 
+def first_draws(seed, items):
+    return [float(torch.rand((), generator=augment.item_generator(seed, i))) for i in items]
+
+
+def test_splitmix64_gives_the_published_numbers():
+    # The first outputs of Vigna's splitmix64.c from state 0, which adds its constant each time.
+    step = 0x9E3779B97F4A7C15
+    got = [augment.splitmix64(n * step) for n in range(3)]
+    assert got == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_items_of_small_numbers_have_the_streams_of_earlier_versions():
+    # Maps that were sampled with a seed can be drawn again.
+    for seed, i in ((0, 0), (1, 7), (5, 1_000_002)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        assert first_draws(seed, [i]) == [float(torch.rand((), generator=generator))]
+
+
+def test_a_large_item_number_does_not_repeat_the_items_of_the_next_seed():
+    beyond = first_draws(0, range(1_000_003, 1_000_203))
+    assert not set(beyond) & set(first_draws(1, range(200)))
+    assert len(set(beyond)) == 200
+
+
+@pytest.mark.parametrize("seed", [0, 1, 4294, 10**18])
+def test_training_never_meets_the_streams_of_the_held_out_items(seed):
+    # Offsets of the streams from the seed's first one, on the circle of 2^32.
+    def offsets(of_seed):
+        items = [*range(5), 1_000_002, *range(1_000_003, 1_002_000), 2**40, 2**62]
+        starts = [augment.item_generator(of_seed, i).initial_seed() for i in items]
+        return [(start - seed * 1_000_003) % 2**32 for start in starts]
+
+    assert max(offsets(seed)) < 2**31 <= min(offsets(seed + augment.HELD_OUT))
+
+
 def test_random_crops_reach_every_position_and_nothing_else(rng):
     x = torch.arange(3 * 4 * 5).view(3, 4, 5)
     corners = {int(augment.random_crop(x, 3, rng)[0, 0, 0]) for _ in range(100)}

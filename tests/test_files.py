@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,41 @@ def test_no_output_appears_when_a_later_one_fails(tmp_path):
             full_disk()
     assert (tmp_path / "a").read_bytes() == b"old"
     assert names(tmp_path) == ["a"]
+
+
+# A process that owns the folder until it is killed.
+OWNER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import files
+with files.own_folder(Path(sys.argv[2])):
+    print("owned", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_folder_has_one_owner_and_is_free_again_when_that_is_killed(tmp_path):
+    folder = tmp_path / "run"
+    root = Path(files.__file__).parent
+    command = [sys.executable, "-c", OWNER, str(root), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "owned\n"
+        says = rf"run: in use by another run \(process {owner.pid} on "
+        with pytest.raises(OSError, match=says), files.own_folder(folder):
+            pass
+        owner.kill()
+    with files.own_folder(folder):
+        (folder / "log.csv").write_text("step")
+    assert names(folder) == ["log.csv"]
+
+
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("new", "old"):
+        with pytest.raises(KeyError), files.own_folder(tmp_path / name):
+            raise KeyError("a bug")
+    assert names(tmp_path) == ["old"]
 
 
 def test_json_is_written_with_null_for_nan_and_infinity(tmp_path):

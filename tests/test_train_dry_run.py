@@ -31,3 +31,17 @@ def test_a_dry_run_takes_one_step_says_what_a_run_costs_and_writes_nothing(tmp_p
         parameters = sum(p.numel() for p in net.parameters())
         assert f"{parameters:,} parameters" in out
         assert f"{20 * parameters / 2**30:.1f} GiB for weights" in out
+
+
+def test_a_dry_run_refuses_an_init_that_is_not_there_and_a_resume():
+    with pytest.raises(OSError, match="nope"):
+        train.main(["--dry-run", "--init", "nope"])
+    with pytest.raises(ValueError, match="--dry-run --resume"):
+        train.main(["--dry-run", "--resume"])
+
+
+def test_under_torchrun_one_rank_is_enough_for_a_dry_run(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "dry_run", None)  # a call would be an error
+    train.main(["--dry-run"])

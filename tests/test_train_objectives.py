@@ -149,3 +149,29 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
             datasets(tmp_path / path)
     with pytest.raises(OSError, match="none: no such file or folder"):
         datasets(tmp_path / "none")
+
+
+def test_many_raw_maps_are_refused_for_several_ranks_with_the_command_to_type(tmp_path):
+    for i in range(17):
+        (tmp_path / f"emd_{i}.mrc").touch()
+    cfg = replace(SMALL, data=str(tmp_path))
+    says = f"17 raw maps.* 2 ranks .*: python data_prepare.py maps {tmp_path} {tmp_path}_prepared "
+    with pytest.raises(ValueError, match=says + "--voxel-size 1.5, then --data"):
+        train_objectives.refuse_raw_maps(cfg, 2)
+    train_objectives.refuse_raw_maps(cfg, 1)
+    train_objectives.refuse_raw_maps(replace(cfg, data="procedural"), 2)
+    (tmp_path / data_prepare.SETTINGS).write_text("{}")
+    train_objectives.refuse_raw_maps(cfg, 2)
+
+
+@pytest.mark.parametrize("objective", ["jepa", "mae"])
+def test_every_held_out_crop_counts_the_same_though_parts_are_unequal(monkeypatch, objective):
+    def loss_of_part(net, ema, part, cfg, generator):
+        return part.mean()[None], None
+
+    monkeypatch.setattr(train_objectives, "losses", loss_of_part)
+    cfg = replace(train_config.PRESETS[f"tiny-{objective}"], micro_batch=4)
+    x = torch.arange(5.0)[:, None].expand(5, 8)[:, None]  # parts of four and of one
+    tokens = torch.nn.Identity()
+    got = train_objectives.held_out_losses(None, tokens, x, cfg)[0]
+    assert got == pytest.approx(2.0)  # the mean of 0 ... 4; that of the parts' means is 2.75

@@ -58,7 +58,7 @@ def test_muon_is_pytorchs(monkeypatch, bf16, rtol):
         assert (ours - theirs).norm() <= rtol * (theirs - 1).norm()
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_fairseq_adam_all_else():
+def test_muon_takes_the_inner_matrices_and_fairseq_adam_all_else():
     net = HDiT(TINY)
     cfg = replace(train_config.PRESETS["tiny"], optimizer="muon")
     name_of = {id(p): name for name, p in net.named_parameters()}
@@ -74,6 +74,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_fairseq_adam_all_else():
         "0.ff.up_proj.weight",
         "0.ff.down_proj.weight",
     }
+    # Those that merge and split tokens as well.
+    assert {"merges.0.proj.weight", "splits.0.proj.weight"} < muon
     assert {"patch_in.proj.weight", "patch_out.proj.weight", "time_in_proj.weight"} < adam
     assert "out_norm.scale" in adam
     assert len(train_optim.optimizers(net, train_config.PRESETS["s"])) == 1
@@ -99,6 +101,13 @@ def test_pre_training_reaches_its_peak_even_if_the_run_is_no_longer_than_the_war
     rising = [cfg.lr / 5 + (cfg.lr - cfg.lr / 5) * (n + 1) / 20 for n in range(min(steps, 20))]
     assert rates[:20] == pytest.approx(rising)
     assert rates[20:] == pytest.approx([1e-6] * (steps - 20))
+
+
+def test_a_low_peak_of_pre_training_is_never_exceeded():
+    # I-JEPA's cosine ends at 1e-6, which is above this peak.
+    cfg = replace(train_config.PRESETS["tiny-jepa"], lr=1e-7)
+    rates = [train_optim.lr_at(n, cfg) for n in range(cfg.steps)]
+    assert max(rates) == pytest.approx(1e-7)
 
 
 def test_rates_reach_all_groups_but_a_group_without_decay_stays_without():

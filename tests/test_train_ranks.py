@@ -12,6 +12,7 @@ import torch
 from small_runs import atoms, log_rows, maps, run, small_presets, stop_after
 
 import checkpoint
+import train_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +53,45 @@ def two_ranks(out, data, signum=0, nan=False, model="small"):
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("WORLD_SIZE", "0", "RANK=0 and WORLD_SIZE=0 in the environment"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK=-1 in the environment"),
+        ("RANK", "3", "RANK=3 and WORLD_SIZE=1 in the environment"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(monkeypatch, name, value, says):
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=says):
+        train_ranks.Ranks()
+
+
+def test_nohup_outlives_the_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train_ranks.StopSignals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, maps):
+    out = tmp_path / "a"
+    flags = ["--model", "small", "--data", str(maps), "--out", str(out)]
+    script = RANK.format(root=str(ROOT), signum=0, nan=False, flags=flags)
+    command = [sys.executable, "-c", script]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env={**os.environ, "RANK": "0"}, **pipes) as process:
+        process.stdout.readline()
+        process.stdout.close()  # as `head -1` does
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert errors.count("\n") == 1 and "cannot print any more" in errors
+    assert checkpoint.read(out / "checkpoint.pt")["training"]["step"] == 4
 
 
 def test_two_ranks_take_the_steps_of_one_stop_together_and_are_resumed_by_one(tmp_path, maps):

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +20,11 @@ from small_runs import (
     small_presets,
     stop_after,
 )
+from test_files import OWNER
 
 import checkpoint
 import flow
+import train
 import train_objectives
 import train_optim
 import train_resume
@@ -28,7 +33,12 @@ from model_scunet import SCUNet, SCUNetConfig
 
 @pytest.mark.parametrize(
     "optimizer, signum",
-    [("adam", signal.SIGTERM), ("muon", signal.SIGUSR1), ("adam", signal.SIGINT)],
+    [
+        ("adam", signal.SIGTERM),
+        ("muon", signal.SIGUSR1),
+        ("adam", signal.SIGINT),
+        ("adam", signal.SIGHUP),
+    ],
 )
 def test_a_run_that_is_stopped_and_resumed_equals_one_never_stopped(
     tmp_path, maps, monkeypatch, capsys, optimizer, signum
@@ -170,6 +180,120 @@ def test_init_starts_from_averaged_weights_with_a_fresh_optimiser(tmp_path, maps
         run(tmp_path / "c", "--crop=32", data=maps, init=source, model="tiny")
     with pytest.raises(OSError, match="none.pt"):
         run(tmp_path / "c", data=maps, init=tmp_path / "none.pt")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, maps):
+    says = r"after step 1 the weights are not finite, or beyond 65504; nothing is saved"
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path / "new", data=maps, lr=1e30, warmup=0)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["log.csv"]
+
+    # The checkpoint before stays.
+    run(tmp_path / "a", data=maps, steps=1)
+    before = (tmp_path / "a/checkpoint.pt").read_bytes()
+    says = r"after step 2 the weights .*/a/checkpoint.pt is still the one of an earlier step"
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path / "a", "--resume", data=maps, lr=1e30, warmup=0)
+    assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "model, setting, value, saved",
+    [
+        ("small", "weight_decay", 0.3, 0.01),
+        ("small", "beta2", 0.9, 0.98),
+        ("small-sharpen", "lr", 0.5, 0.01),
+        ("small-sharpen", "patience", 0, 1),
+    ],
+)
+def test_resuming_refuses_a_setting_that_the_optimiser_would_not_see(
+    tmp_path, maps, atoms, model, setting, value, saved
+):
+    data = maps if model == "small" else atoms
+    run(tmp_path / "a", model=model, data=data, steps=1)
+    flag = "--" + setting.replace("_", "-")
+    says = f"{flag} {value} comes too late, the saved optimiser state has {saved}"
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path / "a", "--resume", model=model, data=data, **{setting: value})
+
+
+def test_resuming_with_other_micro_batches_says_so(tmp_path, maps, capsys):
+    run(tmp_path / "a", data=maps, steps=1)
+    run(tmp_path / "a", "--resume", data=maps, steps=2)
+    assert "micro-batches" not in capsys.readouterr().out
+    run(tmp_path / "a", "--resume", data=maps, steps=3, micro_batch=2)
+    assert "changed: micro-batches of 4 crops -> 2; so noise" in capsys.readouterr().out
+
+
+def cut_step(training):
+    training["step"] = "x"
+
+
+def cut_flags(training):
+    del training["flags"]
+
+
+def cut_weight(training):
+    training["net"].popitem()
+
+
+def cut_moment(training):
+    del training["optimizers"][0]["state"][0]["v"]
+
+
+def cut_moments(training):
+    training["optimizers"][0]["state"] = {}
+
+
+def narrow_moment(training):
+    training["optimizers"][0]["state"][0]["m"] = torch.zeros(3)
+
+
+def cut_rate(training):
+    training["optimizers"][0]["param_groups"][0]["lr"] = "x"
+
+
+def cut_optimizer(training):
+    training["optimizers"] = []
+
+
+DAMAGES = [cut_step, cut_flags, cut_weight, cut_moment, cut_moments]
+DAMAGES += [narrow_moment, cut_rate, cut_optimizer]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_training_state_is_refused_in_one_line(tmp_path, maps, damage):
+    run(tmp_path / "a", data=maps, steps=1)
+    path = tmp_path / "a/checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    damage(content["training"])
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="checkpoint.pt: its training state is damaged") as caught:
+        run(tmp_path / "a", "--resume", data=maps, steps=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_new_run_never_replaces_a_network_be_it_the_one_it_starts_from(tmp_path, maps):
+    run(tmp_path / "a", data=maps, steps=1)
+    prior = tmp_path / "b/prior.pt"
+    prior.parent.mkdir()
+    prior.write_bytes((tmp_path / "a/prior.pt").read_bytes())
+    before = prior.read_bytes()
+    with pytest.raises(OSError, match="b/prior.pt: exists and would be replaced"):
+        run(tmp_path / "b", data=maps, init=prior, steps=1)
+    assert prior.read_bytes() == before
+    assert [file.name for file in prior.parent.iterdir()] == ["prior.pt"]
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path, maps):
+    out = tmp_path / "a"
+    command = [sys.executable, "-c", OWNER, str(Path(train.__file__).parent), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        owner.stdout.readline()
+        with pytest.raises(OSError, match=f"a: in use by another run .process {owner.pid} on"):
+            run(out, data=maps, steps=1)
+        owner.kill()
+    run(out, data=maps, steps=1)
 
 
 def test_fine_tuning_takes_the_encoder_of_pre_training_and_a_decoder_of_its_own(tmp_path, atoms):
