@@ -167,7 +167,7 @@ def test_maps_that_do_not_fit_or_cannot_be_read_are_refused(maps):
         ("a.mrc b.mrc --b-factor -50", "--sharpen"),
         ("a.mrc b.mrc --resolution 3", "--model"),
         ("a.mrc --model m.pdb --resolution -3", "positive"),
-        ("a.mrc --truth b.mrc --mask a.mrc", "values from 0 to 1"),
+        ("a.mrc --truth b.mrc --mask a.mrc", "a mask is 0 to 1"),
         (". b.mrc", "no such file"),
         ("a.mrc b.mrc -o none/x", "none: no such folder"),
         ("a.mrc b.mrc --sharpen out.txt", "ends in .mrc"),
