@@ -95,8 +95,8 @@ def compare_half_maps(half_map_1, half_map_2, voxel_size, mask=None, convention=
     lost = corrected.isnan() & ~masked.isnan()
     if lost.any():
         found.notes.append(
-            f"corrected: nan in {int(lost.sum())} shells where the mask alone correlates over "
-            "0.999, so no resolution and no FSC_AUC; use a wider mask"
+            f"corrected: nan in {int(lost.sum())} shells where the mask alone correlates too much "
+            "to be corrected, so no resolution and no FSC_AUC; use a softer or wider mask"
         )
     return found
 

@@ -228,3 +228,89 @@ def test_files_that_are_no_archives_are_refused_in_one_line(tmp_path):
             read_structures(path)
     with pytest.raises(FileNotFoundError, match="none.npz: no such file"):
         read_structures(tmp_path / "none.npz")
+
+
+def test_a_damaged_bit_of_an_archive_is_one_line_or_does_not_matter(tmp_path):
+    path = tmp_path / "a.npz"
+    arrays = {"xyz": np.int16([[1, 2, 3], [4, 5, 6]]), "element": np.uint8([6, 7])}
+    np.savez_compressed(path, label=["a"], atom_start=[0, 2], bfactor=np.uint8([8, 9]), **arrays)
+    content = path.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * len(content), 7):  # all bits, one in seven
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            (structure,) = read_structures(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+        else:
+            assert structure.xyz.tolist() == (np.float32(arrays["xyz"]) / 100).tolist()
+    assert refused > 300
+
+
+def test_arrays_of_an_archive_that_do_not_fit_together_are_refused(tmp_path):
+    good = dict(label=["a", "b"], atom_start=[0, 1, 2], xyz=np.zeros((2, 3)))
+    good |= dict(element=[6, 7], bfactor=[0, 0])
+    for bad in (dict(atom_start=[0, 1]), dict(atom_start=[0, 1, 3]), dict(element=[6])):
+        np.savez(tmp_path / "a.npz", **good | bad)
+        with pytest.raises(ValueError, match="arrays do not fit together"):
+            read_structures(tmp_path / "a.npz")
+
+
+# ---- What training sees
+
+
+def pdb_atom(name, element, x, *, alternate=" ", occupancy=1.0):
+    start = f"ATOM      1  {name:<3}{alternate}ALA A   1    {x:8.3f}{0:8.3f}{0:8.3f}"
+    return f"{start}{occupancy:6.2f}{20:6.2f}          {element:>2}\n"
+
+
+def test_alternate_locations_and_occupancies_count_each_atom_once(tmp_path):
+    plain = [pdb_atom("N", "N", 0), pdb_atom("CA", "C", 1.5), pdb_atom("O", "O", 2.5)]
+    halves = [
+        pdb_atom(name, element, x, alternate=letter, occupancy=0.5)
+        for name, element, x in (("N", "N", 0), ("CA", "C", 1.5), ("O", "O", 2.5))
+        for letter in "AB"
+    ]
+    partial = [*plain[:2], pdb_atom("O", "O", 2.5, occupancy=0.25)]
+    electrons = []
+    for name, lines in (("plain", plain), ("halves", halves), ("partial", partial)):
+        (tmp_path / f"{name}.pdb").write_text("".join(lines))
+        said = []
+        (structure,) = read_structures(tmp_path / f"{name}.pdb", said.append)
+        electrons.append(structure.atomic_number.tolist())
+        assert any("3 alternate locations are left out" in line for line in said) == (
+            name == "halves"
+        )
+    assert electrons == [[7, 6, 8], [7, 6, 8], [7, 6, 2]]
+    assert len(read_model(tmp_path / "halves.pdb").xyz) == 6  # a comparison keeps all
+
+
+def test_unknown_elements_are_counted_named_and_left_out(tmp_path):
+    lines = [pdb_atom("CA", "C", 0), pdb_atom("X1", "X", 1), pdb_atom("X2", "X", 2)]
+    (tmp_path / "a.pdb").write_text("".join(lines))
+    model = read_model(tmp_path / "a.pdb")
+    assert model.atomic_number.tolist() == [6]
+    assert model.notes == ("atoms of unknown elements are left out: 2 X",)
+
+
+def test_a_model_without_occupancy_is_refused(tmp_path):
+    (tmp_path / "a.pdb").write_text(pdb_atom("CA", "C", 0, occupancy=0))
+    for read in (read_model, read_structures):
+        with pytest.raises(ValueError, match="a.pdb: all 1 atoms have occupancy 0"):
+            read(tmp_path / "a.pdb")
+
+
+def test_one_bad_model_of_a_large_folder_is_skipped_and_more_than_1_percent_stop(tmp_path):
+    for i in range(120):
+        (tmp_path / f"{i:03}.pdb").write_text(pdb_atom("CA", "C", 0))
+    (tmp_path / "005.pdb").write_text(pdb_atom("CA", "C", math.nan))
+    said = []
+    assert len(read_structures(tmp_path, said.append)) == 119
+    assert "005.pdb: atom CA of residue A/1/ALA has position" in said[0]
+    assert said[1].endswith("1 of 120 models skipped")
+    (tmp_path / "006.pdb").write_text("")
+    with pytest.raises(ValueError, match="2 of 120 models cannot be used, more than 1 %.*005.pdb"):
+        read_structures(tmp_path, said.append)
