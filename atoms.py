@@ -1,4 +1,4 @@
-"""Atomic models: PDB and mmCIF files, archives of structures, and the density of a model.
+"""Atomic models: what a PDB or mmCIF file or an archive holds, and the density of a model.
 
     rho(r) = sum_a Z_a (2 pi s_a^2)^(-3/2) exp(-|r - r_a|^2 / (2 s_a^2))              (1)
     s_a^2 = (resolution / (pi sqrt 2))^2 + B_a / (8 pi^2)                              (2)
@@ -8,10 +8,12 @@ term of (2) adds the B-factors, which ChimeraX leaves out.
 Positions of atoms are (x, y, z) in Å. Triples of a grid (shape, voxel_size, origin) are (z, y, x).
 """
 
-import gzip
+import io
+import lzma
 import math
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,28 +22,17 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from atoms_records import ATOMIC_NUMBER, MODEL_SUFFIXES, Atom, one_location, read_atoms
 from augment import random_rotation, uniform
-from files import list_files
+from files import list_files, stop_if_many_refused
 from fourier import triple
-
-SYMBOLS = """
-    H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br
-    Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho
-    Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu
-"""
-
-ATOMIC_NUMBER = {symbol.upper(): z for z, symbol in enumerate(SYMBOLS.split(), 1)}
-ATOMIC_NUMBER["D"] = 1  # deuterium
-
-CIF_SUFFIXES = (".cif", ".cif.gz", ".mmcif", ".mmcif.gz")
-MODEL_SUFFIXES = (".pdb", ".pdb.gz", ".ent", ".ent.gz", *CIF_SUFFIXES)
 
 
 class Model(NamedTuple):
     """The N atoms of one file, in the file's frame: what a map is compared with.
 
     xyz (N, 3) Å, float64; atomic_number (N,); b_iso (N,) Å²; occupancy (N,); residue (N,), numbers
-    0 .. R-1; labels: R strings "chain/number/name".
+    0 .. R-1; labels: R strings "chain/number/name". notes: what was assumed when reading it.
     """
 
     xyz: Tensor
@@ -50,13 +41,15 @@ class Model(NamedTuple):
     occupancy: Tensor
     residue: Tensor
     labels: list[str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Structure:
     """A atoms, centred, as small arrays that data workers share: what training maps are made of.
 
-    xyz (A, 3) Å; atomic_number (A,); b_factor (A,) Å².
+    xyz (A, 3) Å; atomic_number (A,), of partly occupied atoms times the occupancy; b_factor (A,)
+    Å². Of alternate locations only one is here.
     """
 
     label: str
@@ -71,80 +64,65 @@ class Structure:
 def read_model(path: str | Path) -> Model:
     """The first model of a PDB or mmCIF file, with all its atoms and all alternatives.
 
-    path ends in .pdb, .ent, .cif or .mmcif, plain or followed by .gz. This file reads PDB itself
-    and leaves mmCIF to gemmi. Raises OSError if there is no such file, and ValueError if it cannot
-    be read, holds no atoms or unknown elements, or is mmCIF and gemmi is not installed.
+    path ends in .pdb, .ent, .cif or .mmcif, plain or followed by .gz. Atoms of unknown elements are
+    left out, which a note says. Raises OSError if there is no such file, and ValueError if it
+    cannot be read, holds no atoms of known elements, or none whose occupancy is above 0.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    read_atoms = _cif_atoms if path.name.endswith(CIF_SUFFIXES) else _pdb_atoms
-    try:
-        rows = list(read_atoms(path))
-    except (ValueError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path}: no atoms; give a PDB or mmCIF file")
+    notes = []
+    atoms = known_atoms(Path(path), notes)
+    return to_model(atoms, notes)
 
-    # One tuple per column, and a message that names all elements that are unknown.
-    residues, elements, xyz, occupancy, b_iso = zip(*rows)
-    unknown = {element for element in elements if element.upper() not in ATOMIC_NUMBER}
+
+def known_atoms(path: Path, notes: list[str]) -> list[Atom]:
+    """The atoms of `read_atoms` whose element is known. Arguments and errors: `read_model`."""
+    atoms = read_atoms(path, notes)
+    known = [atom for atom in atoms if atom.element in ATOMIC_NUMBER]
+    unknown = Counter(atom.element for atom in atoms if atom.element not in ATOMIC_NUMBER)
     if unknown:
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"{path}: no such element as {names}; correct columns 77-78")
+        names = ", ".join(f"{count} {element or '(blank)'}" for element, count in unknown.items())
+        notes.append(f"atoms of unknown elements are left out: {names}")
+    if not known:
+        raise ValueError(f"{path}: no atoms of known elements; correct columns 77-78 ({names})")
 
-    # Number the residues in the order of the file.
+    # Occupancies weight the atoms.
+    if all(atom.occupancy <= 0 for atom in known):
+        raise ValueError(f"{path}: all {len(known)} atoms have occupancy 0; set it to 1")
+    odd = sum(not 0 <= atom.occupancy <= 1 for atom in known)
+    if odd:
+        notes.append(f"{odd} atoms have an occupancy outside 0 to 1")
+    return known
+
+
+def to_model(atoms: list[Atom], notes: list[str]) -> Model:
+    """The model of these atoms, its residues numbered in the order of the file."""
+    residues = ["/".join((*atom.residue, atom.residue_name)) for atom in atoms]
     labels = list(dict.fromkeys(residues))
     number = {label: i for i, label in enumerate(labels)}
+    real = {"dtype": torch.float64}
     return Model(
-        xyz=torch.tensor(xyz, dtype=torch.float64),
-        atomic_number=torch.tensor([ATOMIC_NUMBER[element.upper()] for element in elements]),
-        b_iso=torch.tensor(b_iso, dtype=torch.float64),
-        occupancy=torch.tensor(occupancy, dtype=torch.float64),
+        xyz=torch.tensor([atom.xyz for atom in atoms], **real),
+        atomic_number=torch.tensor([ATOMIC_NUMBER[atom.element] for atom in atoms]),
+        b_iso=torch.tensor([atom.b_factor for atom in atoms], **real),
+        occupancy=torch.tensor([atom.occupancy for atom in atoms], **real),
         residue=torch.tensor([number[label] for label in residues]),
         labels=labels,
+        notes=tuple(notes),
     )
 
 
-def _pdb_atoms(path: Path) -> Iterator[tuple]:
-    """(residue, element, xyz, occupancy, B) of each atom, by the columns of PDB format 3.3."""
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", errors="replace") as lines:
-        for line in lines:
-            # Only the first model counts.
-            if line.startswith("ENDMDL"):
-                return
-            if not line.startswith(("ATOM  ", "HETATM")):
-                continue
-            # Columns 13-14 name the element where older files leave 77-78 empty. Names such as
-            # "HG11" fill all four columns, and they are hydrogens.
-            name = line[12:16]
-            element = line[76:78].strip()
-            if not element and name[0] == "H" and name[3] != " ":
-                element = "H"
-            elif not element:
-                element = name[:2].strip(" 0123456789")
+def read_structure(path: Path, notes: list[str]) -> Structure:
+    """The structure of one PDB or mmCIF file. notes and errors: `known_atoms`."""
+    atoms = known_atoms(path, notes)
+    kept = one_location(atoms)
+    if len(kept) < len(atoms):
+        notes.append(f"{len(atoms) - len(kept)} alternate locations are left out")
 
-            # Occupancy and B-factor may be blank: 1 and 0.
-            residue = "/".join(part.strip() for part in (line[21], line[22:27], line[17:20]))
-            xyz = [float(line[30:38]), float(line[38:46]), float(line[46:54])]
-            occupancy = float(line[54:60].strip() or 1)
-            b_iso = float(line[60:66].strip() or 0)
-            yield residue, element, xyz, occupancy, b_iso
-
-
-def _cif_atoms(path: Path) -> Iterator[tuple]:
-    """The same as `_pdb_atoms`, of a mmCIF file."""
-    try:
-        import gemmi
-    except ImportError:
-        message = "reading mmCIF needs gemmi; pip install gemmi, or give a PDB file"
-        raise ValueError(message) from None
-    # [0] is the first model of the file.
-    for site in gemmi.read_structure(str(path))[0].all():
-        residue = f"{site.chain.name}/{site.residue.seqid}/{site.residue.name}"
-        atom = site.atom
-        yield residue, atom.element.name, atom.pos.tolist(), atom.occ, atom.b_iso
+    # An atom that is half there has half of its electrons.
+    model = to_model(kept, notes)
+    electrons = model.atomic_number * model.occupancy.clamp(0, 1)
+    arrays = (model.xyz - model.xyz.mean(0), electrons, model.b_iso)
+    label = path.name.split(".")[0]
+    return Structure(label, *(x.numpy().astype(np.float32) for x in arrays))
 
 
 def read_archive(path: Path) -> list[Structure]:
@@ -153,39 +131,68 @@ def read_archive(path: Path) -> list[Structure]:
     xyz (A, 3) in 0.01 Å, element (A,), bfactor (A,) in Å²; label (n,), atom_start (n + 1,).
     Raises ValueError if the file is damaged or lacks an array.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz archive, or a truncated one; copy it again")
-    # Read the five flat arrays, of all structures together.
-    with np.load(path) as archive:
-        wanted = ("label", "atom_start", "xyz", "element", "bfactor")
-        missing = sorted(set(wanted) - set(archive))
-        if missing:
-            raise ValueError(f"{path}: no archive of structures, {', '.join(missing)} missing")
-        label, start, *arrays = (archive[name] for name in wanted)
+    # Unpack each array as a whole, which compares its checksum, before numpy reads its header.
+    wanted = ("label", "atom_start", "xyz", "element", "bfactor")
+    damage = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError)
+    content = io.BytesIO(path.read_bytes())
+    try:
+        with zipfile.ZipFile(content) as archive:
+            present = set(archive.namelist())
+            members = [name for name in wanted if f"{name}.npy" in present]
+            arrays = {name: from_npy(archive.read(f"{name}.npy")) for name in members}
+    except (*damage, ValueError) as error:
+        raise ValueError(
+            f"{path}: not an .npz archive, or a truncated or damaged one; copy it again ({error})"
+        ) from None
+    missing = sorted(set(wanted) - set(arrays))
+    if missing:
+        raise ValueError(f"{path}: no archive of structures, {', '.join(missing)} missing")
 
-    # Cut them into structures.
-    xyz, element, b_factor = (array.astype(np.float32) for array in arrays)
+    # The arrays must fit together.
+    label, start, *numbers = (arrays[name] for name in wanted)
+    xyz, element, b_factor = (array.astype(np.float32) for array in numbers)
+    count = len(xyz)
+    fits = xyz.shape == (count, 3) and element.shape == b_factor.shape == (count,)
+    fits = fits and label.ndim == 1 and start.shape == (len(label) + 1,)
+    if not fits or start[0] != 0 or start[-1] != count or (np.diff(start) <= 0).any():
+        raise ValueError(f"{path}: no archive of structures, its arrays do not fit together")
     return [
         Structure(str(name), xyz[first:end] / 100, element[first:end], b_factor[first:end])
         for name, first, end in zip(label, start, start[1:])
     ]
 
 
-def read_structures(path: str | Path) -> list[Structure]:
+def from_npy(content: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def read_structures(path: str | Path, say=print) -> list[Structure]:
     """The structures of an archive (.npz), of one PDB or mmCIF file, or of a folder of these files.
 
-    Raises OSError if there is no such file or folder, ValueError (one line) if a file is damaged.
+    In a folder a file that cannot be read is skipped. say: gets a line for each of these, and for
+    what was assumed about a file. Raises OSError if there is no such file or folder, ValueError
+    (one line) if more than 1 % of a folder's files cannot be read.
     """
     files = list_files(path, (".npz", *MODEL_SUFFIXES))
-    if [file.suffix for file in files] == [".npz"]:
-        return read_archive(files[0])
-    return [_centred(file, read_model(file)) for file in files if file.suffix != ".npz"]
-
-
-def _centred(file: Path, model: Model) -> Structure:
-    arrays = (model.xyz - model.xyz.mean(0), model.atomic_number, model.b_iso)
-    label = file.name.split(".")[0]
-    return Structure(label, *(x.numpy().astype(np.float32) for x in arrays))
+    structures = []
+    refused = []
+    for file in files:
+        # One bad file of a folder must not stop the others.
+        notes = []
+        archive = file.name.lower().endswith(".npz")
+        try:
+            structures += read_archive(file) if archive else [read_structure(file, notes)]
+        except (ValueError, OSError) as error:
+            if not Path(path).is_dir():
+                raise
+            refused.append(str(error))
+            say(f"skipped {error}")
+        for note in notes:
+            say(f"{file}: {note}")
+    if refused:
+        stop_if_many_refused(path, "models", refused, len(files))
+        say(f"{path}: {len(refused)} of {len(files)} models skipped")
+    return structures
 
 
 # ---- Atoms on a grid

@@ -6,7 +6,7 @@
 A downloaded file stays and is not downloaded again, so the same command goes on after a failure.
 Not yet run against the PDB and EMDB from here: the tests put files where a server would answer.
 
-An entry is cleaned like the structures that the shipped networks learnt from: first model, first
+An entry is cleaned like the structures that the shipped networks learnt from: first model, one
 alternate location, no hydrogens, no water, no common buffer or cryoprotectant molecules. Other
 ligands stay if they lie within 8 Å of the polymer. Symmetry copies are not added.
 Departure 1: the shipped networks saw some entries only in part, as their sources prepared them.
@@ -14,20 +14,18 @@ Where the list names no chains we take the whole entry, and report if its size d
 """
 
 import csv
-import gzip
 import http.client
 import re
 import urllib.request
-import zlib
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 from urllib.error import HTTPError
 
 import numpy as np
 import torch
 
-from atoms import ATOMIC_NUMBER, Structure
+from atoms import Structure
+from atoms_records import ATOMIC_NUMBER, Atom, one_location, read_atoms
 from files import atomic_write
 
 PDB_URL = "https://files.rcsb.org/download"
@@ -145,55 +143,6 @@ def fetch_entry(pdb_id: str, folder: Path) -> Path:
     return path
 
 
-class Atom(NamedTuple):
-    """One atom of a file. `alternate` is the letter of its location, "" where there is only one."""
-
-    residue: tuple[str, str]  # chain, number with insertion code
-    name: str  # of the residue
-    alternate: str
-    element: str
-    xyz: list[float]
-    b_factor: float
-    polymer: bool
-
-
-def pdb_atoms(path: Path) -> list[Atom]:
-    """All atoms of the first model, by the columns of the PDB format, version 3.3."""
-    atoms = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", errors="replace") as lines:
-        for line in lines:
-            if line.startswith("ENDMDL"):
-                break
-            if line.startswith(("ATOM  ", "HETATM")):
-                residue = (line[21].strip(), line[22:27].strip())
-                name = line[17:20].strip()
-                element = line[76:78].strip().upper()
-                xyz = [float(line[i : i + 8]) for i in (30, 38, 46)]
-                polymer = line.startswith("ATOM")
-                b_factor = float(line[60:66])
-                atoms.append(Atom(residue, name, line[16].strip(), element, xyz, b_factor, polymer))
-    return atoms
-
-
-def cif_atoms(path: Path) -> list[Atom]:
-    """As `pdb_atoms`, of an mmCIF file, by gemmi. Raises ValueError without gemmi."""
-    try:
-        import gemmi
-    except ImportError:
-        raise ValueError("reading mmCIF needs gemmi; pip install gemmi") from None
-    atoms = []
-    for site in gemmi.read_structure(str(path))[0].all():
-        atom = site.atom
-        residue = (site.chain.name, str(site.residue.seqid))
-        name = site.residue.name
-        alternate = atom.altloc.strip("\0")
-        element = atom.element.name.upper()
-        xyz = atom.pos.tolist()
-        polymer = site.residue.het_flag == "A"
-        atoms.append(Atom(residue, name, alternate, element, xyz, atom.b_iso, polymer))
-    return atoms
-
-
 def clean(atoms: list[Atom], chains: str = "") -> list[Atom]:
     """The atoms to train on, by the rules at the top. chains: "A,B" keeps these, "" keeps all.
 
@@ -205,15 +154,10 @@ def clean(atoms: list[Atom], chains: str = "") -> list[Atom]:
     for atom in atoms:
         heavy = ATOMIC_NUMBER.get(atom.element, 0) > 1
         wanted = not chains or atom.residue[0] in chains.split(",")
-        if heavy and wanted and atom.name not in solvent:
+        if heavy and wanted and atom.residue_name not in solvent:
             kept.append(atom)
 
-    # Of each residue the first alternate location.
-    first = {}
-    for atom in kept:
-        if atom.alternate:
-            first.setdefault(atom.residue, atom.alternate)
-    kept = [atom for atom in kept if atom.alternate in ("", first.get(atom.residue))]
+    kept = one_location(kept)
 
     # The polymer, by the file's own word (ATOM, not HETATM).
     polymer = torch.tensor([atom.xyz for atom in kept if atom.polymer])
@@ -233,7 +177,7 @@ def clean(atoms: list[Atom], chains: str = "") -> list[Atom]:
 
 
 def to_structure(label: str, atoms: list[Atom]) -> Structure:
-    """The structure of these atoms, about its centroid."""
+    """The structure of these atoms, about its centroid. Archives hold no occupancies."""
     xyz = np.array([atom.xyz for atom in atoms])
     number = np.array([ATOMIC_NUMBER[atom.element] for atom in atoms])
     b_factor = np.array([atom.b_factor for atom in atoms])
@@ -279,12 +223,15 @@ def read_entry(
         raise ValueError(f"no file of {pdb_id} in {folder}")
     file = files.get(pdb_id) or fetch_entry(pdb_id, folder)
 
-    # Read and clean it. What a damaged file raises depends on where it is damaged.
+    # Read and clean it.
     try:
-        atoms = cif_atoms(file) if ".cif" in file.name.lower() else pdb_atoms(file)
+        atoms = read_atoms(file, [])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; delete it to download it again") from None
+    try:
         structure = to_structure(row["label"], clean(atoms, row["chains"]))
-    except (OSError, ValueError, EOFError, IndexError, RuntimeError, zlib.error) as error:
-        raise ValueError(f"{file}: {error}; delete it to download it again") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if abs(structure.xyz).max() > 327:
         raise ValueError(f"{file}: reaches farther than 327 Å from its centroid")
     return structure

@@ -251,18 +251,24 @@ class Pair(NamedTuple):
     maps: Tensor
 
 
-def read_pair(map_file: Path, model_file: Path, task: str, resolution: float, voxel_size) -> Pair:
+def read_pair(
+    map_file: Path, model_file: Path, task: str, resolution: float, voxel_size, say=print
+) -> Pair:
     """A deposited map and `molmap` of its model, on the grid of voxel_size (Å).
+
+    Atoms are weighted by their occupancies. say: gets a line for what was assumed about the model.
 
     Raises OSError or ValueError for unreadable files, and for a model outside of its map.
     """
     source = resample_map(read_map(map_file), voxel_size)
     model = read_model(model_file)
+    for note in model.notes:
+        say(f"{model_file}: {note}")
 
     # Simulate what is wanted on the grid of the map.
     wanted, _, _ = molmap(
         model.xyz,
-        model.atomic_number,
+        model.atomic_number * model.occupancy.clamp(0, 1),
         FINE if task == "superres" else resolution,
         voxel_size=source.voxel_size,
         shape=source.density.shape,
@@ -278,31 +284,54 @@ def read_pair(map_file: Path, model_file: Path, task: str, resolution: float, vo
     return Pair(map_file.name.split(".")[0], pair.half())
 
 
-def read_pairs(folder: str | Path, task: str, voxel_size: float) -> list[Pair]:
+def read_pairs(folder: str | Path, task: str, voxel_size: float, say=print) -> list[Pair]:
     """The pairs that FOLDER/pairs.csv lists, on the grid of voxel_size (Å).
 
-    Raises OSError or ValueError (one line) for a bad list or file, for a model outside of its map,
-    and for wedge3d, which learns from simulated pairs.
+    A pair that cannot be read is skipped. say: gets a line for each.
+    Raises OSError or ValueError (one line) for a bad list, if no pair can be read, and for wedge3d,
+    which learns from simulated pairs.
     """
     if task == "wedge3d":
         raise ValueError(f"{folder}: wedge3d learns from models (PDB, mmCIF, .npz), not from pairs")
     folder = Path(folder)
-    with open(folder / PAIRS, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_pair_list(folder)
 
-    # One row of the list makes one pair.
+    # One row of the list makes one pair. A bad file must not stop the others.
     pairs = []
-    for row in rows:
+    refused = []
+    for map_file, model_file, resolution in rows:
+        try:
+            pairs.append(read_pair(map_file, model_file, task, resolution, voxel_size, say))
+        except (ValueError, OSError) as error:
+            named = str(map_file) in str(error) or str(model_file) in str(error)
+            refused.append(str(error) if named else f"{map_file}: {error}")
+            say(f"skipped {refused[-1]}")
+    say(f"{folder / PAIRS}: {len(refused)} pairs skipped, {len(pairs)} read")
+    if refused and not pairs:
+        raise ValueError(f"{folder / PAIRS}: no pair can be used, the first: {refused[0]}")
+    return pairs
+
+
+def read_pair_list(folder: Path) -> list[tuple[Path, Path, float]]:
+    """(map, model, resolution in Å) of each row of FOLDER/pairs.csv.
+
+    Raises OSError without the list, ValueError for a row without these columns.
+    """
+    # utf-8-sig drops the byte-order mark that spreadsheets write.
+    with open(folder / PAIRS, newline="", encoding="utf-8-sig") as file:
+        table = list(csv.DictReader(file))
+    rows = []
+    for row in table:
         try:
             resolution = float(row["resolution"])
-            map_file = folder / row["map"]
-            model_file = folder / row["model"]
+            rows.append((folder / row["map"], folder / row["model"], resolution))
         except (KeyError, TypeError, ValueError):
+            resolution = math.nan
+        if not 0 < resolution < math.inf:
             raise ValueError(
                 f"{folder / PAIRS}: wants the columns map, model, resolution (Å); this row is {row}"
-            ) from None
-        pairs.append(read_pair(map_file, model_file, task, resolution, voxel_size))
-    return pairs
+            )
+    return rows
 
 
 @dataclass(eq=False, kw_only=True)

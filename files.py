@@ -11,6 +11,7 @@ write_json(path, value)                       NaN and infinity become null
 with own_folder(path):                        no other process may own the folder meanwhile
 refuse_existing(outputs, inputs, overwrite)   call it before the work, not after it
 list_files(path, suffixes)                    the files of a folder, without hidden ones
+stop_if_many_refused(path, what, ...)         a data set in which too much cannot be read
 """
 
 import contextlib
@@ -157,6 +158,18 @@ def refuse_existing(
             raise FileExistsError(f"{path}: is the input and is never overwritten; give another -o")
         if not overwrite:
             raise FileExistsError(f"{path}: exists; give another name with -o, or --overwrite")
+
+
+def stop_if_many_refused(path: str | Path, what: str, refused: list[str], count: int) -> None:
+    """Raise ValueError if more than 1 % of the `count` files of a data set cannot be used.
+
+    path: the data set; what: "maps", "models"; refused: a line for each file, with the reason.
+    """
+    if len(refused) > 0.01 * count:
+        raise ValueError(
+            f"{path}: {len(refused)} of {count} {what} cannot be used, more than 1 %; "
+            f"repair or remove them, the first: {refused[0]}"
+        )
 
 
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -61,8 +61,14 @@ def randomise_phases(x: Tensor, shell: int, seed: int = 0, voxel_size=1.0) -> Te
 
 
 def correct_for_mask(masked: Tensor, randomised: Tensor, randomised_from: int) -> Tensor:
-    """(1), from two shells after the first randomised one on. Before it, the masked FSC."""
+    """(1), from two shells after the first randomised one on. Before it, the masked FSC.
+
+    A shell is nan where (1) fails: the mask alone makes the maps equal or opposite, so that (1)
+    divides by about 0, or the result is below -1, which no correlation is.
+    """
     corrected = (masked - randomised) / (1 - randomised)  # (1)
+    holds = (randomised.abs() <= 0.999) & (corrected >= -1)
+    corrected = torch.where(holds, corrected.clamp(max=1), math.nan)
     start = randomised_from + 2
     return torch.cat([masked[:start], corrected[start:]])
 

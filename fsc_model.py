@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoms import ATOMIC_NUMBER, SYMBOLS
+from atoms_records import ATOMIC_NUMBER, SYMBOLS
 from fourier import freq_grid, triple
 
 # Symbol, van der Waals radius in Å (cctbx, for the molecular mask), a_1 .. a_5, b_1 .. b_5 of (2).
@@ -77,6 +77,12 @@ def _element(atomic_number: int) -> tuple[float, list[float], list[float]]:
             "or add a line to TABLE in fsc_model.py"
         )
     return ELEMENTS[atomic_number]
+
+
+def has_factors(atomic_number: Tensor) -> Tensor:
+    """Which atoms have scattering factors in TABLE: boolean (N,)."""
+    known = torch.tensor(list(ELEMENTS), device=atomic_number.device)
+    return torch.isin(atomic_number, known)
 
 
 # ---- The map of a model

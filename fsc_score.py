@@ -5,7 +5,7 @@
     compare_with_model    FSC, correlations and Q-scores of a map with an atomic model
 
 Each takes tensors and returns an `Agreement`. `run` reads the files, adds what was asked for
-(directional FSC, sharpening, local resolution) and writes PREFIX.json, .csv and .png.
+(directional FSC, sharpening, local resolution) and writes PREFIX.json, .csv, .xml and .png.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atoms import Model, atoms_inside, read_model
+from atoms_records import SYMBOLS
 from files import atomic_write, refuse_existing, write_json
 from fsc import CONVENTIONS, auc, fsc, resolution, shell_side
 from fsc_half_maps import (
@@ -28,10 +29,12 @@ from fsc_half_maps import (
     sharpen,
     sphericity,
 )
-from fsc_model import correlation, map_model_cc, q_score, structure_factors
+from fsc_model import correlation, has_factors, map_model_cc, q_score, structure_factors
 from fsc_mtriage import map_model_resolution
 from fsc_picture import draw_fsc
+from fsc_tables import csv_table, emdb_xml, postprocess_star
 from mrc import MAP_SUFFIXES, Map, read_map, stem, write_map
+from volume import soft_mask
 
 USAGE = """
   fsc.py half_1.mrc half_2.mrc [--mask mask.mrc]     two half maps
@@ -45,17 +48,6 @@ CURVES = {
     "masked": ("masked", "blue"),
     "randomised": ("phase-randomised", "red"),
     "map_model": ("map-model", "black"),
-}
-
-# RELION's names of the columns, in its order.
-STAR = {
-    "shell": "_rlnSpectralIndex",
-    "per_angstrom": "_rlnResolution",
-    "angstrom": "_rlnAngstromResolution",
-    "corrected": "_rlnFourierShellCorrelationCorrected",
-    "unmasked": "_rlnFourierShellCorrelationUnmaskedMaps",
-    "masked": "_rlnFourierShellCorrelationMaskedMaps",
-    "randomised": "_rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps",
 }
 
 
@@ -98,13 +90,25 @@ def compare_half_maps(half_map_1, half_map_2, voxel_size, mask=None, convention=
     found.numbers["phases_randomised_from"] = box * voxel / first_random
 
     # A tight mask correlates by itself, more than the correction can take out.
-    corrected, *_, randomised = curves
-    end = box * voxel / resolution(corrected, voxel, box=box, convention=convention)
-    at_end = float(randomised[(torch.arange(len(randomised)) - end).abs().argmin()])
-    if at_end > 0.1:
-        correlates = f"the mask alone correlates {at_end:.2f} at the resolution"
-        found.notes.append(f"{correlates}: use a softer or wider mask")
+    corrected, _, masked, randomised = curves
+    found.notes += mask_notes(corrected, randomised, voxel, box, convention)
+    lost = corrected.isnan() & ~masked.isnan()
+    if lost.any():
+        found.notes.append(
+            f"corrected: nan in {int(lost.sum())} shells where the mask alone correlates too much "
+            "to be corrected, so no resolution and no FSC_AUC; use a softer or wider mask"
+        )
     return found
+
+
+def mask_notes(curve, randomised, voxel_size, box, convention) -> list[str]:
+    """A note if the mask alone correlates over 0.1 at the resolution of the curve (n,)."""
+    end = box * voxel_size / resolution(curve, voxel_size, box=box, convention=convention)
+    at_end = float(randomised[(torch.arange(len(randomised)) - end).abs().argmin()])
+    if not at_end > 0.1:
+        return []
+    correlates = f"the mask alone correlates {at_end:.2f} at the resolution"
+    return [f"{correlates}: use a softer or wider mask"]
 
 
 def compare_with_truth(density, truth, voxel_size, mask=None, convention="ours"):
@@ -119,24 +123,35 @@ def compare_with_truth(density, truth, voxel_size, mask=None, convention="ours")
         return Agreement(numbers, {"unmasked": fsc(density, truth, **how)})
     # Only the two curves that no correction has changed.
     curves = masked_fsc(density, truth, mask, **how)
-    return Agreement(numbers, {"masked": curves.masked, "unmasked": curves.unmasked})
+    notes = mask_notes(curves.masked, curves.randomised, voxel, box, convention)
+    return Agreement(numbers, {"masked": curves.masked, "unmasked": curves.unmasked}, notes)
 
 
 def compare_with_model(density, model: Model, voxel_size, corner, d_min=None, convention="ours"):
     """`Agreement` of a map with an atomic model: FSC, resolutions, correlations and Q-scores.
 
     corner: the centre of voxel (0, 0, 0) in the frame of the model; d_min: the resolution of the
-    correlations, default d_model. Raises ValueError if no atom lies in the map.
+    correlations, default d_model. Atoms without scattering factors are left out, which a note says.
+    Raises ValueError if no atom lies in the map.
     """
     # The atoms in the map.
     inside = atoms_inside(model.xyz, density.shape, voxel_size, corner)
     if not inside.any():
         raise ValueError("no atom lies in the map; bring the model into the frame of the map")
+    known = has_factors(model.atomic_number)
+    used = inside & known
+    if not (model.occupancy[used] > 0).any():
+        raise ValueError(
+            f"none of the {int(inside.sum())} atoms in the map has scattering factors and an "
+            "occupancy above 0; correct the model"
+        )
+    notes = left_out(model, inside, known)
+
     # Leave out the others, and give the rest to each measure.
-    model = Model(*(x[inside] for x in model[:5]), model.labels)
+    model = Model(*(x[used] for x in model[:5]), model.labels)
     grid = {"voxel_size": voxel_size, "origin": corner}
-    atoms = model._asdict() | grid
-    residue, labels = atoms.pop("residue"), atoms.pop("labels")
+    atoms = {name: getattr(model, name) for name in model._fields[:4]} | grid
+    residue, labels = model.residue, model.labels
 
     # The resolution, and the correlations there.
     box, voxel = shell_side(density.shape, voxel_size, convention)
@@ -159,16 +174,25 @@ def compare_with_model(density, model: Model, voxel_size, corner, d_min=None, co
     # The plain map-model FSC: the model's map to Nyquist, our shells, no smoothing.
     full = torch.fft.irfftn(structure_factors(density.shape, **atoms), s=density.shape)
     curve = fsc(density, full, convention=convention, voxel_size=voxel_size)
-    found = Agreement(numbers, {"map_model": curve}, residues=residues)
-
-    # What was left out and what was assumed.
-    outside = int((~inside).sum())
-    if outside:
-        found.notes.append(f"{outside} of {len(inside)} atoms lie outside the map and are left out")
+    found = Agreement(numbers, {"map_model": curve}, notes, residues)
     if d_min is None:
         d_model = f"{numbers['d_model']:g} Å, the map's d_model"
         found.notes.append(f"no --resolution given: correlations at {d_model}")
     return found
+
+
+def left_out(model: Model, inside: Tensor, known: Tensor) -> list[str]:
+    """Notes of a model: on how it was read, and on atoms outside the map or without factors."""
+    notes = list(model.notes)
+    outside = int((~inside).sum())
+    if outside:
+        notes.append(f"{outside} of {len(inside)} atoms lie outside the map and are left out")
+    numbers, counts = model.atomic_number[inside & ~known].unique(return_counts=True)
+    if len(numbers):
+        symbols = [SYMBOLS.split()[number - 1] for number in numbers.tolist()]
+        names = ", ".join(f"{count} {name}" for count, name in zip(counts.tolist(), symbols))
+        notes.append(f"atoms without scattering factors are left out: {names}")
+    return notes
 
 
 # ---- More about two maps
@@ -212,6 +236,12 @@ def score_curves(found: Agreement, convention: str) -> dict[str, dict]:
         scores[name] = {"resolution_0143": at[0.143], "resolution_05": at[0.5]}
         scores[name]["auc"] = float(auc(curve))
 
+        # A correction that failed in some shells says nothing about the whole curve.
+        masked = found.curves.get("masked", curve)
+        if name == "corrected" and (curve.isnan() & ~masked.isnan()).any():
+            scores[name] = dict.fromkeys(scores[name], math.nan)
+            continue
+
         # `resolution` then returns the last shell.
         if not (curve[1:] < found.threshold).any():
             limit = f"{at[found.threshold]:.2f} Å is the grid's limit, not the map's"
@@ -235,27 +265,6 @@ def table(scores: dict[str, dict], numbers: dict[str, float]) -> str:
             unit = ""
         lines.append(f"{name:24}{number:12.5g}{unit}")
     return "\n".join(lines)
-
-
-def csv_table(columns: dict[str, list]) -> str:
-    rows = [list(columns), *zip(*columns.values())]
-    texts = [[f"{x:.6g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return "".join(",".join(row) + "\n" for row in texts)
-
-
-def postprocess_star(columns: dict[str, list], best: float) -> str:
-    """RELION's postprocess.star: data_general with the best resolution in Å, and data_fsc."""
-    # Without a mask the corrected curve is the unmasked one.
-    columns = {"corrected": columns["unmasked"]} | columns
-    names = [name for name in STAR if name in columns]
-    lines = ["data_general", "", f"_rlnFinalResolution {best:.6f}", "", "data_fsc", "", "loop_"]
-    lines += [f"{STAR[name]} #{i}" for i, name in enumerate(names, 1)]
-
-    # One row per shell. RELION writes 999 Å for the zero frequency.
-    for shell, *row in zip(*(columns[name] for name in names)):
-        texts = [f"{999.0 if math.isinf(value) else value:12.6f}" for value in row]
-        lines.append(f"{shell:6d} " + " ".join(texts))
-    return "\n".join(lines) + "\n"
 
 
 def picture(frequency: list[float], found: Agreement, scores: dict):
@@ -283,7 +292,7 @@ def picture(frequency: list[float], found: Agreement, scores: dict):
 
 
 def parse(argv=None) -> argparse.Namespace:
-    about = "Prints a table; writes PREFIX.json, .csv and .png."
+    about = "Prints a table; writes PREFIX.json, .csv, .xml (for EMDB) and .png."
     cli = argparse.ArgumentParser(usage=USAGE, description=about)
     add = cli.add_argument
     # What to compare.
@@ -328,7 +337,7 @@ def output_paths(args: argparse.Namespace) -> dict[str, Path]:
     # The tables and the picture begin with one prefix.
     first = Path(args.maps[0])
     prefix = args.out or first.parent / f"{stem(first)}_fsc"
-    endings = [".json", ".csv", ".png"]
+    endings = [".json", ".csv", ".xml", ".png"]
     if args.model:
         endings.append("_residues.csv")
     if args.star:
@@ -378,12 +387,14 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
         model, corner = read_model(args.model), maps[0].corner
         return compare_with_model(*densities, model, corner=corner, d_min=args.resolution, **how)
     a, b, *mask = densities
+    notes = []
     if mask:
-        how["mask"] = mask[0]
+        how["mask"], notes = soft_mask(mask[0], args.mask)
     if args.truth:
         found = compare_with_truth(a, b, **how)
     else:
         found = compare_half_maps(a, b, seed=args.seed, **how)
+    found.notes += notes
 
     # What else was asked for.
     numbers = found.numbers
@@ -412,7 +423,7 @@ def write_results(outputs: dict[str, Path], found: Agreement, scores: dict, sett
     angstrom = [1 / f if f else math.inf for f in frequency]
     columns = {"shell": shells, "per_angstrom": frequency, "angstrom": angstrom}
     columns |= {name: curve.tolist() for name, curve in found.curves.items()}
-    texts = {".csv": csv_table(columns)}
+    texts = {".csv": csv_table(columns), ".xml": emdb_xml(columns, next(iter(found.curves)))}
     if ".star" in outputs:
         best = scores.get("corrected", scores["unmasked"])["resolution_0143"]
         texts[".star"] = postprocess_star(columns, best)
@@ -446,7 +457,9 @@ def run(args: argparse.Namespace) -> None:
     refuse_existing(list(outputs.values()), inputs, args.overwrite)
 
     # Compare and write.
-    found = measure(args, read_maps(map_names, args.voxel_size))
+    maps = read_maps(map_names, args.voxel_size)
+    found = measure(args, maps)
+    found.notes += [f"{m.path}: {note}" for m in maps for note in m.notes]
     scores = score_curves(found, args.convention)
     settings = vars(args)
     write_results(outputs, found, scores, settings)

@@ -33,6 +33,7 @@ import degrade
 import fourier
 import mrc
 import report
+import volume
 from checkpoint import Prior
 from files import list_files, refuse_existing
 from fsc_half_maps import read_fsc
@@ -276,7 +277,7 @@ def run(
     if maps:
         grids = grids_of(args.task, maps[0], prior)
         truth = read_truth(args, task, paths[0], grids)
-        settings = read_files(settings, maps[0], grids)
+        settings = read_files(settings, maps[0], grids, say)
         say_inputs(paths, maps, say)
 
     # Do the task. Errors name the file.
@@ -336,7 +337,7 @@ def on_grid(map: Map, grids: dict) -> Map:
     return replace(map, voxel_size=grids[shape])
 
 
-def read_files(settings: Settings, map: Map, grids: dict) -> Settings:
+def read_files(settings: Settings, map: Map, grids: dict, say=print) -> Settings:
     """The settings with the content of the files that they name."""
     # Only the fields that this task has.
     content = {}
@@ -349,10 +350,9 @@ def read_files(settings: Settings, map: Map, grids: dict) -> Settings:
         )
     if names.get("mask"):
         mask = on_grid(mrc.read_map(names["mask"], map.voxel_size), grids).density
-        low, high = float(mask.min()), float(mask.max())
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"{names['mask']}: {low:g} to {high:g}; a mask is 0 to 1")
-        content["mask"] = mask
+        content["mask"], notes = volume.soft_mask(mask, names["mask"])
+        for note in notes:
+            say(note)
     return replace(settings, **content)
 
 

@@ -68,7 +68,7 @@ def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
 
     # Maps with their models, listed.
     if restoring and (path / data_pairs.PAIRS).exists():
-        return data_pairs.read_pairs(cfg.data, cfg.objective, cfg.voxel_size), crops_of_pairs
+        return data_pairs.read_pairs(cfg.data, cfg.objective, cfg.voxel_size, say), crops_of_pairs
 
     # Maps alone, which a restoration cannot learn from. They come before models beside them.
     holds_maps = bool(files.list_files(cfg.data, mrc.MAP_SUFFIXES))
@@ -78,11 +78,14 @@ def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
             f"{cfg.data}: maps without a {data_pairs.PAIRS} that names the model and the "
             "resolution of each (README)"
         )
+    models = files.list_files(cfg.data, (".npz", *atoms.MODEL_SUFFIXES))
     if holds_maps or prepared:
+        if models:
+            say(f"{cfg.data}: {len(models)} models or archives beside the maps are not used")
         return read_maps(cfg, say), crops_of_maps
 
     # Atomic models.
-    return atoms.read_structures(cfg.data), simulated
+    return atoms.read_structures(cfg.data, say), simulated
 
 
 def refuse_raw_maps(cfg: TrainConfig, world: int) -> None:
@@ -112,12 +115,8 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
         f"{cfg.voxel_size:g} Å per voxel"
     )
     # A few bad maps are normal, more hint at a bad download or a wrong folder.
-    count = len(refused) + len(volumes)
-    if volumes and len(refused) > 0.01 * count:
-        raise ValueError(
-            f"{cfg.data}: {len(refused)} of {count} maps cannot be used, more than 1 %; "
-            f"repair or remove them, the first: {refused[0]}"
-        )
+    if volumes:
+        files.stop_if_many_refused(cfg.data, "maps", refused, len(refused) + len(volumes))
     return volumes
 
 

@@ -100,6 +100,25 @@ def density_mask(density: Tensor, threshold: float = 0.1, dilations: int = 3) ->
     return x[0] > 0
 
 
+def soft_mask(mask: Tensor, name: str) -> tuple[Tensor, list[str]]:
+    """A mask on 0..1 as it was read from the file `name`, and notes on what was clamped.
+
+    Raises ValueError if values lie more than 1e-4 outside 0..1, which rounding does not explain, or
+    if no value is above 0.
+    """
+    low = float(mask.min())
+    high = float(mask.max())
+    if not -1e-4 <= low <= high <= 1 + 1e-4:
+        raise ValueError(f"{name}: values from {low:g} to {high:g}; a mask is 0 to 1")
+    if high <= 1e-4:
+        raise ValueError(f"{name}: 0 everywhere; give a mask that is 1 in the region to keep")
+    if low >= 0 and high <= 1:
+        return mask, []
+    outside = max(-low, high - 1)
+    note = f"{name}: values leave 0 to 1 by up to {outside:.1g}, as rounding does; clamped"
+    return mask.clamp(0, 1), [note]
+
+
 # ---- Crops -----------------------------------------------------------------------------------
 
 

@@ -167,14 +167,15 @@ def test_mmcif_gives_the_model_of_the_same_pdb_file(tmp_path):
 
 def test_models_that_cannot_be_read_are_refused_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty.pdb").write_text("REMARK nothing\n")
-    (tmp_path / "odd.pdb").write_text(PDB.replace("          CA\n", "          XX\n"))
+    only_unknown = PDB.splitlines()[2].removesuffix(" N") + "XX\n"
+    (tmp_path / "odd.pdb").write_text(only_unknown)
     (tmp_path / "bad.pdb").write_text(PDB.replace("2.250", " ****"))
     (tmp_path / "m.cif").write_text("data_x\n")
     monkeypatch.setitem(sys.modules, "gemmi", None)
     for name, message in (
         ("empty.pdb", "no atoms"),
-        ("odd.pdb", "element as XX"),
-        ("bad.pdb", "bad.pdb: could not"),
+        ("odd.pdb", "no atoms of known elements; .*1 XX"),
+        ("bad.pdb", "bad.pdb: could not read line 3 .*[*]{4}"),
         ("m.cif", "pip install gemmi"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -202,7 +203,8 @@ def test_archives_and_pdb_files_hold_the_same_structures(tmp_path):
         lines.append(f"{atom}  1.00{i:6.2f}          {e:>2}")
     (tmp_path / "one.pdb").write_text("\n".join(lines))
     (tmp_path / "notes.txt").write_text("not a model")
-    (read,) = read_structures(tmp_path)  # a folder: of models, not of archives
+    *archived, read = read_structures(tmp_path)  # a folder: all archives and models in it
+    assert [model.label for model in archived] == ["one", "two"]
     (again,) = read_structures(tmp_path / "one.pdb")
     for model in (read, again):
         assert model.label == "one"
@@ -220,7 +222,95 @@ def test_files_that_are_no_archives_are_refused_in_one_line(tmp_path):
     truncated = path.read_bytes()[:-20]
     for content in (b"", b"junk", truncated):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="a.npz: not an .npz archive, or a truncated one"):
+        with pytest.raises(
+            ValueError, match="a.npz: not an .npz archive, or a truncated or damaged one"
+        ):
             read_structures(path)
     with pytest.raises(FileNotFoundError, match="none.npz: no such file"):
         read_structures(tmp_path / "none.npz")
+
+
+def test_a_damaged_bit_of_an_archive_is_one_line_or_does_not_matter(tmp_path):
+    path = tmp_path / "a.npz"
+    arrays = {"xyz": np.int16([[1, 2, 3], [4, 5, 6]]), "element": np.uint8([6, 7])}
+    np.savez_compressed(path, label=["a"], atom_start=[0, 2], bfactor=np.uint8([8, 9]), **arrays)
+    content = path.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * len(content), 7):  # all bits, one in seven
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            (structure,) = read_structures(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+        else:
+            assert structure.xyz.tolist() == (np.float32(arrays["xyz"]) / 100).tolist()
+    assert refused > 300
+
+
+def test_arrays_of_an_archive_that_do_not_fit_together_are_refused(tmp_path):
+    good = dict(label=["a", "b"], atom_start=[0, 1, 2], xyz=np.zeros((2, 3)))
+    good |= dict(element=[6, 7], bfactor=[0, 0])
+    for bad in (dict(atom_start=[0, 1]), dict(atom_start=[0, 1, 3]), dict(element=[6])):
+        np.savez(tmp_path / "a.npz", **good | bad)
+        with pytest.raises(ValueError, match="arrays do not fit together"):
+            read_structures(tmp_path / "a.npz")
+
+
+# ---- What training sees
+
+
+def pdb_atom(name, element, x, *, alternate=" ", occupancy=1.0):
+    start = f"ATOM      1  {name:<3}{alternate}ALA A   1    {x:8.3f}{0:8.3f}{0:8.3f}"
+    return f"{start}{occupancy:6.2f}{20:6.2f}          {element:>2}\n"
+
+
+def test_alternate_locations_and_occupancies_count_each_atom_once(tmp_path):
+    plain = [pdb_atom("N", "N", 0), pdb_atom("CA", "C", 1.5), pdb_atom("O", "O", 2.5)]
+    halves = [
+        pdb_atom(name, element, x, alternate=letter, occupancy=0.5)
+        for name, element, x in (("N", "N", 0), ("CA", "C", 1.5), ("O", "O", 2.5))
+        for letter in "AB"
+    ]
+    partial = [*plain[:2], pdb_atom("O", "O", 2.5, occupancy=0.25)]
+    electrons = []
+    for name, lines in (("plain", plain), ("halves", halves), ("partial", partial)):
+        (tmp_path / f"{name}.pdb").write_text("".join(lines))
+        said = []
+        (structure,) = read_structures(tmp_path / f"{name}.pdb", said.append)
+        electrons.append(structure.atomic_number.tolist())
+        assert any("3 alternate locations are left out" in line for line in said) == (
+            name == "halves"
+        )
+    assert electrons == [[7, 6, 8], [7, 6, 8], [7, 6, 2]]
+    assert len(read_model(tmp_path / "halves.pdb").xyz) == 6  # a comparison keeps all
+
+
+def test_unknown_elements_are_counted_named_and_left_out(tmp_path):
+    lines = [pdb_atom("CA", "C", 0), pdb_atom("X1", "X", 1), pdb_atom("X2", "X", 2)]
+    (tmp_path / "a.pdb").write_text("".join(lines))
+    model = read_model(tmp_path / "a.pdb")
+    assert model.atomic_number.tolist() == [6]
+    assert model.notes == ("atoms of unknown elements are left out: 2 X",)
+
+
+def test_a_model_without_occupancy_is_refused(tmp_path):
+    (tmp_path / "a.pdb").write_text(pdb_atom("CA", "C", 0, occupancy=0))
+    for read in (read_model, read_structures):
+        with pytest.raises(ValueError, match="a.pdb: all 1 atoms have occupancy 0"):
+            read(tmp_path / "a.pdb")
+
+
+def test_one_bad_model_of_a_large_folder_is_skipped_and_more_than_1_percent_stop(tmp_path):
+    for i in range(120):
+        (tmp_path / f"{i:03}.pdb").write_text(pdb_atom("CA", "C", 0))
+    (tmp_path / "005.pdb").write_text(pdb_atom("CA", "C", math.nan))
+    said = []
+    assert len(read_structures(tmp_path, said.append)) == 119
+    assert "005.pdb: atom CA of residue A/1/ALA has position" in said[0]
+    assert said[1].endswith("1 of 120 models skipped")
+    (tmp_path / "006.pdb").write_text("")
+    with pytest.raises(ValueError, match="2 of 120 models cannot be used, more than 1 %.*005.pdb"):
+        read_structures(tmp_path, said.append)

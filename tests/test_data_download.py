@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import atoms
+import atoms_records
 import data_download
 import data_prepare
 
@@ -42,7 +43,7 @@ def read(tmp_path):
     def through_a_file(lines, chains=""):
         path = tmp_path / "a.pdb"
         path.write_text("\n".join(lines) + "\n")
-        return data_download.clean(data_download.pdb_atoms(path), chains)
+        return data_download.clean(atoms_records.read_atoms(path, []), chains)
 
     return through_a_file
 
@@ -106,8 +107,8 @@ def test_mmcif_and_pdb_files_of_one_entry_give_the_same_atoms(tmp_path):
     (tmp_path / "a.pdb").write_text("\n".join([*chain("A"), alternate, ligand]) + "\n")
     structure = gemmi.read_structure(str(tmp_path / "a.pdb"))
     structure.make_mmcif_document().write_file(str(tmp_path / "a.cif"))
-    from_pdb = data_download.pdb_atoms(tmp_path / "a.pdb")
-    assert data_download.cif_atoms(tmp_path / "a.cif") == from_pdb
+    from_pdb = atoms_records.read_atoms(tmp_path / "a.pdb", [])
+    assert atoms_records.read_atoms(tmp_path / "a.cif", []) == from_pdb
     assert len(from_pdb) == 11
 
 

@@ -263,3 +263,32 @@ def test_a_bad_list_of_pairs_is_one_clear_line(folder, table, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
         data_pairs.read_pairs(folder, "sharpen", 1.0)
     assert "\n" not in str(error.value)
+
+
+def test_a_list_with_a_byte_order_mark_is_read(folder):
+    content = (folder / "pairs.csv").read_bytes().replace(b"\n", b"\r\n")
+    (folder / "pairs.csv").write_bytes(b"\xef\xbb\xbf" + content)
+    assert len(data_pairs.read_pairs(folder, "sharpen", 1.0)) == 1
+
+
+def test_a_pair_that_cannot_be_read_is_skipped_by_name(folder):
+    (folder / "cut.mrc").write_bytes((folder / "a.mrc").read_bytes()[:5000])
+    rows = "cut.mrc,a.pdb,4.0\na.mrc,a.pdb,4.0\na.mrc,none.pdb,4.0\n"
+    (folder / "pairs.csv").write_text("map,model,resolution\n" + rows)
+    said = []
+    pairs = data_pairs.read_pairs(folder, "sharpen", 1.0, said.append)
+    assert [pair.label for pair in pairs] == ["a"]
+    assert "cut.mrc: truncated" in said[0] and "none.pdb: no such file" in said[1]
+    assert said[2].endswith("pairs.csv: 2 pairs skipped, 1 read")
+
+
+def test_alternate_locations_do_not_count_twice_in_a_pair(folder):
+    (plain,) = data_pairs.read_pairs(folder, "sharpen", 1.0)
+    lines = (folder / "a.pdb").read_text().splitlines()[:-1]
+    halves = [
+        f"{line[:16]}{letter}{line[17:54]}  0.50{line[60:]}" for line in lines for letter in "AB"
+    ]
+    # The first 30 atoms twice at half occupancy, the others once at full occupancy.
+    (folder / "a.pdb").write_text("\n".join(halves[:60] + lines[30:]))
+    (pair,) = data_pairs.read_pairs(folder, "sharpen", 1.0)
+    torch.testing.assert_close(pair.maps[1], plain.maps[1], rtol=0, atol=1e-3)  # float16

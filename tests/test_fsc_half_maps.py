@@ -90,6 +90,24 @@ def test_the_correction_removes_what_a_tight_mask_correlates():
     assert torch.equal(m.corrected[:start], m.masked[:start])
 
 
+def test_the_correction_is_nan_where_the_mask_alone_correlates_and_never_leaves_minus_1_to_1():
+    masked = torch.tensor([1, 1, 0.9, 0.5, 0.6, 1.0, 0.2, 0.9], dtype=torch.float64)
+    randomised = torch.tensor([1, 1, 0.9, 0.2, 1.0, -1.0, 0.9, 1 - 1e-8], dtype=torch.float64)
+    corrected = correct_for_mask(masked, randomised, 1)
+    nan = math.nan  # divided by 0; opposite maps; (0.2 - 0.9) / 0.1 = -7; divided by 1e-8
+    wanted = torch.tensor([1, 1, 0.9, 0.375, nan, nan, nan, nan], dtype=torch.float64)
+    torch.testing.assert_close(corrected, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("voxel", [(3, 3, 3), (8, 8, 8), (8, 3, 11)])
+def test_a_mask_of_one_voxel_has_no_corrected_fsc(voxel):
+    n = 16
+    mask = torch.zeros(n, n, n)
+    mask[voxel] = 1
+    m = masked_fsc(noise(n, n, n, seed=1), noise(n, n, n, seed=2), mask)
+    assert m.corrected[m.randomised_from + 2 :].isnan().all()
+
+
 def test_a_mask_that_does_not_fit_is_refused():
     a, ones = noise(8, 8, 8), torch.ones(8, 8, 8)
     for mask in (torch.ones(8, 8, 9), 0 * ones, 2 * ones, -ones, math.nan * ones):

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import mrcfile
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from fsc import auc, fsc, radius, resolution
 from fsc_half_maps import local_resolution, masked_fsc, sharpen
 from fsc_score import main
+from fsc_tables import emdb_xml
 
 ORACLES = Path(__file__).parent / "oracles"
 
@@ -131,6 +133,47 @@ def test_without_matplotlib_all_but_the_picture_is_written(maps, monkeypatch, ca
     assert Path("a_fsc.csv").exists() and not Path("a_fsc.png").exists()
 
 
+def test_emdbs_xml_holds_the_best_curve(maps):
+    score("a.mrc b.mrc --mask mask.mrc --quiet")
+    root = ElementTree.parse("a_fsc.xml").getroot()
+    assert root.tag == "fsc" and root.get("title") == "FSC, corrected"
+    assert root.get("xaxis") == "Resolution (A-1)"
+    assert root.get("yaxis") == "Correlation Coefficient"
+    points = [[float(c.find(axis).text) for axis in "xy"] for c in root.findall("coordinate")]
+    corrected = masked_fsc(maps["a"], maps["b"], maps["mask"]).corrected
+    np.testing.assert_allclose(points, np.stack([np.arange(9) / 24, corrected], 1), atol=1e-6)
+
+
+def test_emdbs_xml_leaves_out_shells_that_are_nan():
+    columns = {"per_angstrom": [0.0, 0.1, 0.2], "corrected": [1.0, float("nan"), 0.5]}
+    root = ElementTree.fromstring(emdb_xml(columns, "corrected"))
+    assert [point.find("x").text for point in root] == ["0.000000", "0.200000"]
+
+
+def test_a_mask_of_one_voxel_gives_no_resolution_and_says_so(maps, capsys):
+    mask = torch.zeros(16, 16, 16)
+    mask[8, 8, 8] = 1
+    write("one.mrc", mask)
+    score("a.mrc b.mrc --mask one.mrc")
+    written = json.loads(Path("a_fsc.json").read_text())
+    assert set(written["corrected"].values()) == {None}
+    assert "the mask alone correlates too much to be corrected" in capsys.readouterr().out
+
+
+def test_masks_that_leave_0_to_1_by_rounding_are_clamped_with_a_note(maps, capsys):
+    score("a.mrc b.mrc --mask mask.mrc --quiet -o exact")
+    write("rounded.mrc", maps["mask"] * 1.00001 - 1e-6)
+    score("a.mrc b.mrc --mask rounded.mrc -o rounded")
+    assert "rounded.mrc: values leave 0 to 1 by up to 9e-06" in capsys.readouterr().out
+    exact, rounded = (json.loads(Path(f"{name}.json").read_text()) for name in ("exact", "rounded"))
+    assert rounded["corrected"] == pytest.approx(exact["corrected"], abs=1e-4)
+
+
+def test_a_mask_that_is_zero_everywhere_is_refused(maps):
+    write("zero.mrc", torch.zeros(16, 16, 16))
+    assert "zero.mrc: every voxel is 0" in refusal("a.mrc b.mrc --mask zero.mrc")
+
+
 # ---- What is refused
 
 
@@ -167,7 +210,7 @@ def test_maps_that_do_not_fit_or_cannot_be_read_are_refused(maps):
         ("a.mrc b.mrc --b-factor -50", "--sharpen"),
         ("a.mrc b.mrc --resolution 3", "--model"),
         ("a.mrc --model m.pdb --resolution -3", "positive"),
-        ("a.mrc --truth b.mrc --mask a.mrc", "values from 0 to 1"),
+        ("a.mrc --truth b.mrc --mask a.mrc", "a mask is 0 to 1"),
         (". b.mrc", "no such file"),
         ("a.mrc b.mrc -o none/x", "none: no such folder"),
         ("a.mrc b.mrc --sharpen out.txt", "ends in .mrc"),
@@ -232,6 +275,34 @@ def test_the_program_lists_the_q_score_of_every_residue(map_and_model):
     assert row["residue"] == "A/3/ALA" and int(row["atoms"]) == third.sum()
     expected = oracle["qscore_sigma06"][third].mean()
     assert float(row["q_score"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_elements_without_scattering_factors_are_named_and_the_others_are_scored(
+    map_and_model, capsys
+):
+    score("map.mrc --model model.pdb --resolution 4 --quiet -o all")
+    lines = Path("model.pdb").read_text()
+    inside = lines.splitlines()[0][30:54]
+    odd = f"HETATM  901 AL   ALF A 201    {inside}  1.00 20.00          AL\n"
+    unknown = f"HETATM  902  Q   UNL A 202    {inside}  1.00 20.00           Q\n"
+    Path("odd.pdb").write_text(lines + odd + unknown)
+    score("map.mrc --model odd.pdb --resolution 4 -o odd")
+    printed = capsys.readouterr().out
+    assert "atoms without scattering factors are left out: 1 Al" in printed
+    assert "atoms of unknown elements are left out: 1 Q" in printed
+    before, after = (json.loads(Path(f"{name}.json").read_text()) for name in ("all", "odd"))
+    for key in ("atoms", "cc_mask", "d_model", "q_score_mean", "map_model"):
+        assert after[key] == before[key]
+
+
+def test_a_model_without_any_occupied_atom_is_refused(map_and_model):
+    lines = Path("model.pdb").read_text().splitlines()
+    Path("zero.pdb").write_text("\n".join(f"{line[:54]}  0.00{line[60:]}" for line in lines))
+    assert "zero.pdb: all 60 atoms have occupancy 0" in refusal("map.mrc --model zero.pdb -o z")
+    # The atom far away is occupied, those in the map are not.
+    lines = [f"{line[:54]}  0.00{line[60:]}" for line in lines[:-1]] + lines[-1:]
+    Path("far.pdb").write_text("\n".join(lines))
+    assert "none of the 59 atoms in the map" in refusal("map.mrc --model far.pdb -o z")
 
 
 def test_a_model_beside_the_map_is_refused(map_and_model):

@@ -195,3 +195,24 @@ def test_tiles_that_cannot_cover_the_box_are_refused():
         volume.tile_starts((20, 64, 64), 32, 16)
     with pytest.raises(ValueError, match="cannot cover"):
         volume.tile_starts((64, 64, 64), 32, 33)
+
+
+# ---- Masks
+
+
+def test_a_mask_is_0_to_1_but_for_rounding_and_not_empty():
+    mask = torch.tensor([0, 0.25, 1]).view(1, 1, 3)
+    same, notes = volume.soft_mask(mask, "m.mrc")
+    assert same is mask and notes == []
+
+    clamped, notes = volume.soft_mask(mask * 1.00002 - 1e-5, "m.mrc")
+    assert (clamped.min(), clamped.max()) == (0, 1)
+    torch.testing.assert_close(clamped, mask, rtol=0, atol=2e-5)
+    assert notes == ["m.mrc: values leave 0 to 1 by up to 1e-05, as rounding does; clamped"]
+
+    for bad in (2 * mask, mask - 0.1, mask * math.nan):
+        with pytest.raises(ValueError, match="m.mrc: values from .*; a mask is 0 to 1"):
+            volume.soft_mask(bad, "m.mrc")
+    for empty in (0 * mask, 0 * mask - 1e-6):
+        with pytest.raises(ValueError, match="m.mrc: 0 everywhere"):
+            volume.soft_mask(empty, "m.mrc")
