@@ -178,11 +178,14 @@ def main() -> None:
         cases = [case for case in cases if is_offered(case)]
 
     # Compile, without what Triton has stored, in several processes.
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         with ProcessPoolExecutor(args.workers) as pool:
-            built = list(pool.map(build, cases, itertools.repeat(args.aligned)))
-    rows = list(zip(cases, built, strict=True))
+            results = pool.map(build, cases, itertools.repeat(args.aligned))
+            for case, built in zip(cases, results, strict=True):
+                print(*case, *built, file=sys.stderr, flush=True)
+                rows.append((case, built))
 
     # Report.
     print(f"triton {triton.__version__}, d = {args.d}, {len(cases)} programs\n")
