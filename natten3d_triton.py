@@ -94,17 +94,14 @@ def is_offered(N: int, warps: int, P: int, number_bytes: int, backward: bool) ->
     """Whether a candidate fits the registers of a thread (255) on sm_80, sm_90 and sm_100.
 
     It follows what ptxas says (tests/benchmark_compile.py): a program with more columns than these
-    writes part of its sums to memory, which is slow. Shared memory is never the limit.
+    keeps some of its numbers in memory, which is slow. Shared memory is never the limit.
     number_bytes: of a number of q. backward: a kernel of the gradients, which has more sums.
     """
     if number_bytes == 4:
         # Tensor cores cut float32, so other instructions are used, which need more registers.
-        least, most = 16, 16 if backward else 32
-        if warps != 8:
-            return False
-    else:
-        least, most = 32, 64 if backward else 128
-    return least <= N <= max(least, most * 64 // max(P, 64))
+        return N == 16 and warps == 8
+    most = 64 if backward else 128
+    return 32 <= N <= most * 64 // max(P, 64)
 
 
 if triton is not None:
