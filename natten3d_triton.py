@@ -88,13 +88,41 @@ def tables(pairs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 # ---- Kernels ----
 
+# N, warps and stages of the candidates: Triton times those that are offered, and keeps the fastest.
+CANDIDATES = tuple(itertools.product((16, 32, 64, 128), (4, 8), (2, 3)))
+
+
+def is_offered(N: int, warps: int, P: int, number_bytes: int, backward: bool) -> bool:
+    """Whether a candidate fits the registers of a thread (255) on sm_80, sm_90 and sm_100.
+
+    It follows what ptxas says (tests/benchmark_compile.py): a program with more columns than these
+    keeps some of its numbers in memory, which is slow. Shared memory is never the limit. It holds
+    for d = 64, of all presets. With float32, d = 32 or 128 spills up to 40 bytes on some GPUs.
+    number_bytes: of a number of q. backward: a kernel of the gradients, which has more sums.
+    """
+    if number_bytes == 4:
+        # Tensor cores cut float32, so other instructions are used, which need more registers.
+        return N == 16 and warps == 8
+    most = 64 if backward else 128
+    return 32 <= N <= most * 64 // max(P, 64)
+
+
 if triton is not None:
-    # Every kernel is compiled with each of these, and the fastest is kept.
+
+    def offered_configs(configs, arguments, P, **others):
+        """The candidates for a call, which Triton describes by its arguments."""
+        facts = (P, arguments["q"].element_size(), "grad" in arguments)
+        return [c for c in configs if is_offered(c.kwargs["N"], c.num_warps, *facts)]
+
     configs = [
         triton.Config({"N": N}, num_warps=warps, num_stages=stages)
-        for N, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3))
+        for N, warps, stages in CANDIDATES
     ]
-    tuned = triton.autotune(configs[:1] if INTERPRETED else configs, key=["T", "n", "d"])
+    if INTERPRETED:  # warps and stages mean nothing to the interpreter
+        configs = [triton.Config({"N": 32})]
+    tuned = triton.autotune(
+        configs, key=["T", "n", "d"], prune_configs_by={"early_config_prune": offered_configs}
+    )
 
     LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 and log2 are the faster instructions
 
@@ -322,10 +350,10 @@ def launch(kernel, tensors: Sequence[Tensor], table: Sequence[Tensor], scale: fl
     row, column, _ = table
     programs = (len(row), B * n)
     sizes = (D * H * W, n, column.shape[2])
-    padded = max(16, triton.next_power_of_2(d))
+    P = max(16, triton.next_power_of_2(d))
     # Triton launches on the current GPU. This line has no effect on a CPU.
     with torch.cuda.device_of(tensors[0]):
-        kernel[programs](*tensors, *table, scale, *sizes, d=d, P=padded, M=TILE**3)
+        kernel[programs](*tensors, *table, scale, *sizes, d=d, P=P, M=TILE**3)
 
 
 def fused(

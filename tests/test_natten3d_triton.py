@@ -1,8 +1,9 @@
 """What natten3d_triton.py promises. The oracle is that of test_natten3d.py.
 
-The kernels run on a GPU, or with TRITON_INTERPRET=1 on a CPU.
+The kernels run on a GPU, or with TRITON_INTERPRET=1 on a CPU. They are compiled without a GPU.
 """
 
+import csv
 import importlib.util
 import os
 import subprocess
@@ -25,6 +26,10 @@ elif natten3d_triton.INTERPRETED:
 else:
     DEVICE = None
 needs_triton = pytest.mark.skipif(NO_TRITON, reason="needs triton (pip install triton)")
+needs_nvidias_triton = pytest.mark.skipif(
+    NO_TRITON or importlib.util.find_spec("triton.backends.nvidia") is None,
+    reason="needs triton with its NVIDIA compiler (pip install triton)",
+)
 needs_gpu_or_interpreter = pytest.mark.skipif(
     DEVICE is None, reason="needs a GPU or TRITON_INTERPRET=1"
 )
@@ -48,6 +53,49 @@ def test_tables_hold_every_pair_once(grid, kernel, rows_are_keys):
 def test_the_file_can_be_imported_without_triton():
     program = "import sys; sys.modules['triton'] = None; import natten3d_triton"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@needs_nvidias_triton
+@pytest.mark.parametrize("architecture, shared_kib", [(80, 163), (90, 227), (100, 227)])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(architecture, shared_kib, tmp_path):
+    # In a new process, because Triton reads TRITON_INTERPRET when it is imported.
+    table = tmp_path / "compiled.csv"
+    command = [sys.executable, "tests/benchmark_compile.py", "--csv", table, "--workers", "1"]
+    command += ["--architectures", str(architecture), "--dtypes", "bf16", "--one", "64", "4", "2"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kernel"] for row in rows] == ["forward_kernel", "dq_kernel", "dkv_kernel"]
+    for row in rows:
+        assert int(row["spills"]) == 0
+        assert 0 < int(row["shared"]) <= shared_kib * 1024
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("number_bytes", [2, 4])
+@pytest.mark.parametrize("P", [16, 32, 64, 128])
+def test_every_call_is_offered_a_candidate(P, number_bytes, backward):
+    facts = (P, number_bytes, backward)
+    candidates = natten3d_triton.CANDIDATES
+    assert any(natten3d_triton.is_offered(N, warps, *facts) for N, warps, _ in candidates)
+
+
+@needs_triton
+@pytest.mark.skipif(natten3d_triton.INTERPRETED, reason="the interpreter has one candidate")
+@pytest.mark.parametrize(
+    "dtype, forward_N, backward_N",
+    [(torch.bfloat16, {32, 64, 128}, {32, 64}), (torch.float32, {16}, {16})],
+)
+def test_candidates_that_spill_are_not_offered_to_the_autotuner(dtype, forward_N, backward_N):
+    q = torch.zeros(1, dtype=dtype)
+    expected = {"forward_kernel": forward_N, "dq_kernel": backward_N, "dkv_kernel": backward_N}
+    for name, wanted in expected.items():
+        # The autotuner zips the arguments of a launch with their names, as here.
+        kernel = getattr(natten3d_triton, name)
+        kernel.nargs = dict.fromkeys(kernel.arg_names[: kernel.arg_names.index("d")], q)
+        offered = kernel.prune_configs({"d": 64, "P": 64, "M": 64})
+        assert {config.kwargs["N"] for config in offered} == wanted
 
 
 @needs_triton
