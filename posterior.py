@@ -117,27 +117,29 @@ def estimate_noise(y: Tensor, measured: Tensor) -> float:
 
 
 def noise_and_signal(
-    maps: list[Tensor], curve: Tensor | None = None
+    maps: list[Tensor], curve: Tensor | None = None, voxel_size=1.0
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Per shell 1 .. W//2: the noise power of each map, the signal's power S of (8), and the FSC.
 
     maps: two half maps (D, H, W). Or one map and its curve: signal over signal and noise. Powers
-    are means of |F|^2. Raises ValueError if there is no signal.
+    are means of |F|^2. voxel_size: one number or (z, y, x).
+    Raises ValueError if there is no signal.
     """
     if curve is None:
         half_map_1, half_map_2 = maps
-        curve = fsc.fsc(half_map_1, half_map_2, convention="cryofm")[1:]
+        curve = fsc.fsc(half_map_1, half_map_2, convention="cryofm", voxel_size=voxel_size)[1:]
         powers = [
-            degrade.noise_power(half_map_1, half_map_2),
-            degrade.noise_power(half_map_2, half_map_1),
+            degrade.noise_power(half_map_1, half_map_2, voxel_size),
+            degrade.noise_power(half_map_2, half_map_1, voxel_size),
         ]
     else:
-        powers = [degrade.noise_power_from_fsc(x, curve) for x in maps]
+        powers = [degrade.noise_power_from_fsc(x, curve, voxel_size=voxel_size) for x in maps]
 
     # From the first shell on that the halves do not share there is no signal: the difference
     # between power and noise is chance. RELION's limit is 0.0001; at 15 Å 0.05 does better.
     shared = (curve >= 0.05).long().cumprod(0)
-    excess = [degrade.radial_power(x) - power for x, power in zip(maps, powers)]
+    totals = [degrade.radial_power(x, voxel_size) for x in maps]
+    excess = [total - power for total, power in zip(totals, powers)]
     signal = torch.stack(excess).mean(0).clamp(min=0) * shared
     if not signal.any():
         raise ValueError("no signal: the FSC is below 0.05 in the first shell already")
@@ -165,9 +167,10 @@ def pocs(
     return u
 
 
-def wiener(y: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
     """(8) for a map (D, H, W). noise, signal: powers |F|^2 per shell, or (D, H, W)."""
-    P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape) for p in (noise, signal))
+    powers = (noise, signal)
+    P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape, voxel_size) for p in powers)
     return fourier.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
 
 

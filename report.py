@@ -80,22 +80,27 @@ def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=prin
 
 
 def score(
-    maps: dict[str, Tensor], truth: Tensor, region: Tensor | None, voxel_size: float
+    maps: dict[str, Tensor],
+    truth: Tensor,
+    region: Tensor | None,
+    voxel_size: float | tuple[float, float, float],
 ) -> dict[str, dict]:
     """FSC of each map (D, H, W) with the truth: the curve, FSC_AUC, and FSC_0.5 in Å.
 
     region: boolean (D, H, W) in `fftfreq` layout, coefficients that are also scored by themselves.
+    voxel_size: in Å, one number or (z, y, x).
     """
+    box, voxel = fsc.shell_side(truth.shape, voxel_size)
     scores = {}
     for name, x in maps.items():
         # Over all coefficients.
-        curve = fsc.fsc(x, truth)
-        resolution = fsc.resolution(curve, voxel_size, 0.5, box=min(truth.shape))
+        curve = fsc.fsc(x, truth, voxel_size=voxel_size)
+        resolution = fsc.resolution(curve, voxel, 0.5, box=box)
         found = {"auc": float(fsc.auc(curve)), "fsc_05": float(resolution), "whole": curve.tolist()}
 
         # Over the region alone.
         if region is not None:
-            missing = fsc.fsc(x, truth, region)
+            missing = fsc.fsc(x, truth, region, voxel_size=voxel_size)
             found["auc_missing"] = float(fsc.auc(missing))
             found["missing"] = missing.tolist()
         scores[name] = found
@@ -217,8 +222,10 @@ def draw(result: Result, content: dict[str, Any]):
         axis.set_title(name)
     if scores:
         axes[panels - 1].set_axis_on()
-        voxel_size = min(content["truth_voxel_size"])
-        draw_scores(axes[panels - 1], scores, voxel_size)
+        # All maps have the grid of the truth.
+        shape = next(iter(maps.values())).shape
+        box, voxel_size = fsc.shell_side(shape, content["truth_voxel_size"])
+        draw_scores(axes[panels - 1], scores, box * voxel_size)
     return figure
 
 
@@ -227,8 +234,11 @@ def brightest(x: Tensor) -> float:
     return float(torch.quantile(x.flatten()[::7][: 10**7], 0.9995))
 
 
-def draw_scores(axis, scores: dict[str, dict], voxel_size: float) -> None:
-    """The FSC of each map with the truth. Where a region was scored, it is drawn solid."""
+def draw_scores(axis, scores: dict[str, dict], side: float) -> None:
+    """The FSC of each map with the truth. Where a region was scored, it is drawn solid.
+
+    side: of the box in Å, the one that makes the shells.
+    """
     # A label that begins with "_" stays out of the legend.
     curves, styles = {}, {}
     for i, (name, values) in enumerate(scores.items()):
@@ -241,7 +251,7 @@ def draw_scores(axis, scores: dict[str, dict], voxel_size: float) -> None:
 
     # Shell k is at k cycles per box.
     shells = len(values["whole"])
-    frequency = [k / (2 * (shells - 1)) / voxel_size for k in range(shells)]
+    frequency = [k / side for k in range(shells)]
     draw_fsc(axis, frequency, curves, styles)
     has_region = "missing" in values
     axis.set_title("FSC: missing wedge (-), whole (--)" if has_region else "FSC with the truth")

@@ -160,7 +160,7 @@ class DenoiseSettings(SampleSettings, MaskSettings):
 
     def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
         """Noise power per shell -> per coefficient (D, H, W) of a map."""
-        return degrade.expand_shells(power, map.density.shape)
+        return degrade.expand_shells(power, map.density.shape, map.voxel_size)
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,12 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
     def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
         """Noise power per shell -> per coefficient (D, H, W) of a map, by direction."""
         # alpha is the relative noise power of each coefficient, degrade.py (6).
+        shape, voxel_size = map.density.shape, map.voxel_size
         if self.orientations is not None:
-            alpha = degrade.orientation_alpha(self.orientations, map.density.shape)
+            alpha = degrade.orientation_alpha(self.orientations, shape, voxel_size=voxel_size)
         else:
             alpha = 1 + (self.alpha - 1) * ~self.measured(map)
-        return degrade.anisotropic_noise_power(power, alpha)
+        return degrade.anisotropic_noise_power(power, alpha, voxel_size)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,9 @@ def restore_half_maps(
     # The classical answer is the Wiener filter of the average, which has less noise.
     average = torch.stack([half.density for half in halves]).mean(0)
     noise = torch.stack(powers).sum(0) / len(powers) ** 2
-    classical = posterior.wiener(average, settings.noise_on_grid(noise, half_map_1), signal)
+    voxel_size = half_map_1.voxel_size
+    noise = settings.noise_on_grid(noise, half_map_1)
+    classical = posterior.wiener(average, noise, signal, voxel_size)
     positive = classical.clamp(min=0)
     name = "average" if half_map_2 else "input"
     shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
@@ -252,7 +254,8 @@ def restore_half_maps(
         seed = settings.seed + (i << 32)
         moments = Moments()
         draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
-        filtered = posterior.wiener(half.density, settings.noise_on_grid(power, half), signal)
+        noise = settings.noise_on_grid(power, half)
+        filtered = posterior.wiener(half.density, noise, signal, voxel_size)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered))
 
     # The result is the mean of both.
@@ -260,7 +263,7 @@ def restore_half_maps(
     densities = {"": restored}
     if half_map_2:
         # Not a gold standard: the halves share the prior, and what it adds to both correlates.
-        curve = fsc.fsc(*restored_halves, convention="cryofm")[1:]
+        curve = fsc.fsc(*restored_halves, convention="cryofm", voxel_size=voxel_size)[1:]
         facts["fsc_of_restored_halves"] = curve.tolist()
         for i, half in enumerate(halves):
             x = settings.inside_mask(restored_halves[i], half.density)
@@ -292,12 +295,14 @@ def noise_of_half_maps(
         snr = settings.snr or 2 / (1 / settings.noise_from_fsc - 1)
         curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
-    return posterior.noise_and_signal([half.density for half in halves], curve)
+    densities = [half.density for half in halves]
+    return posterior.noise_and_signal(densities, curve, first.voxel_size)
 
 
 def resolution_of(curve: Tensor, map: Map) -> float:
     """FSC_0.143 in Å of a curve over shells 1 .. W//2."""
-    # The curve begins with shell 1. Shell 0 is the mean, which halves share.
+    # The curve begins with shell 1. Shell 0 is the mean, which halves share. Its shells are those
+    # of the x axis.
     curve = torch.cat([curve.new_ones(1), curve])
     return float(fsc.resolution(curve, map.voxel_size[2], box=map.density.shape[-1]))
 
@@ -314,7 +319,7 @@ def observe_half_map(
     noise = settings.noise_on_grid(power * gain, work)
 
     # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
-    start = posterior.wiener(y, noise, signal * gain).clamp(min=0)
+    start = posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
     held = fourier.below_nyquist(y.shape, half.density.shape)
     return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
 
