@@ -29,7 +29,8 @@ Erratum: Algorithm 1 leaves out the 1/N before v and adds lambda g, which climbs
 what the release does.
 Departure 1: the method "prior" starts from (7) or (8) at t < 1, takes (5) instead of (4), weighs by
 (6) and keeps density non-negative. RESULTS.md says what each is worth. "paper" is as printed.
-Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles.
+Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles. They are
+rolled and turned at every step, but not by "paper" where the map fits into one tile.
 """
 
 import itertools
@@ -54,11 +55,11 @@ from volume import Scale
 # Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
 WEDGE = {
     "prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
-    "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0),
+    "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0, turned=False),
 }
 DENOISE = {
     "prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2, leak=1 / 8),
-    "paper": dict(steps=200),
+    "paper": dict(steps=200, turned=False),
 }
 
 
@@ -185,24 +186,57 @@ class Tile(NamedTuple):
     flips: list[int]
 
 
-def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list[Tile]:
+def solvent_around(
+    prior: Prior, x: Tensor, t: float, generators: list[Generator]
+) -> tuple[Tensor, tuple[slice, ...]]:
+    """Maps x (K, D, H, W) at time t with every side at least the prior's box, and where x is.
+
+    Solvent at time t is around them, with fresh noise. Copies of the map would be there otherwise,
+    because tiles are periodic.
+    """
+    sides = [max(n, prior.box) for n in x.shape[1:]]
+    before = [side // 2 - n // 2 for side, n in zip(sides, x.shape[1:])]
+    inside = (slice(None), *(slice(b, b + n) for b, n in zip(before, x.shape[1:])))
+    if list(x.shape[1:]) == sides:
+        return x, inside
+
+    no_density = -prior.mean / prior.std
+    around = (1 - t) * no_density + t * flow.draw_noise(generators, sides, x.device)
+    around[inside] = x
+    return around, inside
+
+
+def draw_tiles(
+    shape: torch.Size, box: int, generators: list[Generator], turned: bool = True
+) -> list[Tile]:
     """Tiles that cover maps (D, H, W), one map per generator, with as little overlap as fits.
 
     They begin at a random corner and have a random orientation. Both are drawn anew at every call,
-    so that no seam stays in one place.
+    so that no seam stays in one place. Along a side shorter than the box, whose tile is that of
+    `solvent_around`, the tile begins where it does not cut the map in two.
+    turned: False leaves a map that fits into one tile as it is.
     """
+    turned = turned or max(shape) > box
     tiles = []
     for k, generator in enumerate(generators):
         axes = []
         # The starts along each axis, spread evenly around the periodic map.
         for n in shape:
+            side = max(n, box)
             count = math.ceil(n / box)
-            first = augment.randint(n, generator)
+            first = 0
+            if turned and n < box:
+                before = box // 2 - n // 2
+                first = before - augment.randint(box - n + 1, generator)
+            elif turned:
+                first = augment.randint(n, generator)
             starts = [first + i * n // count for i in range(count)]
-            axes.append([(start + torch.arange(box)) % n for start in starts])
+            axes.append([(start + torch.arange(box)) % side for start in starts])
 
         # One orientation for the whole map.
-        order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
+        order, signs = (0, 1, 2), (1, 1, 1)
+        if turned:
+            order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
         flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
         for z, y, x in itertools.product(*axes):
             index = (torch.tensor(k), z[:, None, None], y[:, None], x)
@@ -211,13 +245,20 @@ def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list
 
 
 def tiled_velocity(
-    prior: Prior, x: Tensor, t: float, generators: list[Generator], tiles_per_call: int = 8
+    prior: Prior,
+    x: Tensor,
+    t: float,
+    generators: list[Generator],
+    tiles_per_call: int = 8,
+    turned: bool = True,
 ) -> Tensor:
     """v(x, t) for maps x (K, D, H, W) of any size, by tiles of the prior's box.
 
-    x is in network scale; each map has its own generator, which draws its tiles.
+    x is in network scale; each map has its own generator, which draws its tiles. Around a side
+    shorter than the box is solvent. turned: of `draw_tiles`.
     """
-    tiles = draw_tiles(x.shape[1:], prior.box, generators)
+    tiles = draw_tiles(x.shape[1:], prior.box, generators, turned)
+    x, inside = solvent_around(prior, x, t, generators)
     total = torch.zeros_like(x)
     weight = torch.zeros_like(x)
     for i in range(0, len(tiles), tiles_per_call):
@@ -239,7 +280,7 @@ def tiled_velocity(
             velocity = velocity.flip(tile.flips).permute(inverse)
             total.index_put_(tile.index, velocity, accumulate=True)
             weight.index_put_(tile.index, torch.ones_like(velocity), accumulate=True)
-    return total / weight
+    return (total / weight)[inside]
 
 
 # ---- Algorithm 2
@@ -259,13 +300,15 @@ def sample_posterior(
     fresh_noise: bool = True,
     inner: int = 0,
     leak: float | None = None,
+    turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
     """Samples (K, D, H, W) in network scale, one per generator: Algorithm 2 from t_start on.
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
     non-negativity projections in every step. leak: of `least_rho`, for noise that differs between
-    coefficients; None: rho = 1, without `missed`. tick is called after every step.
+    coefficients; None: rho = 1, without `missed`. turned: of `draw_tiles`. tick is called after
+    every step.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
 
@@ -283,7 +326,7 @@ def sample_posterior(
     x = (1 - t_start) * observation.start + t_start * draw_noise()
     for t, s, variance in zip(times, times[1:], variances):
         # Ask the prior what the clean map looks like.
-        velocity = tiled_velocity(prior, x, t, generators)
+        velocity = tiled_velocity(prior, x, t, generators, turned=turned)
         estimate = flow.posterior_mean(x, velocity, t)  # (2)
 
         # Trust each coefficient of y as far as its noise and the error of the estimate say.
@@ -363,12 +406,14 @@ def algorithm_1(
     lambda_max: float = 5.0,
     operator_noise: bool = False,
     per_time: bool = False,
+    turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
     """Samples (K, D, H, W) in network scale by (9), Algorithm 1, from noise; sigma must be > 0.
 
     operator_noise: A adds fresh noise to x_0', as the release's does. per_time: lambda times
-    200 / steps, so that the weight of y does not depend on the number of steps.
+    200 / steps, so that the weight of y does not depend on the number of steps. turned: of
+    `draw_tiles`.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
     x = flow.draw_noise(generators, y.shape, y.device)
@@ -376,7 +421,7 @@ def algorithm_1(
         # What the prior makes of x_t, seen through the operator A.
         t = 1 - i / steps
         x.requires_grad_()
-        velocity = tiled_velocity(prior, x, t, generators)
+        velocity = tiled_velocity(prior, x, t, generators, turned=turned)
         estimate = fourier.apply_fourier(flow.posterior_mean(x, velocity, t), measured)  # (2)
         if operator_noise:
             power = sigma**2 * y.numel()

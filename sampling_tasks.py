@@ -404,7 +404,9 @@ def ab_initio(
     device = posterior.device_of(prior)
 
     def velocity(x: Tensor, t: float, generators: list[Generator]) -> Tensor:
-        return posterior.tiled_velocity(prior, x.to(device), t, generators).to(x.device)
+        turned = method != "paper"
+        v = posterior.tiled_velocity(prior, x.to(device), t, generators, turned=turned)
+        return v.to(x.device)
 
     # Without a prior there is one density, otherwise samples.
     moments = Moments()
