@@ -38,7 +38,9 @@ ONE_OR_MORE = Limits(1, sys.float_info.max, "1 or more")
 def opt(default, help: str, limits: Limits | None = None, choices=(), **flag):
     """A field with its default, help and limits; flag: more arguments of `add_argument`."""
     # argparse converts what was typed to the type of the default.
-    if default is not None:
+    if isinstance(default, bool):
+        flag["action"] = "store_true"
+    elif default is not None:
         flag.setdefault("type", type(default))
         help = f"{help} (default: {default})"
     # The command and the checks below read these from the field.
@@ -118,7 +120,13 @@ class TiltSettings(MaskSettings):
 AXIS = opt("y", "of tilting; the beam is along z (for axis z: along x)", choices=("x", "y", "z"))
 METHOD = (
     "prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise), "
-    "classical (abinitio): no network; auto: prior, or no network where voxels are too coarse"
+    "classical (abinitio): no network; auto: prior, or no network where voxels are too coarse or "
+    "much density is negative"
+)
+
+
+DISCARD = opt(
+    False, "go on although the map has power where the tilt range says that nothing was measured"
 )
 
 
@@ -126,6 +134,7 @@ METHOD = (
 class WedgeSettings(SampleSettings, TiltSettings):
     suffixes = ("", "_mean", "_std")
     tilt_axis: str = AXIS
+    discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))
     # Of the map as it is given, on its own grid.
     noise: float | None = opt(
@@ -205,6 +214,7 @@ class NetworkSettings(MaskSettings):
 class NetworkWedgeSettings(NetworkSettings, TiltSettings):
     suffixes = ("", "_network")
     # The networks learnt wedges about y alone, so that there is no tilt_axis to set.
+    discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "network", "pocs"))
 
 

@@ -11,7 +11,8 @@ FSC rewards the mean of the posterior. Their spread says where not to trust it. 
 networks are asked once, by sliding windows. `say` prints a line, report.silent prints nothing.
 
 CryoFM: arXiv:2410.08631, sections 5.1-5.4, appendices B.2, D and E. CryoLVM: sections 4.2-4.4.
-Departure 1: where voxels are much coarser than the network's, "auto" takes the classical answer.
+Departure 1: where voxels are much coarser than the network's, or much of the density is negative,
+"auto" takes the classical answer.
 Departure 2: CryoLVM's D.2 normalises the fused map and does not say by what. We undo D.1, so that
 the result has the input's grey scale. For the wedge we also put the measured coefficients back,
 which the paper does not do. The map "_network" is without.
@@ -34,6 +35,12 @@ from checkpoint import Prior
 from mrc import Map
 from posterior import Moments, Observation
 from report import Progress, Result, say_work
+from sampling_checks import (
+    NEGATIVE_TO_REFUSE,
+    check_wedge,
+    keeps_every_shell,
+    negative_power,
+)
 from sampling_settings import (
     AbInitioSettings,
     DenoiseSettings,
@@ -59,7 +66,7 @@ def restore_wedge(
     # The classical answer first: it is shown beside the result, and may be all that makes sense.
     y = map.density
     measured = settings.measured(map)
-    answer = classical_wedge(map, measured, settings)
+    answer = classical_wedge(map, measured, settings, say)
     method = choose_method(map, prior, settings.method, "POCS", say)
     if method == "pocs":
         return answer
@@ -98,10 +105,13 @@ def restore_wedge(
     return replace(answer, densities=densities, shown=shown, report=facts)
 
 
-def classical_wedge(map: Map, measured: Tensor, settings: TiltSettings) -> Result:
-    """The answer of POCS. Raises ValueError where protein is dark."""
+def classical_wedge(
+    map: Map, measured: Tensor, settings: WedgeSettings | NetworkWedgeSettings, say=print
+) -> Result:
+    """The answer of POCS. Raises ValueError where protein is dark or the wedge is not empty."""
     y = map.density
     volume.normalise(y, 0, 1)  # raises for dark protein
+    check_wedge(map, measured, settings, settings.discard_measured, say)
     classical = posterior.pocs(y, measured)
     restored = settings.inside_mask(classical, y)
     return Result(
@@ -183,7 +193,7 @@ def fill_wedge(
     # The classical answer, as for the prior.
     y = map.density
     measured = settings.measured(map)
-    answer = classical_wedge(map, measured, settings)
+    answer = classical_wedge(map, measured, settings, say)
     if choose_method(map, network, settings.method, "POCS", say) == "pocs":
         return answer
 
@@ -231,10 +241,24 @@ def restore_half_maps(
     name = "average" if half_map_2 else "input"
     shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
     method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
+
+    # The prior, and every clamp, take density for positive.
+    noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
+    densities = [half.density for half in halves]
+    negative = negative_power(densities, noises, signal, voxel_size)
+    answer = positive
+    if negative > NEGATIVE_TO_REFUSE:
+        answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
+        method = without_clamps(method, settings.method, negative, say)
     resolution = resolution_of(curve, half_map_1)
-    facts = {"method": method, "fsc_of_halves": curve.tolist(), "resolution_0143": resolution}
+    facts = {
+        "method": method,
+        "fsc_of_halves": curve.tolist(),
+        "resolution_0143": resolution,
+        "negative_power": negative,
+    }
     if method == "wiener":
-        restored = settings.inside_mask(positive, average)
+        restored = settings.inside_mask(answer, average)
         return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
 
     # Say how much work is ahead.
@@ -272,6 +296,19 @@ def restore_half_maps(
         std = fourier.resample(pooled.std(), average.shape).clamp(min=0)
         densities["_std"] = settings.inside_mask(std, 0)
     return Result(half_map_1, densities, shown | {"restored": restored}, facts)
+
+
+def without_clamps(method: str, asked: str, negative: float, say=print) -> str:
+    """The method for a map of which the share `negative` of the signal's power is negative."""
+    words = f"{negative:.0%} of the signal's power is negative density, which no prior here knows"
+    if asked == "auto":
+        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
+        return "wiener"  # Departure 1
+    if asked == "wiener":
+        say(f"{words}, so that the result keeps it")
+    else:
+        say(f"{words}: --method {asked} will lose it")
+    return method
 
 
 def noise_of_half_maps(
