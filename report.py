@@ -21,6 +21,7 @@ import posterior
 from checkpoint import Prior
 from files import AtomicOutputs, without_nan
 from fsc_picture import draw_fsc
+from memory import check_memory
 from mrc import MAP_SUFFIXES, SUFFIXES, Map
 
 
@@ -69,6 +70,12 @@ class Progress:
 
 
 def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=print) -> None:
+    """Say how much work is ahead. Raises ValueError if there is no memory for it."""
+    # Eight samples are drawn together. Each takes some ten maps, such as x, v and y.
+    needed = 4 * 10 * min(samples, 8) * math.prod(shape)
+    grid = " x ".join(str(n) for n in shape)
+    check_memory(needed, f"sampling on {grid} voxels", "give a smaller map or fewer --samples")
+
     # Tiles overlap as little as fits, posterior.draw_tiles.
     tiles = math.prod(math.ceil(n / prior.box) for n in shape)
     device = posterior.device_of(prior)

@@ -274,7 +274,10 @@ def run(
     maps = [read(path, args.voxel_size) for path in paths]
     truth = None
     if maps:
-        grids = grids_of(args.task, maps[0], prior)
+        try:
+            grids = grids_of(args.task, maps[0], prior)
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}: {error}") from None
         truth = read_truth(args, task, paths[0], grids)
         settings = read_files(settings, maps[0], grids)
         say_inputs(paths, maps, say)

@@ -20,6 +20,7 @@ import degrade
 import fourier
 import fsc
 import posterior
+from checkpoint import Prior
 from mrc import Map
 from sampling_settings import TiltSettings
 
@@ -31,6 +32,17 @@ LEAK_TO_REFUSE = 0.1
 # Simulated maps hold up to .02. From .1 on the average of real half maps is better than its
 # positive part at low noise.
 NEGATIVE_TO_REFUSE = 0.1
+
+
+def check_detail(map: Map, network: Prior, instead: str) -> None:
+    """Raises ValueError if the voxels hold none of the detail that a network was trained on."""
+    voxel_size = max(map.voxel_size)
+    if voxel_size > 2 * network.voxel_size:
+        raise ValueError(
+            f"voxels of {voxel_size:g} Å hold none of the detail that this network of "
+            f"{network.voxel_size:g} Å knows; give a map of {2 * network.voxel_size:g} Å at most, "
+            f"{instead}"
+        )
 
 
 def missing_power(map: Map, measured: Tensor) -> tuple[float, float]:
@@ -131,3 +143,16 @@ def keeps_every_shell(noise: Tensor, signal: Tensor, voxel_size, floor: float = 
     """
     expanded = degrade.expand_shells(signal, noise.shape, voxel_size)
     return torch.maximum(expanded, floor * noise)
+
+
+def without_clamps(method: str, asked: str, negative: float, say=print) -> str:
+    """The method for a map of which the share `negative` of the signal's power is negative."""
+    words = f"{negative:.0%} of the signal's power is negative density, which no prior here knows"
+    if asked == "auto":
+        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
+        return "wiener"
+    if asked == "wiener":
+        say(f"{words}, so that the result keeps it")
+    else:
+        say(f"{words}: --method {asked} will lose it")
+    return method

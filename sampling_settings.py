@@ -33,6 +33,8 @@ class Limits(NamedTuple):
 POSITIVE = Limits(math.ulp(0.0), sys.float_info.max, "a positive number")
 NOT_NEGATIVE = Limits(0, sys.float_info.max, "0 or more")
 ONE_OR_MORE = Limits(1, sys.float_info.max, "1 or more")
+# Each probe is a backward pass in every evaluation of the ODE.
+PROBES = Limits(1, 10_000, "1 to 10,000")
 
 
 def opt(default, help: str, limits: Limits | None = None, choices=(), **flag):
@@ -224,6 +226,11 @@ class GenerateSettings(SampleSettings):
     # Steps of different order: flow.SOLVERS.
     solver: str = opt("heun", "of the flow's ODE", choices=tuple(flow.SOLVERS))
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.samples > 10_000:
+            raise ValueError(f"samples is {self.samples}; each is a file, give 10,000 at most")
+
     @property
     def suffixes(self) -> list[str]:
         # OUT.mrc, OUT_2.mrc, OUT_3.mrc, ...
@@ -245,5 +252,5 @@ class AbInitioSettings(SampleSettings):
 @dataclass(frozen=True)
 class LikelihoodSettings(SeedSettings):
     # More probes give a smaller standard error. The tolerance is per voxel.
-    probes: int = opt(4, "random vectors of Hutchinson's estimator", ONE_OR_MORE)
+    probes: int = opt(4, "random vectors of Hutchinson's estimator", PROBES)
     tolerance: float = opt(1e-3, "of the ODE, relative and absolute", POSITIVE)

@@ -32,14 +32,17 @@ import mrc
 import posterior
 import volume
 from checkpoint import Prior
+from memory import check_grid
 from mrc import Map
 from posterior import Moments, Observation
 from report import Progress, Result, say_work
 from sampling_checks import (
     NEGATIVE_TO_REFUSE,
+    check_detail,
     check_wedge,
     keeps_every_shell,
     negative_power,
+    without_clamps,
 )
 from sampling_settings import (
     AbInitioSettings,
@@ -298,19 +301,6 @@ def restore_half_maps(
     return Result(half_map_1, densities, shown | {"restored": restored}, facts)
 
 
-def without_clamps(method: str, asked: str, negative: float, say=print) -> str:
-    """The method for a map of which the share `negative` of the signal's power is negative."""
-    words = f"{negative:.0%} of the signal's power is negative density, which no prior here knows"
-    if asked == "auto":
-        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
-        return "wiener"  # Departure 1
-    if asked == "wiener":
-        say(f"{words}, so that the result keeps it")
-    else:
-        say(f"{words}: --method {asked} will lose it")
-    return method
-
-
 def noise_of_half_maps(
     halves: list[Map], settings: DenoiseSettings
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -367,7 +357,11 @@ def observe_half_map(
 def sharpen(
     map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
 ) -> Result:
-    """Undo the falloff of high frequencies: one pass of the network."""
+    """Undo the falloff of high frequencies: one pass of the network.
+
+    Raises ValueError if the voxels are far too coarse for the network.
+    """
+    check_detail(map, network, "another --ckpt, or use the B-factor of fsc.py --sharpen")
     y = map.density
     found, facts = ask_network(
         mrc.resample_map(map, network.voxel_size).density, network, settings, say
@@ -384,7 +378,11 @@ def super_resolve(
 
 
 def finer_grid(map: Map, network: Prior) -> Map:
-    """The map at its own voxel size or at the network's, whichever is finer."""
+    """The map at its own voxel size or at the network's, whichever is finer.
+
+    Raises ValueError if the voxels are far too coarse for the network.
+    """
+    check_detail(map, network, "or another --ckpt")
     work = mrc.resample_map(map, network.voxel_size)
     return work if work.density.numel() > map.density.numel() else map
 
@@ -434,6 +432,11 @@ def ab_initio(
     count, side, _ = stack.density.shape
     voxel_size = stack.voxel_size[2]
     n = box_of_stack(stack, prior)
+    if settings.max_shift > side * voxel_size / 2:
+        raise ValueError(
+            f"max_shift is {settings.max_shift:g} Å; images of {side * voxel_size:g} Å show no "
+            f"particle that is off by more than {side * voxel_size / 2:g} Å"
+        )
     method = settings.method
     say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
 
@@ -477,5 +480,11 @@ def ab_initio(
 
 
 def box_of_stack(stack: Map, prior: Prior) -> int:
-    """Voxels per side of the prior's grid over the images of a stack."""
-    return max(24, round(stack.density.shape[1] * stack.voxel_size[2] / prior.voxel_size))
+    """Voxels per side of the prior's grid over the images of a stack.
+
+    Raises ValueError if there is no memory for that grid.
+    """
+    _, side, _ = stack.density.shape
+    n = max(24, round(min(side * stack.voxel_size[2] / prior.voxel_size, 1e9)))
+    check_grid((n, n, n), stack.density.shape, stack.voxel_size)
+    return n
