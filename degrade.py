@@ -11,7 +11,9 @@
 RELION's Euler angles.
 F is the unnormalised FFT, zero frequency first (`fftfreq` layout), in float32 or wider. Powers are
 |F|^2. Volumes are (D, H, W) = (z, y, x). Directions and shifts are x, y, z. Power shells are those
-of CryoFM's release: shell k holds k / W <= |k| < (k + 1) / W, k = 0 .. W//2 - 1.
+of CryoFM's release: shell k holds k / W <= |k| < (k + 1) / W, k = 0 .. W//2 - 1, with |k| in
+cycles per voxel of the x axis. voxel_size (one number or z, y, x) matters where voxels are no
+cubes. A shell is then a sphere in 1/Å, and two grids over one box have the same shells.
 
 Departure 1: (2) is a missing cone (91 % measured at 60 degrees). CryoLVM's text calls it a wedge.
 Departure 2: eq. 3 adds real numbers to a complex transform, which leaves no real map. We add noise
@@ -78,45 +80,50 @@ def cone_mask(shape, angle: float = 60, *, device=None) -> Tensor:
 # Power per shell
 
 
-def noise_shells(shape, device=None) -> Tensor:
+def noise_shells(shape, device=None, voxel_size=1.0) -> Tensor:
     """The power shell of every coefficient: int64 (D, H, W). Beyond Nyquist it is W//2 or more."""
-    return shells(shape, rounding="down", device=device)
+    return shells(shape, voxel_size, rounding="down", device=device)
 
 
-def shell_mean(values: Tensor) -> Tensor:
+def shell_mean(values: Tensor, voxel_size=1.0) -> Tensor:
     """Mean over each power shell: (..., D, H, W) in `fftfreq` layout -> (..., W//2), float64."""
     n = values.shape[-1] // 2
-    shell = noise_shells(values.shape[-3:], values.device).clamp_(max=n)
+    shell = noise_shells(values.shape[-3:], values.device, voxel_size).clamp_(max=n)
     count = shell.flatten().bincount(minlength=n)[:n]
     return shell_sum(values, shell, n) / count
 
 
-def radial_power(x: Tensor) -> Tensor:
+def radial_power(x: Tensor, voxel_size=1.0) -> Tensor:
     """Mean |F x|^2 of each shell: (..., D, H, W) -> (..., W//2), float64."""
-    return shell_mean(fft3(x).abs() ** 2)
+    return shell_mean(fft3(x).abs() ** 2, voxel_size)
 
 
-def expand_shells(power: Tensor, shape) -> Tensor:
-    """Power per shell (..., n) on the grid (..., D, H, W). Corners have the last shell's value."""
+def expand_shells(power: Tensor, shape, voxel_size=1.0) -> Tensor:
+    """Power per shell (..., n) on the grid (..., D, H, W). Corners have the last shell's value.
+
+    The power may belong to another grid over the same box, with more or fewer shells.
+    """
     last = power.shape[-1] - 1
-    return power[..., noise_shells(shape, power.device).clamp_(max=last)]
+    return power[..., noise_shells(shape, power.device, voxel_size).clamp_(max=last)]
 
 
 # Noise
 
 
-def noise_power(half_1: Tensor, half_2: Tensor) -> Tensor:
+def noise_power(half_1: Tensor, half_2: Tensor, voxel_size=1.0) -> Tensor:
     """Noise power of half_1 per shell from two half maps (3): (..., W//2), float64.
 
     half_1, half_2: (..., D, H, W). Raises ValueError if they differ in shape or are the same map.
     """
     if half_1.shape == half_2.shape and torch.equal(half_1, half_2):
         raise ValueError("noise_power: both half maps are the same map; give two independent ones")
-    curve = fsc(half_1, half_2, convention="cryofm")
-    return noise_power_from_fsc(half_1, curve[..., 1:])
+    curve = fsc(half_1, half_2, convention="cryofm", voxel_size=voxel_size)
+    return noise_power_from_fsc(half_1, curve[..., 1:], voxel_size=voxel_size)
 
 
-def noise_power_from_fsc(x: Tensor, curve: Tensor, *, clean: bool = False) -> Tensor:
+def noise_power_from_fsc(
+    x: Tensor, curve: Tensor, *, clean: bool = False, voxel_size=1.0
+) -> Tensor:
     """Noise power per shell (3) from an FSC between half maps: (..., W//2), float64.
 
     x: (..., D, H, W), the noisy map. With `clean` it is the map before the noise that is to be
@@ -129,23 +136,26 @@ def noise_power_from_fsc(x: Tensor, curve: Tensor, *, clean: bool = False) -> Te
             f"the FSC has {curve.shape[-1]} shells; a box of {box} needs shells 1 .. {box // 2}"
         )
     curve = curve.double().clamp(1e-9, 1)
-    power = radial_power(x) * (1 - curve)  # (3): 1 / (1 + SNR) = 1 - FSC
+    power = radial_power(x, voxel_size) * (1 - curve)  # (3): 1 / (1 + SNR) = 1 - FSC
     return power / curve if clean else power
 
 
-def anisotropic_noise_power(power: Tensor, alpha: Tensor) -> Tensor:
+def anisotropic_noise_power(power: Tensor, alpha: Tensor, voxel_size=1.0) -> Tensor:
     """Direction-dependent noise power (4) that keeps every shell's mean: float64 (..., D, H, W).
 
-    power: (..., W//2) per shell. alpha: (D, H, W), the relative noise power (Departure 3) in
-    `fftfreq` layout, even in k. CryoFM 5.2 takes
+    power: (..., n) per shell, of this grid or of another one over the same box. alpha: (D, H, W),
+    the relative noise power (Departure 3) in `fftfreq` layout, even in k. CryoFM 5.2 takes
     `1 + 49 * ~fourier.hermitian_part(wedge_mask(shape))`. `orientation_alpha` computes it from
     particle orientations.
     """
-    return alpha * expand_shells(power / shell_mean(alpha), alpha.shape)  # (4)
+    # A map's grid and the prior's differ in the number of shells, so each is expanded by itself.
+    power = expand_shells(power, alpha.shape, voxel_size)
+    mean = expand_shells(shell_mean(alpha, voxel_size), alpha.shape, voxel_size)
+    return alpha * (power / mean)  # (4)
 
 
 def orientation_alpha(
-    rotations: Tensor, shape, *, half_width: float = 5.0, limit: float = 50.0
+    rotations: Tensor, shape, *, half_width: float = 5.0, limit: float = 50.0, voxel_size=1.0
 ) -> Tensor:
     """Relative noise power by direction from particle orientations (CryoFM D.2): float64 (D, H, W).
 
@@ -175,7 +185,7 @@ def orientation_alpha(
     mean = (seen * sin).sum() / sin.sum()
 
     # Find the cell of each coefficient. Those with z < 0 take the cell of -k.
-    kz, ky, kx = freq_grid(shape, device=beam.device)
+    kz, ky, kx = freq_grid(shape, voxel_size, device=beam.device)
     flip = torch.where(kz < 0, -1.0, 1.0)
     theta = torch.atan2((kx**2 + ky**2).sqrt(), kz.abs())
     phi = torch.atan2(flip * ky, flip * kx) % (2 * math.pi)

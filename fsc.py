@@ -58,14 +58,17 @@ def shells(
     """The shell of every Fourier coefficient: int64 (D, H, W), or (D, H, W//2 + 1) with `half`.
 
     rounding "nearest" gives round(radius). CryoFM's release has two more, both in shells of the x
-    axis (W) whatever the voxel size: shell k of "up" (its FSC) holds (k - 1) / W < |k| <= k / W,
-    and shell k of "down" (its noise power) holds k / W <= |k| < (k + 1) / W.
+    axis (W): shell k of "up" (its FSC) holds (k - 1) / W < |k| <= k / W, and shell k of "down" (its
+    noise power) holds k / W <= |k| < (k + 1) / W, |k| in cycles per voxel of the x axis.
     """
     if rounding == "nearest":
         return radius(shape, voxel_size, half=half, device=device).add_(0.5).long()
 
+    # The release knows cubes only, whose relative voxel sizes are exactly 1.
     W = shape[-1]
-    frequency = wavenumber(shape, half=half, device=device)
+    voxel = triple(voxel_size)
+    relative = [v / voxel[2] for v in voxel]
+    frequency = wavenumber(shape, relative, half=half, device=device)
     if rounding == "down":
         return (W * frequency + 1e-9).long()  # 1e-9: a whole radius stays in its own shell
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from files import atomic_write, refuse_existing
 from fourier import resample, triple
+from memory import check_grid
 
 Triple = tuple[float, float, float]  # (z, y, x)
 
@@ -391,7 +392,6 @@ def write_map(
         raise ValueError(f"{path}: maps are written as {suffixes}, plain or with .gz, .bz2")
     refuse_existing([path], [map.path] if map.path else [], overwrite)
 
-    # Values that are not finite would be refused by the next program.
     density = map.density.detach().to("cpu", torch.float32)
     if not torch.isfinite(density).all():
         raise ValueError(f"{path}: not written, because the map holds NaN or infinite values")
@@ -475,17 +475,17 @@ def resample_map(map: Map, voxel_size: float | Triple) -> Map:
     The result's voxel_size says what it became. The first voxel stays where it is: nstart counts
     new voxels if that is a whole number, and becomes the origin if not. The way back exactly to
     the old grid is `replace(old_map, density=fourier.resample(x, old_map.density.shape))`.
-    Raises ValueError if voxel_size is not positive.
+    Raises ValueError if voxel_size is not positive, or if the new grid is beyond `check_grid`.
     """
-    # Count the voxels of the new grid.
     wanted = triple(voxel_size)
     if not all_positive(wanted):
         raise ValueError(f"the wanted voxel size {voxel_size} Å must be positive")
     old = map.density.shape
     sides = [n * v for n, v in zip(old, map.voxel_size)]  # Å
-    new = [max(1, math.floor(side / w + 0.5)) for side, w in zip(sides, wanted)]  # (3)
+    new = [max(1, math.floor(min(side / w, 1e9) + 0.5)) for side, w in zip(sides, wanted)]  # (3)
     if list(old) == new:
         return map
+    check_grid(new, old, map.voxel_size)
     new_voxel_size = tuple(side / n for side, n in zip(sides, new))  # (4)
 
     # A shift of s voxels of the old grid is one of s m / n voxels of the new grid.
@@ -496,5 +496,5 @@ def resample_map(map: Map, voxel_size: float | Triple) -> Map:
     else:
         origin = map.corner
         nstart = (0, 0, 0)
-    density = resample(map.density, new)
-    return replace(map, density=density, voxel_size=new_voxel_size, origin=origin, nstart=nstart)
+    place = {"voxel_size": new_voxel_size, "origin": origin, "nstart": nstart}
+    return replace(map, density=resample(map.density, new), **place)

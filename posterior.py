@@ -30,7 +30,8 @@ what the release does.
 Departure 1: the method "prior" starts from (7) or (8) at t < 1, takes (5) instead of (4), weighs by
 (6) and keeps density non-negative. RESULTS.md, "Choices of the sampler", says what each gains. The
 method "paper" is as printed.
-Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles.
+Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles. They are
+rolled and turned at every step, but not by "paper" where the map fits into one tile.
 """
 
 import itertools
@@ -56,11 +57,11 @@ from volume import Scale
 # "prior" is Departure 1.
 WEDGE = {
     "prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
-    "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0),
+    "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0, turned=False),
 }
 DENOISE = {
     "prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2, leak=1 / 8),
-    "paper": dict(steps=200),
+    "paper": dict(steps=200, turned=False),
 }
 
 
@@ -120,27 +121,29 @@ def estimate_noise(y: Tensor, measured: Tensor) -> float:
 
 
 def noise_and_signal(
-    maps: list[Tensor], curve: Tensor | None = None
+    maps: list[Tensor], curve: Tensor | None = None, voxel_size=1.0
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Per shell 1 .. W//2: the noise power of each map, the signal's power S of (8), and the FSC.
 
     maps: two half maps (D, H, W). Or one map, and curve: signal / (signal + noise) of its power in
-    each shell. Powers are means of |F|^2. Raises ValueError if there is no signal.
+    each shell. Powers are means of |F|^2. voxel_size: one number or (z, y, x).
+    Raises ValueError if there is no signal.
     """
     if curve is None:
         half_map_1, half_map_2 = maps
-        curve = fsc.fsc(half_map_1, half_map_2, convention="cryofm")[1:]
+        curve = fsc.fsc(half_map_1, half_map_2, convention="cryofm", voxel_size=voxel_size)[1:]
         powers = [
-            degrade.noise_power(half_map_1, half_map_2),
-            degrade.noise_power(half_map_2, half_map_1),
+            degrade.noise_power(half_map_1, half_map_2, voxel_size),
+            degrade.noise_power(half_map_2, half_map_1, voxel_size),
         ]
     else:
-        powers = [degrade.noise_power_from_fsc(x, curve) for x in maps]
+        powers = [degrade.noise_power_from_fsc(x, curve, voxel_size=voxel_size) for x in maps]
 
     # The signal ends at the first shell whose FSC is below 0.05. Beyond it the difference between
     # power and noise is chance. RELION's limit is 0.0001; at 15 Å 0.05 does better.
     shared = (curve >= 0.05).long().cumprod(0)
-    excess = [degrade.radial_power(x) - power for x, power in zip(maps, powers)]
+    totals = [degrade.radial_power(x, voxel_size) for x in maps]
+    excess = [total - power for total, power in zip(totals, powers)]
     signal = torch.stack(excess).mean(0).clamp(min=0) * shared
     if not signal.any():
         raise ValueError("no signal: the FSC is below 0.05 in the first shell already")
@@ -169,9 +172,10 @@ def pocs(
     return u
 
 
-def wiener(y: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
     """(8) for a map (D, H, W). noise, signal: powers |F|^2 per shell, or (D, H, W)."""
-    P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape) for p in (noise, signal))
+    powers = (noise, signal)
+    P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape, voxel_size) for p in powers)
     return fourier.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
 
 
@@ -186,24 +190,57 @@ class Tile(NamedTuple):
     flips: list[int]  # axes to flip after that
 
 
-def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list[Tile]:
+def solvent_around(
+    prior: Prior, x: Tensor, t: float, generators: list[Generator]
+) -> tuple[Tensor, tuple[slice, ...]]:
+    """Maps x (K, D, H, W) at time t with every side at least the prior's box, and where x is.
+
+    Solvent at time t is around them, with fresh noise. Copies of the map would be there otherwise,
+    because tiles are periodic.
+    """
+    sides = [max(n, prior.box) for n in x.shape[1:]]
+    before = [side // 2 - n // 2 for side, n in zip(sides, x.shape[1:])]
+    inside = (slice(None), *(slice(b, b + n) for b, n in zip(before, x.shape[1:])))
+    if list(x.shape[1:]) == sides:
+        return x, inside
+
+    no_density = -prior.mean / prior.std
+    around = (1 - t) * no_density + t * flow.draw_noise(generators, sides, x.device)
+    around[inside] = x
+    return around, inside
+
+
+def draw_tiles(
+    shape: torch.Size, box: int, generators: list[Generator], turned: bool = True
+) -> list[Tile]:
     """Tiles that cover maps (D, H, W), one map per generator, with as little overlap as fits.
 
     They begin at a random corner and have a random orientation. Both are drawn anew at every call,
-    so that no seam stays in one place.
+    so that no seam stays in one place. Along a side shorter than the box, whose tile is that of
+    `solvent_around`, the tile begins where it does not cut the map in two.
+    turned: False leaves a map that fits into one tile as it is.
     """
+    turned = turned or max(shape) > box
     tiles = []
     for k, generator in enumerate(generators):
         axes = []
         # The starts along each axis, spread evenly around the periodic map.
         for n in shape:
+            side = max(n, box)
             count = math.ceil(n / box)
-            first = augment.randint(n, generator)
+            first = 0
+            if turned and n < box:
+                before = box // 2 - n // 2
+                first = before - augment.randint(box - n + 1, generator)
+            elif turned:
+                first = augment.randint(n, generator)
             starts = [first + i * n // count for i in range(count)]
-            axes.append([(start + torch.arange(box)) % n for start in starts])
+            axes.append([(start + torch.arange(box)) % side for start in starts])
 
         # One orientation for the whole map.
-        order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
+        order, signs = (0, 1, 2), (1, 1, 1)
+        if turned:
+            order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
         flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
         for z, y, x in itertools.product(*axes):
             index = (torch.tensor(k), z[:, None, None], y[:, None], x)
@@ -212,13 +249,20 @@ def draw_tiles(shape: torch.Size, box: int, generators: list[Generator]) -> list
 
 
 def tiled_velocity(
-    prior: Prior, x: Tensor, t: float, generators: list[Generator], tiles_per_call: int = 8
+    prior: Prior,
+    x: Tensor,
+    t: float,
+    generators: list[Generator],
+    tiles_per_call: int = 8,
+    turned: bool = True,
 ) -> Tensor:
     """v(x, t) for maps x (K, D, H, W) of any size, by tiles of the prior's box (Departure 2).
 
-    x is in network scale; each map has its own generator, which draws its tiles.
+    x is in network scale; each map has its own generator, which draws its tiles. Around a side
+    shorter than the box is solvent. turned: of `draw_tiles`.
     """
-    tiles = draw_tiles(x.shape[1:], prior.box, generators)
+    tiles = draw_tiles(x.shape[1:], prior.box, generators, turned)
+    x, inside = solvent_around(prior, x, t, generators)
     total = torch.zeros_like(x)
     weight = torch.zeros_like(x)
     for i in range(0, len(tiles), tiles_per_call):
@@ -240,7 +284,7 @@ def tiled_velocity(
             velocity = velocity.flip(tile.flips).permute(inverse)
             total.index_put_(tile.index, velocity, accumulate=True)
             weight.index_put_(tile.index, torch.ones_like(velocity), accumulate=True)
-    return total / weight
+    return (total / weight)[inside]
 
 
 # ---- Algorithm 2
@@ -260,6 +304,7 @@ def sample_posterior(
     fresh_noise: bool = True,
     inner: int = 0,
     leak: float | None = None,
+    turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
     """Samples (K, D, H, W) in network scale, one per generator: Algorithm 2 from t_start on.
@@ -267,7 +312,7 @@ def sample_posterior(
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
     number of non-negativity projections in every step. leak: for noise that differs between
     coefficients, chooses V_k of (6) by `least_rho` and `missed`. With None V_k is r^2, where
-    r = t / (1 - t). tick is called after every step.
+    r = t / (1 - t). turned: of `draw_tiles`. tick is called after every step.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
 
@@ -286,7 +331,7 @@ def sample_posterior(
     x = (1 - t_start) * observation.start + t_start * draw_noise()
     for t, s, variance in zip(times, times[1:], variances):
         # Ask the prior what the clean map looks like.
-        velocity = tiled_velocity(prior, x, t, generators)
+        velocity = tiled_velocity(prior, x, t, generators, turned=turned)
         estimate = flow.posterior_mean(x, velocity, t)  # (2)
 
         # Trust each coefficient of y as far as its noise and the error of the estimate say.
@@ -368,12 +413,14 @@ def algorithm_1(
     lambda_max: float = 5.0,
     operator_noise: bool = False,
     per_time: bool = False,
+    turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
     """Samples (K, D, H, W) in network scale by (9), Algorithm 1, from noise; sigma must be > 0.
 
     operator_noise: A adds fresh noise to x_0', as in the release. per_time: multiply lambda by
-    200 / steps, so that the weight of y does not depend on the number of steps.
+    200 / steps, so that the weight of y does not depend on the number of steps. turned: of
+    `draw_tiles`.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
     x = flow.draw_noise(generators, y.shape, y.device)
@@ -381,7 +428,7 @@ def algorithm_1(
         # Ask the prior what the clean map looks like, and apply the operator A to it.
         t = 1 - i / steps
         x.requires_grad_()
-        velocity = tiled_velocity(prior, x, t, generators)
+        velocity = tiled_velocity(prior, x, t, generators, turned=turned)
         estimate = fourier.apply_fourier(flow.posterior_mean(x, velocity, t), measured)  # (2)
         if operator_noise:
             power = sigma**2 * y.numel()

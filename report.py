@@ -21,6 +21,7 @@ import posterior
 from checkpoint import Prior
 from files import AtomicOutputs, without_nan
 from fsc_picture import draw_fsc
+from memory import check_memory
 from mrc import MAP_SUFFIXES, SUFFIXES, Map
 
 
@@ -69,6 +70,12 @@ class Progress:
 
 
 def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=print) -> None:
+    """Say how much work is ahead. Raises ValueError if there is no memory for it."""
+    # Eight samples are drawn together. Each takes some ten maps, such as x, v and y.
+    needed = 4 * 10 * min(samples, 8) * math.prod(shape)
+    grid = " x ".join(str(n) for n in shape)
+    check_memory(needed, f"sampling on {grid} voxels", "give a smaller map or fewer --samples")
+
     # Tiles overlap as little as fits, posterior.draw_tiles.
     tiles = math.prod(math.ceil(n / prior.box) for n in shape)
     device = posterior.device_of(prior)
@@ -80,22 +87,27 @@ def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=prin
 
 
 def score(
-    maps: dict[str, Tensor], truth: Tensor, region: Tensor | None, voxel_size: float
+    maps: dict[str, Tensor],
+    truth: Tensor,
+    region: Tensor | None,
+    voxel_size: float | tuple[float, float, float],
 ) -> dict[str, dict]:
     """FSC of each map (D, H, W) with the truth: the curve, FSC_AUC, and FSC_0.5 in Å.
 
     region: boolean (D, H, W) in `fftfreq` layout, coefficients that are also scored by themselves.
+    voxel_size: in Å, one number or (z, y, x).
     """
+    box, voxel = fsc.shell_side(truth.shape, voxel_size)
     scores = {}
     for name, x in maps.items():
         # Over all coefficients.
-        curve = fsc.fsc(x, truth)
-        resolution = fsc.resolution(curve, voxel_size, 0.5, box=min(truth.shape))
+        curve = fsc.fsc(x, truth, voxel_size=voxel_size)
+        resolution = fsc.resolution(curve, voxel, 0.5, box=box)
         found = {"auc": float(fsc.auc(curve)), "fsc_05": float(resolution), "whole": curve.tolist()}
 
         # Over the region alone.
         if region is not None:
-            missing = fsc.fsc(x, truth, region)
+            missing = fsc.fsc(x, truth, region, voxel_size=voxel_size)
             found["auc_missing"] = float(fsc.auc(missing))
             found["missing"] = missing.tolist()
         scores[name] = found
@@ -217,8 +229,10 @@ def draw(result: Result, content: dict[str, Any]):
         axis.set_title(name)
     if scores:
         axes[panels - 1].set_axis_on()
-        voxel_size = min(content["truth_voxel_size"])
-        draw_scores(axes[panels - 1], scores, voxel_size)
+        # All maps have the grid of the truth.
+        shape = next(iter(maps.values())).shape
+        box, voxel_size = fsc.shell_side(shape, content["truth_voxel_size"])
+        draw_scores(axes[panels - 1], scores, box * voxel_size)
     return figure
 
 
@@ -227,8 +241,11 @@ def brightest(x: Tensor) -> float:
     return float(torch.quantile(x.flatten()[::7][: 10**7], 0.9995))
 
 
-def draw_scores(axis, scores: dict[str, dict], voxel_size: float) -> None:
-    """The FSC of each map with the truth. Where a region was scored, it is drawn solid."""
+def draw_scores(axis, scores: dict[str, dict], side: float) -> None:
+    """The FSC of each map with the truth. Where a region was scored, it is drawn solid.
+
+    side: of the box in Å, the one that makes the shells.
+    """
     # A label that begins with "_" stays out of the legend.
     curves, styles = {}, {}
     for i, (name, values) in enumerate(scores.items()):
@@ -241,7 +258,7 @@ def draw_scores(axis, scores: dict[str, dict], voxel_size: float) -> None:
 
     # Shell k is at k cycles per box.
     shells = len(values["whole"])
-    frequency = [k / (2 * (shells - 1)) / voxel_size for k in range(shells)]
+    frequency = [k / side for k in range(shells)]
     draw_fsc(axis, frequency, curves, styles)
     has_region = "missing" in values
     axis.set_title("FSC: missing wedge (-), whole (--)" if has_region else "FSC with the truth")

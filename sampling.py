@@ -275,7 +275,10 @@ def run(
     maps = [read(path, args.voxel_size) for path in paths]
     truth = None
     if maps:
-        grids = grids_of(args.task, maps[0], prior)
+        try:
+            grids = grids_of(args.task, maps[0], prior)
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}: {error}") from None
         truth = read_truth(args, task, paths[0], grids)
         settings = read_files(settings, maps[0], grids, say)
         say_inputs(paths, maps, say)
@@ -360,7 +363,10 @@ def say_inputs(paths: list[Path], maps: list[Map], say) -> None:
     """One line on the inputs, and what was assumed when reading them."""
     names = " ".join(str(path) for path in paths)
     shape = " x ".join(str(n) for n in maps[0].density.shape)
-    say(f"{names}: {shape} voxels of {maps[0].voxel_size[2]:g} Å")
+    # All sides of a voxel where they differ, z first as in the shape.
+    sides = [f"{v:g}" for v in maps[0].voxel_size]
+    voxel = sides[0] if len(set(sides)) == 1 else " x ".join(sides)
+    say(f"{names}: {shape} voxels of {voxel} Å")
     for path, map in zip(paths, maps):
         for note in map.notes:
             say(f"{path}: {note}")
@@ -384,7 +390,7 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
 
     # Score on the grid of the truth.
     shown = {name: fourier.resample(x, truth.density.shape) for name, x in shown.items()}
-    scores = report.score(shown, truth.density, result.region, truth.voxel_size[2])
+    scores = report.score(shown, truth.density, result.region, truth.voxel_size)
     report.say_scores(title, scores, say, hands)
     facts["fsc"] = scores
     shown["truth"] = truth.density

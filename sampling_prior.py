@@ -15,6 +15,7 @@ import mrc
 import posterior
 import volume
 from checkpoint import Prior
+from memory import check_memory
 from mrc import Map
 from report import Progress, Result, say_work
 from sampling_settings import GenerateSettings, LikelihoodSettings
@@ -25,6 +26,9 @@ def generate(prior: Prior, settings: GenerateSettings = GenerateSettings(), say=
     # By default a density is as large as a training crop.
     box = settings.box or prior.box
     steps = settings.steps or 50
+    needed = 4 * box**3 * (settings.samples + 10 * min(settings.samples, 8))
+    words = f"{settings.samples} densities of {box}^3 voxels"
+    check_memory(needed, words, "give a smaller --box or fewer --samples")
     say_work(prior, (box,) * 3, settings.samples, steps, settings.solver, say)
     tick = Progress(settings.samples * steps, say)
 
@@ -79,6 +83,11 @@ def log_likelihood(
             f"voxels of {max(map.voxel_size):g} Å hold none of the detail that this prior of "
             f"{prior.voxel_size:g} Å gives a likelihood to; give a finer map"
         )
+    # A probe is as large as a tile.
+    voxels = prior.box**3
+    needed = 16 * voxels * min(settings.probes, voxels)
+    check_memory(needed, f"{settings.probes} probes", "give fewer --probes")
+
     # Cut the map into tiles. Its sides are filled up with solvent.
     box = prior.box
     # The prior knows one voxel size.

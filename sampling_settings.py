@@ -33,12 +33,16 @@ class Limits(NamedTuple):
 POSITIVE = Limits(math.ulp(0.0), sys.float_info.max, "a positive number")
 NOT_NEGATIVE = Limits(0, sys.float_info.max, "0 or more")
 ONE_OR_MORE = Limits(1, sys.float_info.max, "1 or more")
+# Each probe is a backward pass in every evaluation of the ODE.
+PROBES = Limits(1, 10_000, "1 to 10,000")
 
 
 def opt(default, help: str, limits: Limits | None = None, choices=(), **flag):
     """A field with its default, help and limits; flag: more arguments of `add_argument`."""
     # argparse converts what was typed to the type of the default.
-    if default is not None:
+    if isinstance(default, bool):
+        flag["action"] = "store_true"
+    elif default is not None:
         flag.setdefault("type", type(default))
         help = f"{help} (default: {default})"
     # The command and the checks below read these from the field.
@@ -118,7 +122,13 @@ class TiltSettings(MaskSettings):
 AXIS = opt("y", "of tilting; the beam is along z (for axis z: along x)", choices=("x", "y", "z"))
 METHOD = (
     "prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise), "
-    "classical (abinitio): no network; auto: prior, or no network where voxels are too coarse"
+    "classical (abinitio): no network; auto: prior, or no network where voxels are too coarse or "
+    "much density is negative"
+)
+
+
+DISCARD = opt(
+    False, "go on although the map has power where the tilt range says that nothing was measured"
 )
 
 
@@ -126,6 +136,7 @@ METHOD = (
 class WedgeSettings(SampleSettings, TiltSettings):
     suffixes = ("", "_mean", "_std")
     tilt_axis: str = AXIS
+    discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))
     # Of the map as it is given, on its own grid.
     noise: float | None = opt(
@@ -160,7 +171,7 @@ class DenoiseSettings(SampleSettings, MaskSettings):
 
     def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
         """Noise power per shell -> per coefficient (D, H, W) of a map."""
-        return degrade.expand_shells(power, map.density.shape)
+        return degrade.expand_shells(power, map.density.shape, map.voxel_size)
 
 
 @dataclass(frozen=True)
@@ -181,11 +192,12 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
     def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
         """Noise power per shell -> per coefficient (D, H, W) of a map, by direction."""
         # alpha is the relative noise power of each coefficient, degrade.py (4).
+        shape, voxel_size = map.density.shape, map.voxel_size
         if self.orientations is not None:
-            alpha = degrade.orientation_alpha(self.orientations, map.density.shape)
+            alpha = degrade.orientation_alpha(self.orientations, shape, voxel_size=voxel_size)
         else:
             alpha = 1 + (self.alpha - 1) * ~self.measured(map)
-        return degrade.anisotropic_noise_power(power, alpha)
+        return degrade.anisotropic_noise_power(power, alpha, voxel_size)
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,7 @@ class NetworkSettings(MaskSettings):
 class NetworkWedgeSettings(NetworkSettings, TiltSettings):
     suffixes = ("", "_network")
     # The networks learnt wedges about y alone, so that there is no tilt_axis to set.
+    discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "network", "pocs"))
 
 
@@ -212,6 +225,11 @@ class GenerateSettings(SampleSettings):
     box: int | None = opt(None, "voxels per side (default: the prior's)", ONE_OR_MORE, type=int)
     # Steps of different order: flow.SOLVERS.
     solver: str = opt("heun", "of the flow's ODE", choices=tuple(flow.SOLVERS))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.samples > 10_000:
+            raise ValueError(f"samples is {self.samples}; each is a file, give 10,000 at most")
 
     @property
     def suffixes(self) -> list[str]:
@@ -234,5 +252,5 @@ class AbInitioSettings(SampleSettings):
 @dataclass(frozen=True)
 class LikelihoodSettings(SeedSettings):
     # More probes give a smaller standard error. The tolerance is per voxel.
-    probes: int = opt(4, "random vectors of Hutchinson's estimator", ONE_OR_MORE)
+    probes: int = opt(4, "random vectors of Hutchinson's estimator", PROBES)
     tolerance: float = opt(1e-3, "of the ODE, relative and absolute", POSITIVE)

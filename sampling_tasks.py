@@ -12,7 +12,8 @@ it. CryoLVM's fine-tuned networks need one pass, by sliding windows. `say` is ca
 to print; report.silent prints nothing.
 
 CryoFM: arXiv:2410.08631, sections 5.1-5.4, appendices B.2, D and E. CryoLVM: sections 4.2-4.4.
-Departure 1: where voxels are much coarser than the network's, "auto" takes the classical answer.
+Departure 1: where voxels are much coarser than the network's, or much of the density is negative,
+"auto" takes the classical answer.
 Departure 2: CryoLVM's D.2 normalises the fused map and does not say by what. We undo D.1, so that
 the result has the input's grey scale. For the wedge we also put the measured coefficients back,
 which the paper does not do. The map "_network" is without.
@@ -32,9 +33,18 @@ import mrc
 import posterior
 import volume
 from checkpoint import Prior
+from memory import check_grid
 from mrc import Map
 from posterior import Moments, Observation
 from report import Progress, Result, say_work
+from sampling_checks import (
+    NEGATIVE_TO_REFUSE,
+    check_detail,
+    check_wedge,
+    keeps_every_shell,
+    negative_power,
+    without_clamps,
+)
 from sampling_settings import (
     AbInitioSettings,
     DenoiseSettings,
@@ -60,7 +70,7 @@ def restore_wedge(
     # The classical answer comes first. It is shown beside the result, or is the result itself.
     y = map.density
     measured = settings.measured(map)
-    answer = classical_wedge(map, measured, settings)
+    answer = classical_wedge(map, measured, settings, say)
     method = choose_method(map, prior, settings.method, "POCS", say)
     if method == "pocs":
         return answer
@@ -99,10 +109,13 @@ def restore_wedge(
     return replace(answer, densities=densities, shown=shown, report=facts)
 
 
-def classical_wedge(map: Map, measured: Tensor, settings: TiltSettings) -> Result:
-    """The answer of POCS. Raises ValueError if protein is darker than its surroundings."""
+def classical_wedge(
+    map: Map, measured: Tensor, settings: WedgeSettings | NetworkWedgeSettings, say=print
+) -> Result:
+    """The answer of POCS. Raises ValueError where protein is dark or the wedge is not empty."""
     y = map.density
     volume.normalise(y, 0, 1)  # raises for dark protein
+    check_wedge(map, measured, settings, settings.discard_measured, say)
     classical = posterior.pocs(y, measured)
     restored = settings.inside_mask(classical, y)
     return Result(
@@ -186,7 +199,7 @@ def fill_wedge(
     # The classical answer, as for the prior.
     y = map.density
     measured = settings.measured(map)
-    answer = classical_wedge(map, measured, settings)
+    answer = classical_wedge(map, measured, settings, say)
     if choose_method(map, network, settings.method, "POCS", say) == "pocs":
         return answer
 
@@ -227,15 +240,31 @@ def restore_half_maps(
     # The classical answer is the Wiener filter of the average, which has less noise.
     average = torch.stack([half.density for half in halves]).mean(0)
     noise = torch.stack(powers).sum(0) / len(powers) ** 2
-    classical = posterior.wiener(average, settings.noise_on_grid(noise, half_map_1), signal)
+    voxel_size = half_map_1.voxel_size
+    noise = settings.noise_on_grid(noise, half_map_1)
+    classical = posterior.wiener(average, noise, signal, voxel_size)
     positive = classical.clamp(min=0)
     name = "average" if half_map_2 else "input"
     shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
     method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
+
+    # The prior, and every clamp, take density for positive.
+    noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
+    densities = [half.density for half in halves]
+    negative = negative_power(densities, noises, signal, voxel_size)
+    answer = positive
+    if negative > NEGATIVE_TO_REFUSE:
+        answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
+        method = without_clamps(method, settings.method, negative, say)
     resolution = resolution_of(curve, half_map_1)
-    facts = {"method": method, "fsc_of_halves": curve.tolist(), "resolution_0143": resolution}
+    facts = {
+        "method": method,
+        "fsc_of_halves": curve.tolist(),
+        "resolution_0143": resolution,
+        "negative_power": negative,
+    }
     if method == "wiener":
-        restored = settings.inside_mask(positive, average)
+        restored = settings.inside_mask(answer, average)
         return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
 
     # Say how much work is ahead.
@@ -255,7 +284,8 @@ def restore_half_maps(
         seed = settings.seed + (i << 32)  # far apart, so that the halves share no noise
         moments = Moments()
         draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
-        filtered = posterior.wiener(half.density, settings.noise_on_grid(power, half), signal)
+        noise = settings.noise_on_grid(power, half)
+        filtered = posterior.wiener(half.density, noise, signal, voxel_size)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered))
 
     # The result is the mean of the restored halves.
@@ -263,7 +293,7 @@ def restore_half_maps(
     densities = {"": restored}
     if half_map_2:
         # Not a gold standard: the halves share the prior, and what it adds to both correlates.
-        curve = fsc.fsc(*restored_halves, convention="cryofm")[1:]
+        curve = fsc.fsc(*restored_halves, convention="cryofm", voxel_size=voxel_size)[1:]
         facts["fsc_of_restored_halves"] = curve.tolist()
         for i, half in enumerate(halves):
             x = settings.inside_mask(restored_halves[i], half.density)
@@ -295,12 +325,14 @@ def noise_of_half_maps(
         snr = settings.snr or 2 / (1 / settings.noise_from_fsc - 1)
         curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
-    return posterior.noise_and_signal([half.density for half in halves], curve)
+    densities = [half.density for half in halves]
+    return posterior.noise_and_signal(densities, curve, first.voxel_size)
 
 
 def resolution_of(curve: Tensor, map: Map) -> float:
-    """The resolution in Å where a curve over shells 1 .. W//2 falls below 0.143."""
-    # Add shell 0. It is the mean, which the halves share.
+    """FSC_0.143 in Å of a curve over shells 1 .. W//2."""
+    # The curve begins with shell 1. Shell 0 is the mean, which halves share. Its shells are those
+    # of the x axis.
     curve = torch.cat([curve.new_ones(1), curve])
     return float(fsc.resolution(curve, map.voxel_size[2], box=map.density.shape[-1]))
 
@@ -316,8 +348,8 @@ def observe_half_map(
     gain = (y.numel() / half.density.numel()) ** 2
     noise = settings.noise_on_grid(power * gain, work)
 
-    # Sampling starts from the Wiener filter. Only coefficients of the half map's grid are measured.
-    start = posterior.wiener(y, noise, signal * gain).clamp(min=0)
+    # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
+    start = posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
     held = fourier.below_nyquist(y.shape, half.density.shape)
     return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
 
@@ -328,7 +360,11 @@ def observe_half_map(
 def sharpen(
     map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
 ) -> Result:
-    """Undo the falloff of high frequencies: one pass of the network."""
+    """Undo the falloff of high frequencies: one pass of the network.
+
+    Raises ValueError if the voxels are far too coarse for the network.
+    """
+    check_detail(map, network, "another --ckpt, or use the B-factor of fsc.py --sharpen")
     y = map.density
     found, facts = ask_network(
         mrc.resample_map(map, network.voxel_size).density, network, settings, say
@@ -345,7 +381,11 @@ def super_resolve(
 
 
 def finer_grid(map: Map, network: Prior) -> Map:
-    """The map at its own voxel size or at the network's, whichever is finer."""
+    """The map at its own voxel size or at the network's, whichever is finer.
+
+    Raises ValueError if the voxels are far too coarse for the network.
+    """
+    check_detail(map, network, "or another --ckpt")
     work = mrc.resample_map(map, network.voxel_size)
     return work if work.density.numel() > map.density.numel() else map
 
@@ -395,6 +435,11 @@ def ab_initio(
     count, side, _ = stack.density.shape
     voxel_size = stack.voxel_size[2]
     n = box_of_stack(stack, prior)
+    if settings.max_shift > side * voxel_size / 2:
+        raise ValueError(
+            f"max_shift is {settings.max_shift:g} Å; images of {side * voxel_size:g} Å show no "
+            f"particle that is off by more than {side * voxel_size / 2:g} Å"
+        )
     method = settings.method
     say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
 
@@ -402,7 +447,9 @@ def ab_initio(
     device = posterior.device_of(prior)
 
     def velocity(x: Tensor, t: float, generators: list[Generator]) -> Tensor:
-        return posterior.tiled_velocity(prior, x.to(device), t, generators).to(x.device)
+        turned = method != "paper"
+        v = posterior.tiled_velocity(prior, x.to(device), t, generators, turned=turned)
+        return v.to(x.device)
 
     # Without a prior there is one density, otherwise samples.
     moments = Moments()
@@ -436,5 +483,11 @@ def ab_initio(
 
 
 def box_of_stack(stack: Map, prior: Prior) -> int:
-    """Voxels per side of the prior's grid over the images of a stack."""
-    return max(24, round(stack.density.shape[1] * stack.voxel_size[2] / prior.voxel_size))
+    """Voxels per side of the prior's grid over the images of a stack.
+
+    Raises ValueError if there is no memory for that grid.
+    """
+    _, side, _ = stack.density.shape
+    n = max(24, round(min(side * stack.voxel_size[2] / prior.voxel_size, 1e9)))
+    check_grid((n, n, n), stack.density.shape, stack.voxel_size)
+    return n

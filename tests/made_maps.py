@@ -55,6 +55,12 @@ def molecule(shape, voxel_size=(1.5, 1.5, 1.5), resolution=3.0, atom_count=80):
     return density / density.max()
 
 
+def bright_solvent(shape):
+    """A smooth ball, maximum 1. A map less a part of it is negative around the protein."""
+    side = torch.linspace(-1, 1, shape[0])
+    return torch.exp(-3 * (side[:, None, None] ** 2 + side[:, None] ** 2 + side**2))
+
+
 def degraded(truth, measured, noise=0.05):
     return filtered(truth + noise * random(truth.shape, 9), measured)
 

@@ -9,6 +9,7 @@ import torch
 from made_maps import close, fft, filtered, molecule, oracle, prior_of, random, rng, wedge
 from torch import nn
 
+import augment
 import degrade
 import fourier
 import posterior
@@ -121,13 +122,69 @@ def test_no_seam_between_tiles_stays_in_one_place():
     assert (sum(found) / calls - p).abs().max() < 5 * standard_error
 
 
+def tile_seen(x, box, t=0.0, seed=0, **settings):
+    """The only tile that a network of this box is shown of a map x (D, H, W)."""
+    seen = []
+
+    def network(tiles, t):
+        seen.append(tiles)
+        return tiles
+
+    prior = prior_of(network, box, mean=0.05, std=0.1)  # solvent is -0.5
+    velocity = posterior.tiled_velocity(prior, x[None], t, [rng(seed)], **settings)[0]
+    assert torch.equal(velocity, x)  # cut out again where it was put in
+    (tiles,) = seen
+    return tiles[0, 0]
+
+
+def test_a_map_smaller_than_the_box_has_solvent_around_it_and_no_copies_of_itself():
+    x = 1 + random((5, 6, 7)).abs()
+    places = set()
+    for seed in range(50):
+        tile = tile_seen(x, 8, seed=seed)
+        assert torch.equal(tile[tile != -0.5].sort().values, x.flatten().sort().values)
+        # In one piece: the cuboid that encloses it is as large as the map.
+        where = (tile != -0.5).nonzero()
+        sides = where.amax(0) - where.amin(0) + 1
+        assert sorted(sides.tolist()) == [5, 6, 7]
+        places.add(tuple(where.amin(0).tolist()))
+    assert len(places) > 10  # at a random place
+    around = tile_seen(torch.zeros(2, 2, 2), 32, t=0.5)
+    assert float(around.mean()) == pytest.approx(-0.25, abs=0.02)
+    assert float(around.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_without_turns_a_map_that_fits_is_seen_as_it_is():
+    x = random((8, 8, 8))
+    assert torch.equal(tile_seen(x, 8, turned=False), x)
+    assert not torch.equal(tile_seen(x, 8, turned=True), x)
+    small = tile_seen(x, 10, turned=False)
+    assert torch.equal(small[1:9, 1:9, 1:9], x)  # voxel 4 of 8 is voxel 5 of 10
+
+
+@pytest.mark.parametrize("settings", [posterior.WEDGE["paper"], posterior.DENOISE["paper"]])
+def test_the_papers_methods_do_not_turn_maps(settings):
+    seen = []
+
+    def network(tiles, t):
+        seen.append(tiles)
+        return 0 * tiles
+
+    x, prior = random(SHAPE), prior_of(network, 8)
+    observation = Observation(x, EVERYWHERE, torch.tensor(0.1), x)
+    settings = settings | {"steps": 1}
+    list(posterior.draw_samples(prior, observation, settings, samples=1, seed=3))
+    noise = torch.randn(SHAPE, generator=augment.item_generator(3, 0))
+    assert torch.equal(seen[0][0, 0], noise)
+
+
 # ---- The samplers, with velocities in closed form
 
 
 def parity_velocity(states):
     """The velocity that the reference was run with; it records what it is asked."""
 
-    def velocity(prior, x, t, generators):
+    def velocity(prior, x, t, generators, turned):
         states.append(x.detach()[0])
         return 0.8 * x - 1.5 * torch.tanh(x) * (1 - t) + 0.3 * t
 
@@ -167,7 +224,7 @@ def test_algorithm_1_goes_through_the_states_of_the_reference(monkeypatch, opera
 
 
 def test_per_time_makes_the_weight_of_the_observation_independent_of_the_steps(monkeypatch):
-    monkeypatch.setattr(posterior, "tiled_velocity", lambda prior, x, t, g: 0 * x)
+    monkeypatch.setattr(posterior, "tiled_velocity", lambda prior, x, *_, **__: 0 * x)
     observation = Observation(random(SHAPE, 3), EVERYWHERE, torch.tensor(9.0), random(SHAPE, 3))
 
     def moved(steps, per_time):
@@ -187,7 +244,7 @@ def gaussian(monkeypatch):
     power = 0.5 + 2 * torch.exp(-8 * k2)
     mean = filtered(random(SHAPE, 3), 2 * torch.exp(-10 * k2))
 
-    def velocity(prior, x, t, *_):
+    def velocity(prior, x, t, *_, **__):
         weight = (1 - t) * power / ((1 - t) ** 2 * power + t**2)
         expected = mean + filtered(x - (1 - t) * mean, weight)  # E[x_0 | x_t]
         return (x - expected) / t

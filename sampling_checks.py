@@ -1,0 +1,158 @@
+"""Checks of a map before a task begins: does it hold what the task takes for granted?
+
+    missing power   mean_k (|F y|_k^2) over the missing region, relative to what it would hold if it
+                    had the measured region's power in every shell; 0 for an empty wedge      (1)
+    negative power  mean of sum_r a b [a < 0] and sum_r a b [b < 0], relative to sum_r a b    (2)
+
+a and b are two Wiener filtered half maps. Their noise is independent, so (2) counts signal alone.
+Where noise hides the sign of weak density, (2) is too low if the sum of the density is positive,
+and too high if it is negative.
+Limits are ours. RESULTS.md says on which maps they were measured.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+import degrade
+import fourier
+import fsc
+import posterior
+from checkpoint import Prior
+from mrc import Map
+from sampling_settings import TiltSettings
+
+# A wedge that was cut out in Fourier space and rounded holds up to 3e-4. Cropping or masking such a
+# map lets 2 to 10 % leak in, and a tilt range that is 5 degrees too narrow on either side 12 %.
+LEAK_TO_NOTE = 1e-3
+LEAK_TO_REFUSE = 0.1
+
+# Simulated maps hold up to .02. From .1 on the average of real half maps is better than its
+# positive part at low noise.
+NEGATIVE_TO_REFUSE = 0.1
+
+
+def check_detail(map: Map, network: Prior, instead: str) -> None:
+    """Raises ValueError if the voxels hold none of the detail that a network was trained on."""
+    voxel_size = max(map.voxel_size)
+    if voxel_size > 2 * network.voxel_size:
+        raise ValueError(
+            f"voxels of {voxel_size:g} Å hold none of the detail that this network of "
+            f"{network.voxel_size:g} Å knows; give a map of {2 * network.voxel_size:g} Å at most, "
+            f"{instead}"
+        )
+
+
+def missing_power(map: Map, measured: Tensor) -> tuple[float, float]:
+    """(1) for a map and its mask `measured` (D, H, W), and the region's share of all power.
+
+    The mean of the map does not count.
+    """
+    y = map.density - map.density.mean()
+    power = fourier.fft3(y).abs().square()
+    box, _ = fsc.shell_side(y.shape, map.voxel_size)
+    n = box // 2 + 1
+    shell = fsc.shells(y.shape, map.voxel_size).clamp_(max=n)
+
+    # What the missing region would hold, shell by shell.
+    count = fsc.shell_sum(measured, shell, n).clamp(min=1)
+    mean = fsc.shell_sum(power * measured, shell, n) / count
+    expected = (mean * fsc.shell_sum(~measured, shell, n))[1:].sum()
+    found = fsc.shell_sum(power * ~measured, shell, n)[1:].sum()
+    share = (power * ~measured).sum() / power.sum().clamp(min=1e-30)
+    return float(found / expected.clamp(min=1e-30)), float(share)  # (1)
+
+
+def check_wedge(map: Map, measured: Tensor, settings: TiltSettings, discard: bool, say) -> None:
+    """Say how much of the map lies where nothing was measured, and would be thrown away.
+
+    Raises ValueError if it is far more than leaks into a wedge, unless `discard`.
+    """
+    leak, share = missing_power(map, measured)
+    if leak < LEAK_TO_NOTE:
+        return
+    low, high = settings.tilt_range
+    words = (
+        f"the region that tilts of {low:g} to {high:g} degrees about {settings.tilt_axis} leave "
+        f"out holds {share:.1%} of the map's power, {leak:.1%} of what it would hold if measured"
+    )
+    if leak < LEAK_TO_REFUSE:
+        say(f"{words}; it is thrown away (as much leaks in when a map is cropped or masked)")
+    elif discard:
+        say(f"{words}; it is thrown away")
+    else:
+        raise ValueError(
+            f"{words}: restoring would throw it away. {emptiest_wedge(map)} "
+            "To go on all the same, give --discard-measured"
+        )
+
+
+def emptiest_wedge(map: Map) -> str:
+    """A sentence on the axis and the tilt range that leave out the least of a map's power."""
+    # Low frequencies tell. A small map keeps this fast.
+    shape = [min(n, 96) for n in map.density.shape]
+    voxel_size = [v * n / m for v, n, m in zip(map.voxel_size, map.density.shape, shape)]
+    small = replace(map, density=fourier.resample(map.density, shape), voxel_size=voxel_size)
+    found = []
+    for axis in "yxz":
+        for tilt in (40, 50, 60, 70):
+            mask = degrade.wedge_mask(shape, (-tilt, tilt), axis, voxel_size=voxel_size)
+            leak, _ = missing_power(small, fourier.hermitian_part(mask))
+            found.append((leak, axis, tilt))
+
+    # Of several empty ones, the first is the widest.
+    leak, axis, tilt = min(found)
+    for candidate in found:
+        if candidate[0] < max(LEAK_TO_NOTE, 1.5 * leak) and candidate[1] == axis:
+            leak, axis, tilt = candidate
+            break
+    if leak < LEAK_TO_REFUSE:
+        words = f"--tilt-axis {axis} --tilt-range -{tilt} {tilt}"
+        return f"Emptier is the region that {words} leaves out ({leak:.1%})."
+    return (
+        "No other axis or range leaves out an empty region "
+        f"({leak:.0%} at least), so that this map seems to have no missing wedge."
+    )
+
+
+def negative_power(maps: list[Tensor], powers: list[Tensor], signal: Tensor, voxel_size) -> float:
+    """(2) for two half maps (D, H, W), or for one map.
+
+    powers: the noise |F|^2 of each map, per coefficient (D, H, W). signal: per shell.
+    """
+    # One map y is split in two: y + n and y - n with n like its noise are independent, too.
+    if len(maps) == 1:
+        y = maps[0]
+        power = powers[0]
+        noisy = degrade.add_spectral_noise(y, power, generator=Generator().manual_seed(0))
+        maps = [noisy, 2 * y - noisy]
+        powers = [2 * power] * 2
+    a, b = (posterior.wiener(y, p, signal, voxel_size) for y, p in zip(maps, powers))
+    product = (a * b).double()
+    negative = (product * (a < 0)).sum() + (product * (b < 0)).sum()
+    total = float(product.sum())
+    return float(negative) / 2 / total if total > 0 else math.nan  # (2)
+
+
+def keeps_every_shell(noise: Tensor, signal: Tensor, voxel_size, floor: float = 0.02) -> Tensor:
+    """Signal power per coefficient (D, H, W) that is `floor` of the noise at least.
+
+    A Wiener filter with it keeps some of every shell, and so the FSC of the map it filters.
+    """
+    expanded = degrade.expand_shells(signal, noise.shape, voxel_size)
+    return torch.maximum(expanded, floor * noise)
+
+
+def without_clamps(method: str, asked: str, negative: float, say=print) -> str:
+    """The method for a map of which the share `negative` of the signal's power is negative."""
+    words = f"{negative:.0%} of the signal's power is negative density, which no prior here knows"
+    if asked == "auto":
+        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
+        return "wiener"
+    if asked == "wiener":
+        say(f"{words}, so that the result keeps it")
+    else:
+        say(f"{words}: --method {asked} will lose it")
+    return method
