@@ -25,6 +25,7 @@ from fsc_half_maps import (
     guinier_b_factor,
     local_resolution,
     masked_fsc,
+    match_half_maps,
     sharpen,
     sphericity,
 )
@@ -85,9 +86,11 @@ def compare_half_maps(half_map_1, half_map_2, voxel_size, mask=None, convention=
     """
     if torch.equal(half_map_1, half_map_2):
         raise ValueError("both files hold the same map; give two independent half maps")
+    # An FSC does not see a factor, but it has to be said.
+    _, notes = match_half_maps(half_map_1, half_map_2)
     how = {"convention": convention, "voxel_size": voxel_size}
     box, voxel = shell_side(half_map_1.shape, voxel_size, convention)
-    found = Agreement({"box": box, "voxel_size": voxel}, {}, threshold=0.143)
+    found = Agreement({"box": box, "voxel_size": voxel}, {}, notes, threshold=0.143)
     if mask is None:
         found.curves["unmasked"] = fsc(half_map_1, half_map_2, **how)
         return found

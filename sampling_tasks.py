@@ -8,7 +8,8 @@
 With the flow prior a task settles grid, grey scale and noise in an Observation (posterior.py),
 draws samples of it, and goes back to the map's grid. The mean of the samples is the result, because
 FSC rewards the mean of the posterior. Their spread says where not to trust it. CryoLVM's fine-tuned
-networks are asked once, by sliding windows. `say` prints a line, report.silent prints nothing.
+networks are asked once, by sliding windows. `in_work_scale` finds the background of the maps and
+the sign of protein, and gives them back in the result. `say` prints a line, report.silent nothing.
 
 CryoFM: arXiv:2410.08631, sections 5.1-5.4, appendices B.2, D and E. CryoLVM: sections 4.2-4.4.
 Departure 1: where voxels are much coarser than the network's, "auto" takes the classical answer.
@@ -34,6 +35,7 @@ from checkpoint import Prior
 from mrc import Map
 from posterior import Moments, Observation
 from report import Progress, Result, say_work
+from sampling_grey_scale import in_work_scale
 from sampling_settings import (
     AbInitioSettings,
     DenoiseSettings,
@@ -48,6 +50,7 @@ from sliding_windows import sliding_windows
 # ---- Missing wedge (CryoFM 5.2, CryoLVM 4.4)
 
 
+@in_work_scale
 def restore_wedge(
     map: Map, prior: Prior, settings: WedgeSettings = WedgeSettings(), say=print
 ) -> Result:
@@ -173,6 +176,7 @@ def draw(prior, observation, sampler, samples: int, seed: int, tick, *moments: M
             moment.add(sample)
 
 
+@in_work_scale
 def fill_wedge(
     map: Map, network: Prior, settings: NetworkWedgeSettings = NetworkWedgeSettings(), say=print
 ) -> Result:
@@ -204,6 +208,7 @@ def fill_wedge(
 # ---- Noise (CryoFM 5.1, 5.2)
 
 
+@in_work_scale
 def restore_half_maps(
     half_map_1: Map,
     half_map_2: Map | None,
@@ -322,6 +327,7 @@ def observe_half_map(
 # ---- Fine-tuned networks (CryoLVM 4.2, 4.3)
 
 
+@in_work_scale
 def sharpen(
     map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
 ) -> Result:
