@@ -33,6 +33,7 @@ from fsc import (
     shell_sum,
     shells,
 )
+from mrc import Map
 
 # Two grey scales
 
@@ -61,8 +62,8 @@ def match_half_maps(half_map_1: Tensor, half_map_2: Tensor) -> tuple[Tensor, lis
     total = shared.sum() / (power_1.sum() * power_2.sum()).sqrt()
     if total.abs() > 0.9999 or (curve.abs() > 0.9999)[filled].all():
         raise ValueError(
-            f"the half maps correlate {float(total):.5f}: one is a copy of the other, scaled or "
-            "filtered; give two independent half maps"
+            f"the half maps correlate {float(total):.5f}: they are the same map, or one is a "
+            "scaled or filtered copy; give two independent half maps"
         )
 
     # Amplitudes where the halves agree.
@@ -74,8 +75,20 @@ def match_half_maps(half_map_1: Tensor, half_map_2: Tensor) -> tuple[Tensor, lis
         factor = -factor
     if abs(factor - 1) <= 0.05:
         return half_map_2, []
-    note = f"half map 2 has {factor:.4g} times the grey scale of half map 1: divided by it"
+    note = f"half map 2 has {factor:.4g} times the grey scale of half map 1: brought to it"
     return half_map_2 / factor, [note]
+
+
+def place_notes(half_map_1: Map, half_map_2: Map) -> list[str]:
+    """A note if two half maps say that they lie at different places."""
+    shift = np.subtract(half_map_2.corner, half_map_1.corner)
+    if (np.abs(shift) <= 0.01 * np.array(half_map_1.voxel_size)).all():
+        return []
+    z, y, x = shift
+    return [
+        f"half map 2 lies {x:g} {y:g} {z:g} Å (x y z) from half map 1, by their headers; "
+        "compared voxel by voxel all the same"
+    ]
 
 
 # FSC under a mask

@@ -26,6 +26,7 @@ from fsc_half_maps import (
     local_resolution,
     masked_fsc,
     match_half_maps,
+    place_notes,
     sharpen,
     sphericity,
 )
@@ -33,6 +34,7 @@ from fsc_model import correlation, map_model_cc, q_score, structure_factors
 from fsc_mtriage import map_model_resolution
 from fsc_picture import draw_fsc
 from mrc import MAP_SUFFIXES, Map, read_map, stem, write_map
+from volume import find_grey_scale
 
 USAGE = """
   fsc.py half_1.mrc half_2.mrc [--mask mask.mrc]     two half maps
@@ -194,6 +196,7 @@ def sharpened_mean(half_map_1, half_map_2, curve, voxel_size, b_factor=None):
     Without a B-factor, it is fitted.
     """
     # End the map where RELION would: at a whole shell.
+    half_map_2, _ = match_half_maps(half_map_1, half_map_2)
     mean = (half_map_1 + half_map_2) / 2
     end = float(resolution(curve, voxel_size, box=min(mean.shape), convention="relion"))
     if b_factor is None:
@@ -363,6 +366,20 @@ def read_maps(paths: list[str], voxel_size: float | None) -> list[Map]:
     return maps
 
 
+def without_background(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Two maps with background 0, and a note for each whose background was not."""
+    densities, notes = [], []
+    for i, x in enumerate((a, b), 1):
+        # An inverted map stays inverted: its FSC with another one says so.
+        grey = find_grey_scale(x)
+        background = grey.background
+        if background != 0:
+            notes.append(f"map {i}: background {background:.5g} found and subtracted")
+            x = x - background
+        densities.append(x)
+    return *densities, notes
+
+
 def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
     """Compare as the flags ask, and write the sharpened map and the local resolution."""
     # The shells of voxels that are cubes are the same for every axis.
@@ -381,12 +398,17 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
         model, corner = read_model(args.model), maps[0].corner
         return compare_with_model(*densities, model, corner=corner, d_min=args.resolution, **how)
     a, b, *mask = densities
+    # Masks and windows would take a background for density that both maps share.
+    a, b, notes = without_background(a, b)
     if mask:
         how["mask"] = mask[0]
     if args.truth:
         found = compare_with_truth(a, b, **how)
     else:
         found = compare_half_maps(a, b, seed=args.seed, **how)
+
+        notes += place_notes(*maps[:2])
+    found.notes += notes
 
     # What else was asked for.
     numbers = found.numbers

@@ -13,10 +13,8 @@ import functools
 import inspect
 from dataclasses import replace
 
-import numpy as np
-
 import volume
-from fsc_half_maps import match_half_maps
+from fsc_half_maps import match_half_maps, place_notes
 from mrc import Map
 from report import Result
 from sampling_settings import GreySettings
@@ -85,15 +83,3 @@ def matched(half_map_1: Map, half_map_2: Map, say=print) -> Map:
     for note in notes:
         say(note)
     return replace(half_map_2, density=density)
-
-
-def place_notes(half_map_1: Map, half_map_2: Map) -> list[str]:
-    """A note if two half maps say that they lie at different places."""
-    shift = np.subtract(half_map_2.corner, half_map_1.corner)
-    if (np.abs(shift) <= 0.01 * np.array(half_map_1.voxel_size)).all():
-        return []
-    z, y, x = shift
-    return [
-        f"half map 2 lies {x:g} {y:g} {z:g} Å (x y z) from half map 1, by their headers; "
-        "compared voxel by voxel all the same"
-    ]

@@ -418,7 +418,7 @@ def test_the_network_sees_its_own_voxel_size_and_values_from_0_to_1(ask):
     y, net = 7 * molecule((12, 12, 12), (2.0,) * 3) - 0.5, Seen(lambda tiles: 1 - tiles)
     for name, unit in (("in", 1), ("big", 1024)):  # a power of two: the same rounding everywhere
         write_mrc(f"{name}.mrc", unit * y, (2.0,) * 3)
-        ask(f"sharpen {name}.mrc", net)
+        ask(f"sharpen {name}.mrc --background 0", net)  # so that -0.5 is clipped
     fine = clipped(fourier.resample(y, (24, 24, 24)))
     top = float(fine.max())
     corners = list(itertools.product((0, 12), repeat=3))
@@ -620,7 +620,7 @@ def test_a_voxel_size_from_the_command_line_mends_a_header_without_one(small, ru
 REFUSED = {
     "wedge nope.mrc": "nope.mrc: no such file",
     "wedge cut.mrc": "cut.mrc",
-    "wedge dark.mrc": "dark.mrc.*multiply",
+    "wedge dark.mrc --no-invert --background 0": "dark.mrc.*multiply",
     "wedge in.mrc --tilt-range -60 90": "tilt range -60.* 90",
     "wedge in.mrc --tilt-range 60 -60": "tilt range 60.* -60",
     "wedge in.mrc --tilt-axis w": "tilt_axis is w; give x, y, z",
@@ -671,7 +671,7 @@ REFUSED = {
     "sharpen in.mrc --ckpt sharpen.pt --stride 0": "stride is 0; give 1 or more",
     "sharpen in.mrc --percentile 0": "percentile is 0; give a number above 0",
     "sharpen in.mrc --method pocs": "--method: --task sharpen does not use it",
-    "sharpen dark.mrc --ckpt sharpen.pt": "dark.mrc.*multiply",
+    "sharpen dark.mrc --no-invert --background 0 --ckpt sharpen.pt": "dark.mrc.*multiply",
     "superres in.mrc --ckpt superres.pt --truth other.mrc": r"\(20, 20, 20\).* or \(24, 24, 24\)",
     "generate --model scunet": "--model scunet does not know --task generate",
     "generate --box 0": "box is 0; give 1 or more",
