@@ -357,18 +357,16 @@ def super_resolve(
     found, facts = ask_network(work.density, network, settings, say)
 
     # Departure 3
-    factor = low_frequency_ratio(work, found)
+    maximum = volume.top_value(work.density, settings.percentile)
+    factor = low_frequency_ratio(work.density.clamp(0, maximum), found, work.voxel_size)
     facts["grey_scale_factor"] = factor
     say(f"grey scale: times {factor:.3g}, so that the map agrees with the input beyond 10 Å")
     return answer_of_network(map, found * factor, settings, facts)
 
 
-def low_frequency_ratio(map: Map, x: Tensor) -> float:
-    """The factor that takes x (D, H, W) nearest to the map's density at 10 Å; 1 if they disagree.
-
-    The map counts from 0 on, as the network sees it.
-    """
-    a, b = (fourier.lowpass(v, 10.0, map.voxel_size) for v in (map.density.clamp(min=0), x))
+def low_frequency_ratio(density: Tensor, x: Tensor, voxel_size) -> float:
+    """The factor that takes x (D, H, W) nearest to the density at 10 Å; 1 if they disagree."""
+    a, b = (fourier.lowpass(v, 10.0, voxel_size) for v in (density, x))
     a, b = a - a.mean(), b - b.mean()
     shared = float((a * b).sum())
     return shared / float(b.square().sum()) if shared > 0 else 1.0

@@ -207,7 +207,7 @@ def refuse_full(density: Tensor, grey: GreyScale) -> None:
     """ValueError if a map in work scale is no protein above solvent. The limits are ours.
 
     Of 28 maps with protein none has more than 0.33 of its voxels beyond a tenth of the top, and a
-    tomogram has 0.57. A local-resolution map is flat, and far from 0 everywhere.
+    tomogram has 0.57. A local-resolution map is flat outside of the molecule, and far from 0.
     """
     top = top_value(density, 99.999)
     beyond = float((density.abs() > 0.1 * top).float().mean())
@@ -216,12 +216,12 @@ def refuse_full(density: Tensor, grey: GreyScale) -> None:
             f"full of density: {beyond:.0%} of its voxels are beyond a tenth of the top above the "
             f"background {grey.background:.4g}; a tomogram, or a map of something else"
         )
-    lowest = (grey.sign * density + grey.background).min()
-    if lowest > 0 and grey.background > top:
+    flat = float((density == 0).float().mean())
+    if flat > 0.5 and grey.background > top:
         raise ValueError(
-            f"full of density: the background {grey.background:.4g} is farther from 0 than density "
-            f"from the background ({top:.4g}), as in a local-resolution map; if it is a density, "
-            "subtract the background"
+            f"full of density: {flat:.0%} of its voxels are {grey.background:.4g}, farther from 0 "
+            f"than the others from it ({top:.4g}), as in a local-resolution map; if it is a "
+            "density, subtract the background"
         )
     if grey.unclear:
         raise ValueError("not clear whether protein is bright or dark in this map")
