@@ -32,7 +32,7 @@ from augment import (
 from data_prepare import SETTINGS, read_index
 from files import list_files
 from mrc import MAP_SUFFIXES, read_map, resample_map
-from volume import center_crop, cube, density_mask, normalise, rotate
+from volume import GreyScale, center_crop, cube, density_mask, normalise, rotate
 
 
 class Volume(NamedTuple):
@@ -40,6 +40,7 @@ class Volume(NamedTuple):
 
     label: str
     density: Tensor | Path
+    notes: tuple[str, ...] = ()  # on its grey scale
 
     def voxels(self) -> np.ndarray:
         """(n, n, n). Of a file, only the pages that a crop needs are read."""
@@ -64,16 +65,17 @@ def prepared_files(folder: Path, voxel_size: float) -> list[Path]:
     return [folder / f"{row['entry']}.npy" for row in read_index(folder) if not row["skipped"]]
 
 
-def read_cube(file: Path, voxel_size: float, box: int | None) -> Tensor:
-    """A deposited map on the grid of voxel_size (Å), scaled to 0..1: (n, n, n) float16.
+def read_cube(file: Path, voxel_size: float, box: int | None) -> tuple[Tensor, tuple[str, ...]]:
+    """A deposited map on the grid of voxel_size (Å), scaled to 0..1: (n, n, n) float16; notes.
 
     Raises ValueError if it holds hardly any density or, with `box`, none in its middle.
     """
     # Resample, scale to 0..1 and pad to a cube.
-    density, _ = cube(resample_map(read_map(file), voxel_size).density)
+    density, statistics = cube(resample_map(read_map(file), voxel_size).density)
     if box and center_crop(density, min(box, len(density))).max() <= 0.1:
         raise ValueError(f"hardly any density in the middle {box} voxels; centre it first")
-    return density
+    grey = GreyScale(statistics["background"], statistics["sign"])
+    return density, tuple(grey.notes)
 
 
 def read_volumes(
@@ -82,8 +84,8 @@ def read_volumes(
     """The maps of a folder (or one file) on the grid of voxel_size (Å), and a line per refused map.
 
     A prepared folder is mapped into memory. Any other map is read and resampled, 2 bytes per voxel.
-    A map is refused if it cannot be read or holds hardly any density. With `box`, its middle must
-    hold some (not checked where prepared).
+    A map is refused if it cannot be read, or is no density above a background (volume.cube). With
+    `box`, its middle must hold some (not checked where prepared).
     Raises ValueError if the folder was prepared for another voxel size.
     """
     # A folder that data_prepare made says so by its settings.
@@ -95,16 +97,17 @@ def read_volumes(
     volumes = []
     refused = []
     for file in files:
+        notes = ()
         try:
             if prepared:
                 np.load(file, mmap_mode="r")  # raises if the file is missing or cut short
                 density = file
             else:
-                density = read_cube(file, voxel_size, box)
+                density, notes = read_cube(file, voxel_size, box)
         except (ValueError, OSError, EOFError) as error:  # EOFError: an empty .npy
             refused.append(str(error) if str(file) in str(error) else f"{file}: {error}")
         else:
-            volumes.append(Volume(file.name.split(".")[0], density))
+            volumes.append(Volume(file.name.split(".")[0], density, notes))
     return volumes, refused
 
 

@@ -40,7 +40,7 @@ from degrade import (
 )
 from fourier import apply_fourier, lowpass, wavenumber
 from mrc import read_map, resample_map
-from volume import density_mask, normalise, pad
+from volume import density_mask, find_grey_scale, normalise, pad
 
 FINE = 1.8  # Å: the resolution that superres wants, and of the model before anything blurs it
 
@@ -279,8 +279,9 @@ def read_pair(
             f"{model_file}: none of its atoms lies in {map_file}; they must share one frame"
         )
 
-    # Scale both to 0..1.
-    pair = torch.stack([normalise(x, 0, 1)[0] for x in (source.density, wanted)])
+    # Scale both to 0..1, the map from its background on.
+    density = find_grey_scale(source.density).to_work(source.density)
+    pair = torch.stack([normalise(x, 0, 1)[0] for x in (density, wanted)])
     return Pair(map_file.name.split(".")[0], pair.half())
 
 

@@ -45,7 +45,7 @@ from volume import cube
 INDEX = "index.csv"
 SETTINGS = "settings.json"
 
-COLUMNS = "entry,skipped,split,box,voxel_size,maximum,mean,std,filled,file"
+COLUMNS = "entry,skipped,split,box,voxel_size,maximum,mean,std,filled,background,sign,file"
 
 # The columns of the table that EMDB's search exports. `rejected` looks at them.
 METADATA = "emdb_id,title,structure_determination_method,resolution,half_map_filename"
@@ -293,6 +293,10 @@ def say_summary(rows: list[dict], out: Path, say) -> None:
     taken = reasons.pop("", 0)
     for why, count in reasons.most_common():
         say(f"{count:6d} skipped: {why}")
+    moved = sum(float(row.get("background") or 0) != 0 for row in rows)
+    dark = sum(row.get("sign") == "-1" for row in rows)
+    if moved or dark:
+        say(f"{moved:6d} with a background that was subtracted, {dark} dark ones inverted")
     held = sum(row.get("split") == "test" for row in rows if not row["skipped"])
     say(f"{taken:6d} in {out}, {held} of them held out; reasons and statistics: {out / INDEX}")
 

@@ -26,6 +26,8 @@ from fsc_half_maps import (
     guinier_b_factor,
     local_resolution,
     masked_fsc,
+    match_half_maps,
+    place_notes,
     sharpen,
     sphericity,
 )
@@ -34,7 +36,7 @@ from fsc_mtriage import map_model_resolution
 from fsc_picture import draw_fsc
 from fsc_tables import csv_table, emdb_xml, postprocess_star
 from mrc import MAP_SUFFIXES, Map, read_map, stem, write_map
-from volume import soft_mask
+from volume import find_grey_scale, soft_mask
 
 USAGE = """
   fsc.py half_1.mrc half_2.mrc [--mask mask.mrc]     two half maps
@@ -77,9 +79,11 @@ def compare_half_maps(half_map_1, half_map_2, voxel_size, mask=None, convention=
     """
     if torch.equal(half_map_1, half_map_2):
         raise ValueError("both files hold the same map; give two independent half maps")
+    # An FSC does not see a factor, but it has to be said.
+    _, notes = match_half_maps(half_map_1, half_map_2)
     how = {"convention": convention, "voxel_size": voxel_size}
     box, voxel = shell_side(half_map_1.shape, voxel_size, convention)
-    found = Agreement({"box": box, "voxel_size": voxel}, {}, threshold=0.143)
+    found = Agreement({"box": box, "voxel_size": voxel}, {}, notes, threshold=0.143)
     if mask is None:
         found.curves["unmasked"] = fsc(half_map_1, half_map_2, **how)
         return found
@@ -215,6 +219,7 @@ def sharpened_mean(half_map_1, half_map_2, curve, voxel_size, b_factor=None):
     Without a B-factor, it is fitted.
     """
     # End the map where RELION would: at a whole shell.
+    half_map_2, _ = match_half_maps(half_map_1, half_map_2)
     mean = (half_map_1 + half_map_2) / 2
     end = float(resolution(curve, voxel_size, box=min(mean.shape), convention="relion"))
     if b_factor is None:
@@ -369,6 +374,20 @@ def read_maps(paths: list[str], voxel_size: float | None) -> list[Map]:
     return maps
 
 
+def without_background(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Two maps with background 0, and a note for each whose background was not."""
+    densities, notes = [], []
+    for i, x in enumerate((a, b), 1):
+        # An inverted map stays inverted: its FSC with another one says so.
+        grey = find_grey_scale(x)
+        background = grey.background
+        if background != 0:
+            notes.append(f"map {i}: background {background:.5g} found and subtracted")
+            x = x - background
+        densities.append(x)
+    return *densities, notes
+
+
 def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
     """Compare as the flags ask, and write the sharpened map and the local resolution."""
     # The shells of voxels that are cubes are the same for every axis.
@@ -387,13 +406,16 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
         model, corner = read_model(args.model), maps[0].corner
         return compare_with_model(*densities, model, corner=corner, d_min=args.resolution, **how)
     a, b, *mask = densities
-    notes = []
+    # Masks and windows would take a background for density that both maps share.
+    a, b, notes = without_background(a, b)
     if mask:
-        how["mask"], notes = soft_mask(mask[0], args.mask)
+        how["mask"], mask_notes = soft_mask(mask[0], args.mask)
+        notes += mask_notes
     if args.truth:
         found = compare_with_truth(a, b, **how)
     else:
         found = compare_half_maps(a, b, seed=args.seed, **how)
+        notes += place_notes(*maps[:2])
     found.notes += notes
 
     # What else was asked for.

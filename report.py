@@ -27,7 +27,10 @@ from mrc import MAP_SUFFIXES, SUFFIXES, Map
 
 @dataclass
 class Result:
-    """What a task returns. All densities (D, H, W) have the grid and the grey scale of `grid`."""
+    """What a task returns: maps (D, H, W) on the grid of `grid`, and facts for the .json.
+
+    densities have the grey scale of `grid`. What is shown has background 0 and bright protein.
+    """
 
     grid: Map  # its grid and header are those of the result
     densities: dict[str, Tensor]  # to write, by the suffix of their names; "" is the result

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import abinitio
 import checkpoint
@@ -372,6 +373,14 @@ def say_inputs(paths: list[Path], maps: list[Map], say) -> None:
             say(f"{path}: {note}")
 
 
+def plain_truth(truth: Map, say) -> Tensor:
+    """The truth with background 0 and bright protein, as what a Result shows."""
+    grey = volume.find_grey_scale(truth.density)
+    for note in grey.notes:
+        say(f"{truth.path.name}: {note}, to compare")
+    return grey.to_work(truth.density)
+
+
 def compare(result: Result, truth: Map, align: bool, say) -> Result:
     """The result with scores of all that it shows, and with the truth to show beside it.
 
@@ -380,6 +389,8 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
     # Ab initio finds a density in any pose, and in either hand.
     shown = result.shown
     facts = {"truth_voxel_size": truth.voxel_size}
+    if not align:
+        truth = replace(truth, density=plain_truth(truth, say))
     title, hands = f"with {truth.path.name}", None
     if align:
         aligned = {name: abinitio.align(x, truth.density) for name, x in shown.items()}

@@ -18,6 +18,7 @@ from checkpoint import Prior
 from memory import check_memory
 from mrc import Map
 from report import Progress, Result, say_work
+from sampling_grey_scale import facts_of, to_work_scale
 from sampling_settings import GenerateSettings, LikelihoodSettings
 
 
@@ -87,11 +88,13 @@ def log_likelihood(
     voxels = prior.box**3
     needed = 16 * voxels * min(settings.probes, voxels)
     check_memory(needed, f"{settings.probes} probes", "give fewer --probes")
+    # The prior knows bright protein above solvent at 0.
+    work, grey = to_work_scale(map, settings, say)
 
     # Cut the map into tiles. Its sides are filled up with solvent.
     box = prior.box
     # The prior knows one voxel size.
-    work = mrc.resample_map(map, prior.voxel_size)
+    work = mrc.resample_map(work, prior.voxel_size)
     x, _ = volume.normalise(work.density, prior.mean, prior.std)
     padded = torch.full([math.ceil(n / box) * box for n in x.shape], -prior.mean / prior.std)
     padded[tuple(slice(n) for n in x.shape)] = x
@@ -143,5 +146,5 @@ def log_likelihood(
         "tiles": nats.tolist(),
         "corners": corners,
         "box": list(padded.shape),
-    }
-    return Result(map, {"": out}, {"input": map.density}, facts)
+    } | facts_of([grey])
+    return Result(map, {"": out}, {"input": grey.to_work(map.density)}, facts)

@@ -6,6 +6,7 @@ tensors (mask, noise_from_fsc, orientations) are names of files there, which the
 Lengths are in Å, angles in degrees.
 """
 
+import argparse
 import math
 import sys
 from dataclasses import dataclass, field, fields
@@ -83,7 +84,23 @@ class SampleSettings(SeedSettings):
 
 
 @dataclass(frozen=True)
-class MaskSettings(Settings):
+class GreySettings(Settings):
+    # Both are found in the map, volume.py.
+    background: float | None = opt(
+        None,
+        "value of solvent in the map (default: found)",
+        Limits(-sys.float_info.max, sys.float_info.max, "a finite number"),
+        type=float,
+    )
+    invert: bool | None = opt(
+        None,
+        "protein is darker than solvent, or --no-invert: brighter (default: found)",
+        action=argparse.BooleanOptionalAction,
+    )
+
+
+@dataclass(frozen=True)
+class MaskSettings(GreySettings):
     mask: Tensor | None = opt(
         None, "0 to 1: where to change the map; elsewhere the input is kept", metavar="MAP"
     )
@@ -250,7 +267,7 @@ class AbInitioSettings(SampleSettings):
 
 
 @dataclass(frozen=True)
-class LikelihoodSettings(SeedSettings):
+class LikelihoodSettings(SeedSettings, GreySettings):
     # More probes give a smaller standard error. The tolerance is per voxel.
     probes: int = opt(4, "random vectors of Hutchinson's estimator", PROBES)
     tolerance: float = opt(1e-3, "of the ODE, relative and absolute", POSITIVE)

@@ -8,8 +8,9 @@
 With the flow prior a task brings the map to the prior's grid and grey scale, with its noise, as an
 Observation (posterior.py). It draws samples and goes back to the map's grid. The result is the mean
 of the samples, because FSC rewards the mean of the posterior. Their spread says where not to trust
-it. CryoLVM's fine-tuned networks need one pass, by sliding windows. `say` is called with each line
-to print; report.silent prints nothing.
+it. CryoLVM's fine-tuned networks need one pass, by sliding windows. `in_work_scale` finds the
+background of the maps and the sign of protein, and gives them back in the result. `say` is called
+with each line to print; report.silent prints nothing.
 
 CryoFM: arXiv:2410.08631, sections 5.1-5.4, appendices B.2, D and E. CryoLVM: sections 4.2-4.4.
 Departure 1: where voxels are much coarser than the network's, or much of the density is negative,
@@ -17,6 +18,9 @@ Departure 1: where voxels are much coarser than the network's, or much of the de
 Departure 2: CryoLVM's D.2 normalises the fused map and does not say by what. We undo D.1, so that
 the result has the input's grey scale. For the wedge we also put the measured coefficients back,
 which the paper does not do. The map "_network" is without.
+Departure 3: superres learnt from maps that were divided by their own maxima. A map of 1.8 Å is far
+more peaked than its input, so undoing D.1 leaves 0.1 to 0.3 of the input's grey scale. We scale the
+result to agree with the input where both have detail.
 """
 
 import math
@@ -45,6 +49,7 @@ from sampling_checks import (
     negative_power,
     without_clamps,
 )
+from sampling_grey_scale import in_work_scale
 from sampling_settings import (
     AbInitioSettings,
     DenoiseSettings,
@@ -59,6 +64,7 @@ from sliding_windows import sliding_windows
 # ---- Missing wedge (CryoFM 5.2, CryoLVM 4.4)
 
 
+@in_work_scale
 def restore_wedge(
     map: Map, prior: Prior, settings: WedgeSettings = WedgeSettings(), say=print
 ) -> Result:
@@ -189,6 +195,7 @@ def draw(prior, observation, sampler, samples: int, seed: int, tick, *moments: M
             moment.add(sample)
 
 
+@in_work_scale
 def fill_wedge(
     map: Map, network: Prior, settings: NetworkWedgeSettings = NetworkWedgeSettings(), say=print
 ) -> Result:
@@ -220,6 +227,7 @@ def fill_wedge(
 # ---- Noise (CryoFM 5.1, 5.2)
 
 
+@in_work_scale
 def restore_half_maps(
     half_map_1: Map,
     half_map_2: Map | None,
@@ -357,6 +365,7 @@ def observe_half_map(
 # ---- Fine-tuned networks (CryoLVM 4.2, 4.3)
 
 
+@in_work_scale
 def sharpen(
     map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
 ) -> Result:
@@ -365,19 +374,41 @@ def sharpen(
     Raises ValueError if the voxels are far too coarse for the network.
     """
     check_detail(map, network, "another --ckpt, or use the B-factor of fsc.py --sharpen")
+    work = mrc.resample_map(map, network.voxel_size)
+    found, facts = ask_network(work.density, network, settings, say)
+    return answer_of_network(map, found, settings, facts)
+
+
+def answer_of_network(map: Map, found: Tensor, settings: NetworkSettings, facts: dict) -> Result:
+    """The Result on the grid of a map, from an answer on the network's grid."""
     y = map.density
-    found, facts = ask_network(
-        mrc.resample_map(map, network.voxel_size).density, network, settings, say
-    )
     restored = settings.inside_mask(fourier.resample(found, y.shape), y)
     return Result(map, {"": restored}, {"input": y, "restored": restored}, facts)
 
 
+@in_work_scale
 def super_resolve(
     map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
 ) -> Result:
     """Find detail finer than the map's resolution, on a grid that can hold it."""
-    return sharpen(finer_grid(map, network), network, settings, say)
+    map = finer_grid(map, network)
+    work = mrc.resample_map(map, network.voxel_size)
+    found, facts = ask_network(work.density, network, settings, say)
+
+    # Departure 3
+    maximum = volume.top_value(work.density, settings.percentile)
+    factor = low_frequency_ratio(work.density.clamp(0, maximum), found, work.voxel_size)
+    facts["grey_scale_factor"] = factor
+    say(f"grey scale: times {factor:.3g}, so that the map agrees with the input beyond 10 Å")
+    return answer_of_network(map, found * factor, settings, facts)
+
+
+def low_frequency_ratio(density: Tensor, x: Tensor, voxel_size) -> float:
+    """The factor that takes x (D, H, W) nearest to the density at 10 Å; 1 if they disagree."""
+    a, b = (fourier.lowpass(v, 10.0, voxel_size) for v in (density, x))
+    a, b = a - a.mean(), b - b.mean()
+    shared = float((a * b).sum())
+    return shared / float(b.square().sum()) if shared > 0 else 1.0
 
 
 def finer_grid(map: Map, network: Prior) -> Map:

@@ -107,6 +107,9 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
     """The maps of --data. Raises ValueError if more than 1 % of them cannot be used."""
     box = cfg.crop if cfg.center_crops else None
     volumes, refused = data.read_volumes(cfg.data, cfg.voxel_size, box)
+    for volume in volumes:
+        for note in volume.notes:
+            say(f"{volume.label}: {note}")
     # Say which maps are left out, and why.
     for line in refused:
         say(f"skipped {line}")

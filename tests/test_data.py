@@ -148,17 +148,19 @@ def test_folders_of_maps_are_read_on_one_grid_and_bad_files_named(tmp_path):
     (tmp_path / "emd_5.mrc").write_bytes((tmp_path / "emd_2.mrc").read_bytes()[:2000])
     (tmp_path / "notes.txt").write_text("not a map")
     volumes, refused = data.read_volumes(tmp_path, 1.5)
-    assert [v.label for v in volumes] == ["emd_1", "emd_2"]
+    assert [v.label for v in volumes] == ["emd_1", "emd_2", "emd_3"]
     # The first was resampled from 3 to 1.5 Å, the second padded to a cube.
-    assert [v.density.shape for v in volumes] == [(40, 40, 40), (24, 24, 24)]
+    assert [v.density.shape for v in volumes] == [(40, 40, 40), (24, 24, 24), (16, 16, 16)]
     top = gaussians((16, 24, 20), (0, 0, 0)).max()
     want = (gaussians((16, 24, 20), (0, 0, 0)) / top).half()
     torch.testing.assert_close(volumes[1].density[4:20, :, 2:22], want, rtol=0, atol=1e-3)
-    for name, line in zip(("emd_3.mrc", "emd_4.ccp4", "emd_5.mrc"), refused, strict=True):
+    want = gaussians((16, 16, 16), (0, 0, 0))
+    torch.testing.assert_close(volumes[2].density, (want / want.max()).half(), rtol=0, atol=1e-3)
+    assert volumes[2].notes == ("protein is dark: inverted",)
+    for name, line in zip(("emd_4.ccp4", "emd_5.mrc"), refused, strict=True):
         assert name in line and "\n" not in line
-    assert "multiply the map by -1" in refused[0]
-    assert "hardly any density" in refused[1]
-    assert "truncated" in refused[2]
+    assert "hardly any density" in refused[0]
+    assert "truncated" in refused[1]
 
 
 def test_centre_crops_need_density_in_the_middle(tmp_path):

@@ -16,11 +16,14 @@ from fsc_half_maps import (
     guinier_b_factor,
     local_resolution,
     masked_fsc,
+    match_half_maps,
+    place_notes,
     randomise_phases,
     read_fsc,
     sharpen,
     sphericity,
 )
+from mrc import Map
 
 ORACLES = Path(__file__).parent / "oracles"
 
@@ -44,6 +47,33 @@ def assert_close(a, b, atol=2e-6):
 
 
 # ---- FSC under a mask
+
+
+def test_a_half_map_is_brought_to_the_grey_scale_of_the_other():
+    signal = filtered_noise(24, lambda r: 30 * torch.exp(-((r / 3) ** 2)))
+    a, b = signal + 0.1 * noise(24, 24, 24), signal + 0.1 * noise(24, 24, 24, seed=2)
+    same, notes = match_half_maps(a, b)
+    assert same is b and not notes
+    for factor in (10, 0.2, -3):
+        found, notes = match_half_maps(a, factor * b)
+        assert (found - b).abs().max() < 0.01 * b.abs().max()
+        assert "times the grey scale" in notes[0]
+
+
+@pytest.mark.parametrize("factor", [1, 2, -0.5])
+def test_a_scaled_or_filtered_copy_is_no_second_half_map(factor):
+    a = noise(16, 16, 16)
+    gain = torch.exp(-((radius(a.shape, half=True) / 20) ** 2))  # hardly varies within a shell
+    for copy in (factor * a, factor * torch.fft.irfftn(torch.fft.rfftn(a) * gain.float())):
+        with pytest.raises(ValueError, match="independent"):
+            match_half_maps(a, copy)
+
+
+def test_half_maps_that_lie_apart_get_a_note():
+    x = noise(8, 8, 8)
+    here, moved = Map(x, 1.5), Map(x, 1.5, origin=(0, 0, 3))
+    assert not place_notes(here, here)
+    assert "half map 2 lies 3 0 0 Å" in place_notes(here, moved)[0]
 
 
 def test_masked_curves_and_their_correction_equal_the_oracle():

@@ -468,11 +468,72 @@ def test_sharpening_by_the_identity_clips_the_map_and_keeps_header_and_grey_scal
     assert found == [12, "gaussian", 99.999, list(shape)]
 
 
+def test_super_resolution_keeps_the_grey_scale_of_what_map_and_answer_share(ask):
+    y = molecule((24, 24, 24), (1.0,) * 3)
+    write_mrc("in.mrc", y, (1.0,) * 3)
+    ask("superres in.mrc", Seen(lambda tiles: tiles / 7))
+    assert close(values("in_superres.mrc"), clipped(y), 1e-4)
+    assert report_of("in_superres")["grey_scale_factor"] == pytest.approx(7, rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["sharpen", "superres"])
+@pytest.mark.parametrize("background, sign", [(0.5, 1), (105, 1), (0, -1), (3, -1)])
+def test_background_and_sign_are_found_said_and_given_back(ask, capsys, task, background, sign):
+    y = molecule((24, 24, 24), (1.0,) * 3)
+    write_mrc("in.mrc", sign * y + background, (1.0,) * 3)
+    ask(f"{task} in.mrc")
+    # The identity as network returns the map, but for what it clips.
+    found = values(f"in_{task}.mrc")
+    assert close(sign * (found - background), clipped(y), 1e-4)
+    report = report_of(f"in_{task}")
+    assert report["background"] == pytest.approx(background, abs=1e-4)
+    assert report["sign"] == sign
+    out = capsys.readouterr().out
+    assert ("found and subtracted" in out) == (background != 0)
+    assert ("protein is dark: inverted" in out) == (sign < 0)
+
+
+def test_a_wedge_is_filled_the_same_whatever_the_grey_scale(run):
+    # Multiples of 1/1024 and a power of two: the same rounding everywhere.
+    y = (degraded(molecule(SHAPE), wedge(SHAPE)) * 1024).round() / 1024
+    write_mrc("in.mrc", y)
+    write_mrc("other.mrc", 40 - 8 * y)
+    for name in ("in", "other"):
+        run(f"wedge {name}.mrc --noise 0.05 --background {0 if name == 'in' else 40}")
+    for end in ("", "_mean"):
+        want = values(f"in_wedge{end}.mrc")
+        assert close((40 - values(f"other_wedge{end}.mrc")) / 8, want)
+    # A standard deviation has no background and no sign.
+    assert close(values("other_wedge_std.mrc") / 8, values("in_wedge_std.mrc"))
+
+
+def test_a_dark_truth_scores_as_a_bright_one(run):
+    y, truth = degraded(molecule(SHAPE), wedge(SHAPE)), molecule(SHAPE)
+    write_mrc("bright.mrc", y)
+    write_mrc("dark.mrc", -y)
+    scores = []
+    for name, sign in (("bright", 1), ("dark", -1)):
+        write_mrc(f"{name}_truth.mrc", sign * truth)
+        run(f"wedge {name}.mrc")
+        scores.append(report_of(f"{name}_wedge")["fsc"]["restored"]["auc"])
+    assert scores[0] > 0 and scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_half_maps_are_brought_to_one_grey_scale(run, halves, capsys):
+    run("denoise half1.mrc half2.mrc -o plain.mrc --background 0")
+    write_mrc("other.mrc", 10 * values("half2.mrc"))
+    capsys.readouterr()
+    run("denoise half1.mrc other.mrc -o matched.mrc --background 0")
+    assert "times the grey scale of half map 1" in capsys.readouterr().out
+    # The ratio of two noisy maps' amplitudes is known to some per cent.
+    assert close(values("matched.mrc"), values("plain.mrc"), 0.1)
+
+
 def test_the_network_sees_its_own_voxel_size_and_values_from_0_to_1(ask):
     y, net = 7 * molecule((12, 12, 12), (2.0,) * 3) - 0.5, Seen(lambda tiles: 1 - tiles)
     for name, unit in (("in", 1), ("big", 1024)):  # a power of two: the same rounding everywhere
         write_mrc(f"{name}.mrc", unit * y, (2.0,) * 3)
-        ask(f"sharpen {name}.mrc", net)
+        ask(f"sharpen {name}.mrc --background 0", net)  # so that -0.5 is clipped
     fine = clipped(fourier.resample(y, (24, 24, 24)))
     top = float(fine.max())
     corners = list(itertools.product((0, 12), repeat=3))
@@ -674,7 +735,7 @@ def test_a_voxel_size_from_the_command_line_mends_a_header_without_one(small, ru
 REFUSED = {
     "wedge nope.mrc": "nope.mrc: no such file",
     "wedge cut.mrc": "cut.mrc",
-    "wedge dark.mrc": "dark.mrc.*multiply",
+    "wedge dark.mrc --no-invert --background 0": "dark.mrc.*multiply",
     "wedge in.mrc --tilt-range -60 90": "tilt range -60.* 90",
     "wedge in.mrc --tilt-range 60 -60": "tilt range 60.* -60",
     "wedge in.mrc --tilt-axis w": "tilt_axis is w; give x, y, z",
@@ -725,7 +786,7 @@ REFUSED = {
     "sharpen in.mrc --ckpt sharpen.pt --stride 0": "stride is 0; give 1 or more",
     "sharpen in.mrc --percentile 0": "percentile is 0; give a number above 0",
     "sharpen in.mrc --method pocs": "--method: --task sharpen does not use it",
-    "sharpen dark.mrc --ckpt sharpen.pt": "dark.mrc.*multiply",
+    "sharpen dark.mrc --no-invert --background 0 --ckpt sharpen.pt": "dark.mrc.*multiply",
     "superres in.mrc --ckpt superres.pt --truth other.mrc": r"\(20, 20, 20\).* or \(24, 24, 24\)",
     "generate --model scunet": "--model scunet does not know --task generate",
     "generate --box 0": "box is 0; give 1 or more",

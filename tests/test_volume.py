@@ -47,6 +47,70 @@ def test_a_map_without_positive_density_has_no_network_scale():
         volume.normalise(-random(30, 31, 32).abs(), 0.04, 0.09)
 
 
+def blob(box=32, noise=0.1, seed=0):
+    """A Gaussian of height 1 in noise: (box, box, box)."""
+    i = torch.arange(box) - box / 2
+    g = torch.exp(-(i**2) / 18)
+    return g[:, None, None] * g[:, None] * g + noise * random(box, box, box, seed=seed)
+
+
+@pytest.mark.parametrize("noise", [0, 0.03, 0.1, 0.2])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("background", [0.5, -3, 105])
+def test_background_and_sign_of_a_noisy_map_are_found(noise, sign, background):
+    grey = volume.find_grey_scale(sign * blob(noise=noise) + background)
+    assert grey.background == pytest.approx(background, abs=0.025)
+    assert (grey.sign, grey.unclear) == (sign, False)
+    assert len(grey.notes) == (2 if sign < 0 else 1)
+
+
+def test_a_map_with_background_near_0_is_left_as_it_is():
+    x = blob()
+    grey = volume.find_grey_scale(x)
+    assert grey.to_work(x) is x and grey.to_map(x) is x and not grey.notes
+
+
+def test_a_masked_map_has_exactly_the_background_outside_of_its_mask():
+    x = blob(noise=0.1)
+    x[:, :, :18] = 7.25
+    assert volume.find_background(x) == 7.25
+
+
+def test_work_scale_and_back_is_the_map():
+    x = 105 - 20 * blob()
+    grey = volume.find_grey_scale(x)
+    torch.testing.assert_close(grey.to_map(grey.to_work(x)), x)
+    assert grey.to_work(x).argmax() == x.argmin()
+
+
+def test_noise_alone_has_no_sign_unless_it_is_given():
+    x = random(32, 32, 32)
+    assert volume.find_grey_scale(x).unclear
+    assert volume.find_grey_scale(x, invert=True).sign == -1
+    assert not volume.find_grey_scale(x, invert=False).unclear
+    assert volume.find_grey_scale(x, background=2.0).background == 2
+
+
+def test_training_maps_lose_background_and_sign():
+    x = blob(noise=0.02)
+    want, _ = volume.cube(x)
+    found, statistics = volume.cube(40 - 8 * x)
+    assert (found.float() - want.float()).abs().max() < 0.02
+    assert statistics["background"] == pytest.approx(40, abs=0.1)
+    assert statistics["sign"] == -1
+
+
+def test_what_is_no_density_above_a_background_is_not_trained_on():
+    # A tomogram: as much above its background as below, everywhere.
+    tomogram = (105 + 25 * random(32, 32, 32)).round().clamp(0, 255)
+    # A local-resolution map: flat, far from 0, with other values in a few places.
+    local = torch.full((32, 32, 32), 8.0)
+    local[12:16, 12:16, 12:16] = 3 + 8 * torch.rand(4, 4, 4, generator=torch.manual_seed(0))
+    for x in (tomogram, local):
+        with pytest.raises(ValueError, match="full of density"):
+            volume.cube(x)
+
+
 def test_the_density_mask_is_all_within_three_voxels_of_density():
     density = (random(12, 13, 14).abs() > 2.9).float() * 0.2 + 0.05
     mask = volume.density_mask(density)

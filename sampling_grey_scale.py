@@ -1,0 +1,85 @@
+"""What makes a task independent of the grey scale of its maps.
+
+    work = sign (map - background)          before the task                                  (1)
+    map = sign work + background            after it                                         (2)
+
+The networks know protein that is bright above solvent at 0. Tomograms are bytes around 105, and
+subtomogram averages often have dark protein. So background and sign are measured (volume.py), said,
+taken out by (1) and given back by (2) in every map that a task returns. A map with background 0 and
+bright protein passes through unchanged.
+"""
+
+import functools
+import inspect
+from dataclasses import replace
+
+import volume
+from fsc_half_maps import match_half_maps, place_notes
+from mrc import Map
+from report import Result
+from sampling_settings import GreySettings
+from volume import GreyScale
+
+
+def in_work_scale(task):
+    """The task of one map or two half maps, which then sees only work scale (1).
+
+    The result's densities have the grey scale of the first map (2). Its report has `background` and
+    `sign`. What it shows stays in work scale, because pictures and scores want bright protein.
+    """
+    signature = inspect.signature(task)
+
+    @functools.wraps(task)
+    def with_any_grey_scale(*args, **options) -> Result:
+        # Take background and sign out of every map among the arguments.
+        call = signature.bind(*args, **options)
+        call.apply_defaults()
+        given = call.arguments
+        maps = {name: x for name, x in given.items() if isinstance(x, Map)}
+        works, greys = [], []
+        for map in maps.values():
+            work, grey = to_work_scale(map, given["settings"], given["say"])
+            works.append(work)
+            greys.append(grey)
+        if len(works) == 2:
+            works[1] = matched(*works, given["say"])
+        given |= zip(maps, works)
+
+        # Do the task, and give them back. A standard deviation has no offset and no sign.
+        result = task(*call.args, **call.kwargs)
+        densities = {}
+        for end, x in result.densities.items():
+            densities[end] = x if end == "_std" else greys[0].to_map(x)
+        return replace(result, densities=densities, report=result.report | facts_of(greys))
+
+    return with_any_grey_scale
+
+
+def to_work_scale(map: Map, settings: GreySettings, say=print) -> tuple[Map, GreyScale]:
+    """The map with background 0 and bright protein (1), and its own grey scale."""
+    grey = volume.find_grey_scale(map.density, settings.background, settings.invert)
+    name = map.path.name if map.path else "map"
+    for note in grey.notes:
+        say(f"{name}: {note}")
+    if grey.unclear:
+        say(f"{name}: if it is dark, give --invert; --no-invert silences this")
+    return replace(map, density=grey.to_work(map.density)), grey
+
+
+def facts_of(greys: list[GreyScale]) -> dict:
+    """For the .json: numbers, or lists of them for two half maps."""
+    if len(greys) == 1:
+        return {"background": greys[0].background, "sign": greys[0].sign}
+    return {"background": [g.background for g in greys], "sign": [g.sign for g in greys]}
+
+
+def matched(half_map_1: Map, half_map_2: Map, say=print) -> Map:
+    """Half map 2 in the grey scale of half map 1. Raises ValueError if they are not independent."""
+    # Half maps on different grids are refused later.
+    if half_map_1.density.shape != half_map_2.density.shape:
+        return half_map_2
+    density, notes = match_half_maps(half_map_1.density, half_map_2.density)
+    notes += place_notes(half_map_1, half_map_2)
+    for note in notes:
+        say(note)
+    return replace(half_map_2, density=density)
