@@ -122,7 +122,7 @@ def draw_power(axis, name: str, x: Tensor, brightest_map: Tensor, across: int, s
         n = x.shape[i]
         extent += [(-(n // 2) - 0.5) / sides[i], (n - n // 2 - 0.5) / sides[i]]
     low = highest - DECADES
-    axis.imshow(power, cmap="magma", vmin=low, vmax=highest, origin="lower", extent=extent)
+    axis.imshow(power.numpy(), cmap="magma", vmin=low, vmax=highest, origin="lower", extent=extent)
     axis.set_title(f"{name}: Fourier power\nk{AXES[right]} k{AXES[up]} plane (1/Å)", fontsize=10)
     axis.tick_params(labelsize=8)
 

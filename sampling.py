@@ -346,7 +346,7 @@ def on_grid(map: Map, grids: dict) -> Map:
     return replace(map, voxel_size=grids[shape])
 
 
-def read_files(settings: Settings, map: Map, grids: dict, say=report.silent) -> Settings:
+def read_files(settings: Settings, map: Map, grids: dict, say=print) -> Settings:
     """The settings with the content of the files that they name."""
     # Only the fields that this task has.
     content = {}
@@ -449,8 +449,8 @@ def main(argv=None) -> int:
             done = f"{number - 1} of {len(runs)} done; --skip-existing goes on"
             say(f"sampling.py: stopped, nothing written for {paths[0]}; {done}", file=sys.stderr)
             return STOPPED
-    if len(runs) > 1 and failed:
-        say(f"sampling.py: {failed} of {len(runs)} failed", file=sys.stderr)
+    if failed:
+        tell(f"{failed} of {len(runs)} failed")
     return 1 if failed else 0
 
 

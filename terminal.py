@@ -51,7 +51,7 @@ def one_line_for_memory(hint: str) -> Iterator[None]:
 
 
 def run_program(name: str, main: Callable, stopped: str = "stopped, nothing written") -> None:
-    """Call main() and end the process with its exit code.
+    """Call main(); if it returns a number, end the process with this exit code.
 
     ValueError and OSError, which name what is wrong, become one line and exit code 1. Ctrl-C and
     the signals that ask a program to end give the line `stopped` and exit code 130.
@@ -68,18 +68,18 @@ def run_program(name: str, main: Callable, stopped: str = "stopped, nothing writ
     try:
         code = main()
     except (ValueError, OSError) as error:
-        say(f"{name}: {error}", file=sys.stderr)
-        code = 1
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         say(f"{name}: {stopped}", file=sys.stderr)
-        code = STOPPED
+        sys.exit(STOPPED)
     finally:
         # What `print` left in the buffer meets a closed pipe here, and not at exit.
         try:
             sys.stdout.flush()
         except BrokenPipeError:
             drop_output(sys.stdout)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def interrupt(*_) -> None:

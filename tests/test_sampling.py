@@ -267,8 +267,8 @@ def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run)
 
 def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, ckpt):
     run("denoise half1.mrc half2.mrc")
-    restored = [values(f"half1_denoise_half{i}.mrc") for i in (1, 2)]
-    assert close((restored[0] + restored[1]) / 2, values("half1_denoise.mrc"))
+    restored = [values(f"half_mean_denoise_half{i}.mrc") for i in (1, 2)]
+    assert close((restored[0] + restored[1]) / 2, values("half_mean_denoise.mrc"))
 
     # Nothing of half 1 is in half 2 but its share of the FSC and of the signal.
     a, b = halves
@@ -652,7 +652,7 @@ REFUSED = {
     "denoise half1.mrc other.mrc": "half1.mrc: .*other.mrc has .*one grid",
     "denoise half1.mrc": "give two half maps, or one map with noise_from_fsc or snr",
     "denoise half1.mrc half2.mrc --snr 1": "give two half maps, or one map with",
-    "denoise half1.mrc half2.mrc in.mrc": "wants two half maps, or one map .*; 3 given",
+    "denoise half1.mrc half2.mrc in.mrc": "wants two half maps, a folder .*; 3 given",
     "denoise half1.mrc --noise-from-fsc short.csv": "short.csv: .* shells",
     "denoise half1.mrc --noise-from-fsc empty.csv": "empty.csv",
     "denoise half1.mrc --noise-from-fsc half2.mrc": "half2.mrc",
