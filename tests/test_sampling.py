@@ -749,3 +749,57 @@ def test_an_error_ends_the_program_with_one_line_and_a_non_zero_status(tmp_path,
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines() == ["sampling.py: nope.mrc: no such file"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "wedge in.mrc --truth other.mrc -o other.mrc",
+        "wedge in.mrc --mask other.mrc -o other.mrc",
+        "wedge in.mrc -o in_truth.mrc",
+        "wedge in.mrc in_wedge.mrc",
+        "wedge in.mrc --truth out_std.mrc -o out.mrc",
+    ],
+)
+def test_no_file_that_is_read_is_ever_written(small, run, command):
+    before = {}
+    for name in ("other", "in_truth", "in_wedge", "out_std"):
+        path = write_mrc(Path(f"{name}.mrc"), molecule(SHAPE))
+        before[path] = path.read_bytes()
+    with pytest.raises(FileExistsError, match="is the input"):
+        run(command, "--overwrite", "--method", "pocs")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_finished_maps_are_skipped_when_asked(small, run, capsys):
+    write_mrc(Path("other.mrc"), values(small))
+    run("wedge other.mrc --method pocs")
+    before = Path("other_wedge.mrc").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run("wedge . --method pocs --skip-existing") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 of 2" in lines and "2 of 2" in lines
+    assert "other_wedge.mrc: exists, skipped" in lines
+    assert Path("in_wedge.mrc").exists()
+    assert Path("other_wedge.mrc").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_half_maps_is_denoised_pair_by_pair(halves, run):
+    for i in (1, 2):
+        write_mrc(Path(f"b_half{i}.mrc"), halves[i - 1])
+    assert run("denoise . --method wiener") == 0
+    assert Path("half_mean_denoise.mrc").exists() and Path("b_half_mean_denoise.mrc").exists()
+
+
+def test_a_home_folder_is_expanded_and_maps_keep_the_ending_that_was_asked_for(
+    small, run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("wedge ~/in.mrc -o ~/gen.map.gz --method prior")
+    assert {"gen.map.gz", "gen_mean.map.gz", "gen_std.map.gz", "gen.json"} <= set(names(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "nonsense"])
+def test_devices_that_give_no_numbers_are_refused(small, device):
+    with pytest.raises(ValueError, match=f"--device {device}: no such device"):
+        sampling.parse(["--task", "wedge", "in.mrc", "--device", device])
