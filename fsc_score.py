@@ -320,6 +320,9 @@ def parse(argv=None) -> argparse.Namespace:
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
 
+    if args.voxel_size is not None and not 0.1 <= args.voxel_size <= 100:
+        raise ValueError(f"--voxel-size {args.voxel_size:g}: give 0.1 to 100 Å")
+
     # Refuse what would be ignored or makes no sense.
     halves = len(args.maps) == 2
     if len(args.maps) > 2 or halves + bool(args.truth) + bool(args.model) != 1:
@@ -405,6 +408,8 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
         # The filter has our shells, so it needs a curve on them.
         curve = fsc(a, b) if args.convention == "cryofm" else next(iter(found.curves.values()))
         sharp, b_factor = sharpened_mean(a, b, curve, voxel_size, args.b_factor)
+        if sharp.std() <= 1e-6 * sharp.abs().max():
+            raise ValueError("--sharpen: the half maps agree in no shell, so that nothing is left")
         numbers["b_factor"] = b_factor
         label = f"cryofm fsc.py --sharpen, B-factor {b_factor:.1f}"
         found.maps[args.sharpen] = replace(maps[0], density=sharp), label

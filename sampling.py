@@ -216,6 +216,9 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     if args.overwrite and args.skip_existing:
         raise ValueError("--overwrite and --skip-existing: give one of them")
 
+    if args.voxel_size is not None and not 0.1 <= args.voxel_size <= 100:
+        raise ValueError(f"--voxel-size {args.voxel_size:g}: give 0.1 to 100 Å")
+
     # Shells expand ~ at the start of a word only, not in --out=~/x.
     for name in {"out", *FILE_FLAGS} & vars(args).keys():
         if getattr(args, name):
