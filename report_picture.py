@@ -91,9 +91,11 @@ def draw_slice(axis, name: str, x: Tensor, across: int, sides, low: float, high:
 
     # A bar of about a quarter of the width, in the lower left corner.
     length = round_length(sides[right] / 4)
-    x_0, y_0 = 0.05 * sides[right], 0.05 * sides[up]
+    x_0 = 0.05 * sides[right]
+    y_0 = 0.05 * sides[up]
     axis.plot([x_0, x_0 + length], [y_0, y_0], color="tab:red", lw=3, solid_capstyle="butt")
-    axis.text(x_0, y_0 + 0.02 * sides[up], f"{length:g} Å", color="tab:red", fontsize=9)
+    above = y_0 + 0.02 * sides[up]
+    axis.text(x_0, above, f"{length:g} Å", color="tab:red", fontsize=9)
     axis.set_xlim(0, sides[right])
     axis.set_ylim(0, sides[up])
 
@@ -112,8 +114,11 @@ def draw_power(axis, name: str, x: Tensor, brightest_map: Tensor, across: int, s
         projection = density.double().mean(across)
         projection = projection - projection.mean()
         planes.append(torch.fft.fftshift(torch.fft.fft2(projection).abs().square()))
-    highest = max(math.log10(max(float(planes[1].max()), 1e-300)), -299)
-    power = planes[0].clamp(min=1e-300).log10()
+
+    # A plane without power has no logarithm.
+    logs = [plane.clamp(min=1e-300).log10() for plane in planes]
+    power = logs[0]
+    highest = float(logs[1].max())
 
     # Pixel i of n is the frequency (i - n//2) / side, and it is one step wide.
     up, right = (i for i in range(3) if i != across)

@@ -256,3 +256,8 @@ def test_written_maps_say_what_made_them_and_notes_on_inputs_are_printed(maps, c
     assert "note: b.mrc: the header's origin" in capsys.readouterr().out
     with mrcfile.open("sharp.mrc") as file:
         assert file.get_labels()[-1] == "cryofm fsc.py --sharpen, B-factor -40.0"
+
+
+def test_halves_that_agree_in_no_shell_are_not_sharpened(maps):
+    write("c.mrc", -maps["a"])
+    assert "nothing is left" in refusal("a.mrc c.mrc --sharpen sharp.mrc --b-factor -40")

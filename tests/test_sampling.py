@@ -635,10 +635,10 @@ REFUSED = {
     "wedge in.mrc half1.mrc -o out.mrc": "-o out.mrc: for 2 inputs",
     "wedge empty": "empty: no map",
     "wedge": "wants one map or more; 0 given",
-    "wedge in.mrc --steps 0": "steps is 0; give 1 or more",
-    "wedge in.mrc --samples 0": "samples is 0; give 1 or more",
+    "wedge in.mrc --steps 0": "steps is 0; give 1 to 10000",
+    "wedge in.mrc --samples 0": "samples is 0; give 1 to 1000",
     "wedge in.mrc --noise nan": "noise is nan; give 0 or more",
-    "wedge in.mrc --voxel-size -1": "must be positive",
+    "wedge in.mrc --voxel-size -1": "give 0.1 to 100 Å",
     "wedge in.mrc --seed 5000000000": "seed is 5e[+]09; give 0 to",
     "wedge in.mrc --device toaster": "--device toaster: no such device",
     "wedge in.mrc --device cuda:99": "--device cuda:99: no such device",
@@ -803,3 +803,9 @@ def test_a_home_folder_is_expanded_and_maps_keep_the_ending_that_was_asked_for(
 def test_devices_that_give_no_numbers_are_refused(small, device):
     with pytest.raises(ValueError, match=f"--device {device}: no such device"):
         sampling.parse(["--task", "wedge", "in.mrc", "--device", device])
+
+
+@pytest.mark.parametrize("flag", ["--voxel-size=1e-30", "--voxel-size=nan", "--samples=99999999"])
+def test_numbers_that_would_take_all_memory_or_time_are_refused(flag):
+    with pytest.raises(ValueError, match="give"):
+        sampling.parse(["--task", "wedge", "in.mrc", flag])
