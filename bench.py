@@ -46,6 +46,7 @@ import train_dry_run
 import train_objectives
 import train_optim
 from bench_peers import PASSES, PEERS, Problem, first_head, kernel_seconds, seconds
+from terminal import run_program
 
 # ---- What the machine can do ----
 
@@ -341,7 +342,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.py: {error}")
+    run_program("bench.py", main, "stopped, nothing written")

@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 import zlib
 from collections import Counter
@@ -39,6 +38,7 @@ import torch
 from data_download import build_archive, fetch_maps, map_url
 from files import atomic_write
 from mrc import read_map, resample_map
+from terminal import one_line_for_memory, run_program, say
 from volume import cube
 
 # In a prepared folder, beside emd_1234.npy, ...
@@ -177,11 +177,14 @@ def prepare_map(file: Path, out: Path, voxel_size: float, max_side: float) -> di
     # Read the map, bring it to the wanted grid and scale.
     try:
         map = read_map(file)
+        for note in map.notes:
+            say(f"{file}: {note}")
         side = max(n * v for n, v in zip(map.density.shape, map.voxel_size))
         if side > max_side:
             return dict(row, skipped=f"side longer than {max_side:g} Å")
-        map = resample_map(map, voxel_size)  # a low-pass, too
-        x, statistics = cube(map.density)
+        with one_line_for_memory(f"give a larger --voxel-size than {voxel_size:g}"):
+            map = resample_map(map, voxel_size)  # a low-pass, too
+            x, statistics = cube(map.density)
     except (ValueError, OSError) as error:
         return dict(row, skipped=f"unreadable: {error}")
 
@@ -226,7 +229,7 @@ def prepare(
     max_resolution: float = 3.0,
     max_side: float = 576.0,
     workers: int = 1,
-    say=print,
+    say=say,
 ) -> list[dict]:
     """EMDB's maps below `folder` -> the folder `out`, which train.py reads; returns its index.
 
@@ -351,6 +354,17 @@ def parse(argv) -> argparse.Namespace:
     return cli.parse_args(argv)
 
 
+def run() -> None:
+    """`main`, which also explains a process that was killed."""
+    try:
+        main()
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process was killed, perhaps because memory ran out; "
+            "give fewer --workers, and the same command goes on"
+        ) from None
+
+
 def main(argv=None) -> None:
     args = parse(argv)
     if args.command == "maps":
@@ -368,16 +382,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    # A stopped job ends its processes as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        main()
-    except BrokenProcessPool:
-        sys.exit(
-            "data_prepare.py: a process was killed, perhaps because memory ran out; "
-            "give fewer --workers, and the same command goes on"
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"data_prepare.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("data_prepare.py: stopped; the same command goes on")
+    run_program("data_prepare.py", run, "stopped; the same command goes on")

@@ -7,6 +7,8 @@ with AtomicOutputs() as outputs:              several files that appear together
     with outputs.open(path) as file:          as often as needed; all are renamed at the end
         file.write(...)
 
+with owned(paths):                            no other running program may write them meanwhile
+
 write_json(path, value)                       NaN and infinity become null
 with own_folder(path):                        no other process may own the folder meanwhile
 refuse_existing(outputs, inputs, overwrite)   call it before the work, not after it
@@ -20,6 +22,7 @@ import glob
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +32,7 @@ class AtomicOutputs:
     """Files that are written under temporary names and renamed together when the block ends.
 
     If anything fails before the renaming, no file appears and every old one is unchanged.
+    A link is followed: what it points to is replaced, the link stays.
     A killed process can leave temporary files behind. They are hidden, and the next write to the
     same name removes them. Raises OSError, which names the file, if one cannot be written.
     """
@@ -40,13 +44,13 @@ class AtomicOutputs:
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
         """A binary file for `path`. When the inner block ends, its content is on the disk."""
-        # Remove what a killed process left under this name.
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            leftover.unlink(missing_ok=True)
-        # Two processes that write the same name must not write into the same file.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path = Path(path).resolve()
+        remove_leftovers(path)
+        # Two runs that write the same name must not write into the same file.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         self.renames[temporary] = path
-        with named_errors(path), open(temporary, "wb") as file:
+        with named_errors(path), open(temporary, "xb") as file:
+            lock(file)  # a sign that this file is not a leftover
             yield file
             # Wait until the disk has it, or a power cut after the renaming would lose it.
             file.flush()
@@ -65,14 +69,80 @@ class AtomicOutputs:
                 temporary.unlink(missing_ok=True)
 
 
+def lock(file) -> bool:
+    """Lock a file until it is closed; False if another running program has locked it.
+
+    The lock of a killed process ends with it. Where a disk knows no locks, everyone gets one.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files for `path` that killed processes left."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError), open(leftover, "rb") as file:
+            if lock(file):
+                leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def owned(paths: Iterable[Path]) -> Iterator[None]:
+    """No other program that asks for one of these files gets it until the block ends.
+
+    Each has a hidden file beside it meanwhile, which is locked. Raises FileExistsError if another
+    running program has one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in sorted({Path(path).resolve() for path in paths}):
+            stack.enter_context(locked_beside(path))
+        yield
+
+
+def is_file_at(path: Path, file) -> bool:
+    """Whether an open file is still the one that lies at a path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def locked_beside(path: Path) -> Iterator[None]:
+    """Hold a lock on `.NAME.lock` beside a file, see `owned`."""
+    beside = path.with_name(f".{path.name}.lock")
+    while True:
+        with contextlib.ExitStack() as stack:
+            with named_errors(path):
+                file = stack.enter_context(open(beside, "wb"))
+            if not lock(file):
+                raise FileExistsError(
+                    f"{path}: another running program writes this file; wait, or give another name"
+                )
+            # An owner that ended may have removed the file between our opening and locking it.
+            if is_file_at(beside, file):
+                try:
+                    yield
+                finally:
+                    beside.unlink(missing_ok=True)
+                return
+
+
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Turn the errors of a failed write into one OSError that names the file."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        # The whole error of a disk would name the temporary file, too.
+        reason = getattr(error, "strerror", None) or error
         raise OSError(
-            f"{path}: not written ({error}); check free space and permissions. "
+            f"{path}: not written ({reason}); check free space and permissions. "
             "A file that was there before is unchanged"
         ) from error
 
@@ -143,14 +213,21 @@ def refuse_existing(
 ) -> None:
     """Check the names of all files that a program will write, before it does any work.
 
-    Raises FileNotFoundError if a folder is missing, and FileExistsError if a file is one of the
-    inputs, or exists and overwrite is False.
+    inputs: all files that it reads. Raises FileNotFoundError if a folder is missing,
+    IsADirectoryError if a name is that of a folder, ValueError if two outputs share a name, and
+    FileExistsError if a file is one of the inputs, or exists and overwrite is False.
     """
     # An input that does not exist is an error that its reader reports.
     existing_inputs = [path for path in inputs if path.exists()]
+    seen = set()
     for path in outputs:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
+        if path.resolve() in seen:
+            raise ValueError(f"{path}: two of the files to write have this name; give another")
+        seen.add(path.resolve())
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: is a folder, where a file would be written; move it")
         if not path.exists():
             continue
         # samefile also finds an input behind a link.

@@ -5,11 +5,14 @@
     compare_with_model    FSC, correlations and Q-scores of a map with an atomic model
 
 Each takes tensors and returns an `Agreement`. `run` reads the files, adds what was asked for
-(directional FSC, sharpening, local resolution) and writes PREFIX.json, .csv, .xml and .png.
+(directional FSC, sharpening, local resolution) and writes PREFIX.json, .csv, .xml and .png. All
+files appear together at the end.
 """
 
 import argparse
+import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from atoms import Model, atoms_inside, read_model
 from atoms_records import SYMBOLS
-from files import atomic_write, refuse_existing, write_json
+from files import AtomicOutputs, owned, refuse_existing, without_nan
 from fsc import CONVENTIONS, auc, fsc, resolution, shell_side
 from fsc_half_maps import (
     directional_fsc,
@@ -36,6 +39,7 @@ from fsc_mtriage import map_model_resolution
 from fsc_picture import draw_fsc
 from fsc_tables import csv_table, emdb_xml, postprocess_star
 from mrc import MAP_SUFFIXES, Map, read_map, stem, write_map
+from terminal import one_line_for_memory, run_program, say
 from volume import find_grey_scale, soft_mask
 
 USAGE = """
@@ -60,6 +64,7 @@ class Agreement:
     numbers: in the order to print, lengths in Å. "box" and "voxel_size" are those of the side that
     makes the shells. curves: FSC (box//2 + 1,) by name, the best one first. residues: (label,
     number of atoms, mean Q-score) each. threshold: of the FSC, the usual one for such maps.
+    maps: to write, by the name of the file, each with the label for its header.
     """
 
     numbers: dict[str, float]
@@ -67,6 +72,7 @@ class Agreement:
     notes: list[str] = field(default_factory=list)
     residues: list[tuple] = field(default_factory=list)
     threshold: float = 0.5
+    maps: dict[str, tuple[Map, str]] = field(default_factory=dict)
 
 
 # ---- The three comparisons. Maps and masks are (D, H, W); a mask goes from 0 to 1; lengths in Å.
@@ -322,6 +328,15 @@ def parse(argv=None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="print nothing but errors")
     args = cli.parse_args(argv)
 
+    # Shells expand ~ at the start of a word only, not in --out=~/x.
+    args.maps = [os.path.expanduser(name) for name in args.maps]
+    for name in ("truth", "model", "mask", "out", "sharpen", "local_resolution"):
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+    if args.voxel_size is not None and not 0.1 <= args.voxel_size <= 100:
+        raise ValueError(f"--voxel-size {args.voxel_size:g}: give 0.1 to 100 Å")
+
     # Refuse what would be ignored or makes no sense.
     halves = len(args.maps) == 2
     if len(args.maps) > 2 or halves + bool(args.truth) + bool(args.model) != 1:
@@ -389,7 +404,7 @@ def without_background(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[str]]
 
 
 def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
-    """Compare as the flags ask, and write the sharpened map and the local resolution."""
+    """Compare as the flags ask. What was asked for besides is in `numbers` and `maps`."""
     # The shells of voxels that are cubes are the same for every axis.
     densities = [m.density for m in maps]
     voxel_size = maps[0].voxel_size
@@ -426,17 +441,21 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
         # The filter has our shells, so it needs a curve on them.
         curve = fsc(a, b) if args.convention == "cryofm" else next(iter(found.curves.values()))
         sharp, b_factor = sharpened_mean(a, b, curve, voxel_size, args.b_factor)
+        if sharp.std() <= 1e-6 * sharp.abs().max():
+            raise ValueError("--sharpen: the half maps agree in no shell, so that nothing is left")
         numbers["b_factor"] = b_factor
-        write_map(args.sharpen, replace(maps[0], density=sharp), args.overwrite)
+        label = f"cryofm fsc.py --sharpen, B-factor {b_factor:.1f}"
+        found.maps[args.sharpen] = replace(maps[0], density=sharp), label
     if args.local_resolution:
         local = local_resolution(a, b, voxel_size)
         numbers["local_resolution_median"] = float(local.median())
-        write_map(args.local_resolution, replace(maps[0], density=local), args.overwrite)
+        label = "cryofm fsc.py --local-resolution, in angstrom"
+        found.maps[args.local_resolution] = replace(maps[0], density=local), label
     return found
 
 
 def write_results(outputs: dict[str, Path], found: Agreement, scores: dict, settings: dict) -> None:
-    """Write all tables, the picture and the .json. Without matplotlib there is no picture."""
+    """Write maps, tables, picture and .json. Without matplotlib there is no picture."""
     numbers = found.numbers
 
     # The curves, shell by shell.
@@ -452,22 +471,30 @@ def write_results(outputs: dict[str, Path], found: Agreement, scores: dict, sett
     if found.residues:
         labels = ("residue", "atoms", "q_score")
         texts["_residues.csv"] = csv_table(dict(zip(labels, zip(*found.residues))))
-    for ending, text in texts.items():
-        with atomic_write(outputs[ending]) as file:
-            file.write(text.encode())
 
     # The picture.
     try:
         figure = picture(frequency, found, scores)
-        with atomic_write(outputs[".png"]) as file:
-            figure.savefig(file, dpi=150, format="png")
     except ImportError:
+        figure = None
         del outputs[".png"]
         found.notes.append("no picture: pip install matplotlib")
 
     # Everything else.
     facts = {"command": sys.argv, "torch": torch.__version__, "settings": settings}
-    write_json(outputs[".json"], facts | {"notes": found.notes} | scores | numbers)
+    facts |= {"notes": found.notes} | scores | numbers
+    texts[".json"] = json.dumps(without_nan(facts), indent=1) + "\n"
+
+    # The names appear together when the block ends.
+    with AtomicOutputs() as files:
+        for name, (map, label) in found.maps.items():
+            write_map(name, map, settings["overwrite"], label, files.open)
+        for ending, text in texts.items():
+            with files.open(outputs[ending]) as file:
+                file.write(text.encode())
+        if figure:
+            with files.open(outputs[".png"]) as file:
+                figure.savefig(file, dpi=150, format="png")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -479,26 +506,27 @@ def run(args: argparse.Namespace) -> None:
     refuse_existing(list(outputs.values()), inputs, args.overwrite)
 
     # Compare and write.
-    maps = read_maps(map_names, args.voxel_size)
-    found = measure(args, maps)
-    found.notes += [f"{m.path}: {note}" for m in maps for note in m.notes]
-    scores = score_curves(found, args.convention)
-    settings = vars(args)
-    write_results(outputs, found, scores, settings)
+    hint = "crop or bin the maps"
+    with owned(outputs.values()), one_line_for_memory(hint):
+        maps = read_maps(map_names, args.voxel_size)
+        found = measure(args, maps)
+        found.notes += [f"{map.path}: {note}" for map in maps for note in map.notes]
+        scores = score_curves(found, args.convention)
+        settings = vars(args)
+        write_results(outputs, found, scores, settings)
     if args.quiet:
         return
 
     # Print.
     flags = ("truth", "model", "mask", "convention")
-    print(*args.maps, *(f"--{flag} {settings[flag]}" for flag in flags if settings[flag]))
-    print(table(scores, found.numbers))
+    say(*args.maps, *(f"--{flag} {settings[flag]}" for flag in flags if settings[flag]))
+    say(table(scores, found.numbers))
     for note in found.notes:
-        print("note:", note)
-    print("wrote", *outputs.values())
+        say("note:", note)
+    best = outputs.get(".png", outputs[".json"])
+    names = ", ".join(str(path) for path in outputs.values())
+    say(f"wrote {names}; open {best}")
 
 
 def main(argv=None) -> None:
-    try:
-        run(parse(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"fsc.py: {error}")
+    run_program("fsc.py", lambda: run(parse(argv)))

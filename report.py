@@ -1,5 +1,12 @@
 """What a restoration prints and writes: progress, scores, maps, a picture, a .json.
 
+    filled = sum_k n_k m_k / sum_k n_k p_k     power in the missing wedge                     (1)
+    change = |F(after - before)| / |F before|  over the measured coefficients                 (2)
+
+In shell k, n_k coefficients are missing, of mean power m_k, and p_k is the mean power of those that
+were measured. filled is 1 if all directions hold the same power. Shell 0, the background, is left
+out of both.
+
 `say` is what prints a line: `print`, or `silent` for no output.
 """
 
@@ -20,9 +27,10 @@ import mrc
 import posterior
 from checkpoint import Prior
 from files import AtomicOutputs, without_nan
-from fsc_picture import draw_fsc
+from fourier import rfft3, stored_half
 from memory import check_memory
 from mrc import MAP_SUFFIXES, SUFFIXES, Map
+from report_picture import draw
 
 
 @dataclass
@@ -37,7 +45,7 @@ class Result:
     shown: dict[str, Tensor]  # to score and draw, by name: the input, classical answers
     report: dict[str, Any]
     region: Tensor | None = None  # coefficients to score apart: those that the wedge misses
-    across: int = 1  # axis that pictures are cut across
+    across: int = 1  # axis (z, y, x) that pictures are cut across
 
     @property
     def maps(self) -> dict[str, Map]:
@@ -137,6 +145,81 @@ def say_scores(title: str, scores: dict[str, dict], say=print, hands: dict | Non
         say(row)
 
 
+# ---- What tells without a truth whether it worked
+
+
+def compare_without_truth(result: Result, say=print) -> Result:
+    """The result with what can be said of it without a truth; prints it."""
+    shown = result.shown
+    facts = {}
+    # Half maps: how far they agree, before and after.
+    if "fsc_of_halves" in result.report:
+        facts |= compare_halves(result, say)
+
+    # A missing wedge: what was put into it, and whether the measured part is still the input's.
+    elif result.region is not None and "input" in shown:
+        filled, change = {}, {}
+        for name, x in shown.items():
+            filled[name], change[name] = wedge_numbers(x, shown["input"], result)
+        facts = {"wedge_power": filled, "measured_change": change}
+        words = ", ".join(f"{name} {value:.2f}" for name, value in filled.items())
+        say(f"power in the missing wedge (1: as much as in measured directions): {words}")
+        words = ", ".join(f"{name} {value:.1%}" for name, value in change.items())
+        say(f"change of the measured coefficients: {words}")
+
+    # Other tasks.
+    elif "input" in shown and "restored" in shown:
+        both = torch.stack([shown["input"].flatten(), shown["restored"].flatten()]).double()
+        facts = {"correlation_with_input": float(torch.corrcoef(both)[0, 1])}
+        say(f"correlation of result and input: {facts['correlation_with_input']:.3f}")
+    return replace(result, report=result.report | facts)
+
+
+def compare_halves(result: Result, say=print) -> dict[str, float]:
+    """Resolution in Å and FSC_AUC of the half maps before and after; prints them."""
+    # The curves begin with shell 1 of the x axis. Shell 0 is the mean, which halves share.
+    W = result.grid.density.shape[-1]
+    facts = {}
+    names = {"given": "fsc_of_halves", "restored": "fsc_of_restored_halves"}
+    for name, key in names.items():
+        if key in result.report:
+            curve = torch.tensor([1.0, *result.report[key]], dtype=torch.float64)
+            resolution = float(fsc.resolution(curve, result.grid.voxel_size[2], box=W))
+            auc = float(fsc.auc(curve))
+            facts |= {f"halves_{name}_0143": resolution, f"halves_{name}_auc": auc}
+            say(f"half maps as {name}: FSC 0.143 at {resolution:.2f} Å, FSC_AUC {auc:.3f}")
+    if "halves_restored_auc" in facts:
+        say("  (restored halves share the prior, so that their FSC is no gold standard)")
+    return facts
+
+
+def wedge_numbers(x: Tensor, before: Tensor, result: Result) -> tuple[float, float]:
+    """filled (1) and change (2) of x (D, H, W). nan where nothing was measured."""
+    # Power and change of every stored coefficient, and how often it counts.
+    grid = result.grid
+    box, _ = fsc.shell_side(x.shape, grid.voxel_size)
+    n = box // 2 + 1
+    shell = fsc.shells(x.shape, grid.voxel_size, half=True).clamp_(max=n)
+    weight = fsc.half_weight(x.shape).expand(shell.shape)
+    X, Y = rfft3(x), rfft3(before)
+
+    # Sums over the shells, apart for the missing and the measured coefficients.
+    missing = stored_half(result.region)
+    sums = {}
+    for name, part in {"missing": weight * missing, "measured": weight * ~missing}.items():
+        columns = [part, part * X.abs().square(), part * (X - Y).abs().square()]
+        columns.append(part * Y.abs().square())
+        sums[name] = fsc.shell_sum(torch.stack(columns), shell, n)[:, 1:]
+
+    count, power, _, _ = sums["missing"]
+    measured_count, measured_power, difference, before_power = sums["measured"]
+    both = (count > 0) & (measured_count > 0)
+    expected = (count * measured_power / measured_count)[both].sum()
+    filled = power[both].sum() / expected  # (1)
+    change = (difference.sum() / before_power.sum()).sqrt()  # (2)
+    return float(filled), float(change)
+
+
 # ---- Files
 
 
@@ -155,11 +238,12 @@ def write_report(
     begin: float,
     overwrite: bool = False,
     say=print,
+    label: str = "cryofm sampling.py",
 ) -> None:
     """Write the maps of a result, a .json and a picture; all files appear together.
 
     names: the file of each suffix. inputs: what else the .json holds. begin: time.perf_counter()
-    at the start of the run.
+    at the start of the run. label: what the headers of the maps say about their origin.
     """
     # The .json repeats all that it takes to make the map again.
     out = names[""]
@@ -181,7 +265,7 @@ def write_report(
     written = [*maps, json_path]
     with AtomicOutputs() as outputs:
         for path, map in maps.items():
-            mrc.write_map(path, map, overwrite, "sampling.py", outputs.open)
+            mrc.write_map(path, map, overwrite, label, outputs.open)
         with outputs.open(json_path) as file:
             file.write(json.dumps(without_nan(content), indent=1).encode() + b"\n")
         figure = draw(result, content)
@@ -196,72 +280,3 @@ def write_report(
         files += ", no picture (pip install matplotlib)"
     seconds = time.perf_counter() - begin
     say(f"wrote {out.parent}/: {files}  ({seconds:.0f} s); open {out.name}")
-
-
-# ---- The picture
-
-
-def draw(result: Result, content: dict[str, Any]):
-    """A figure of central slices in one grey scale, beside the FSC; None without matplotlib.
-
-    content: of the .json. Across the tilt axis a slice shows the wedge.
-    """
-    # matplotlib is optional.
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-
-    maps, scores, across = result.shown, content["fsc"], result.across
-    # One panel per map, and one for the curves.
-    panels = len(maps) + bool(scores)
-    rows = 1 if panels < 5 else 2
-    columns = math.ceil(panels / rows)
-    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.set_axis_off()
-
-    # One grey scale for all: that of the restored map where there is one.
-    # Noise in the input would set the scale otherwise.
-    scaling = [maps["restored"]] if "restored" in maps else maps.values()
-    top = max(brightest(x) for x in scaling)
-    for axis, (name, x) in zip(axes, maps.items()):
-        middle = x.select(across, x.shape[across] // 2)
-        axis.imshow(middle.numpy(), cmap="gray_r", vmin=-0.15 * top, vmax=top, origin="lower")
-        axis.set_title(name)
-    if scores:
-        axes[panels - 1].set_axis_on()
-        # All maps have the grid of the truth.
-        shape = next(iter(maps.values())).shape
-        box, voxel_size = fsc.shell_side(shape, content["truth_voxel_size"])
-        draw_scores(axes[panels - 1], scores, box * voxel_size)
-    return figure
-
-
-def brightest(x: Tensor) -> float:
-    """A value that hardly any voxel exceeds, from a part of the voxels."""
-    return float(torch.quantile(x.flatten()[::7][: 10**7], 0.9995))
-
-
-def draw_scores(axis, scores: dict[str, dict], side: float) -> None:
-    """The FSC of each map with the truth. Where a region was scored, it is drawn solid.
-
-    side: of the box in Å, the one that makes the shells.
-    """
-    # A label that begins with "_" stays out of the legend.
-    curves, styles = {}, {}
-    for i, (name, values) in enumerate(scores.items()):
-        label = f"{name} {values.get('auc_missing', values['auc']):.2f}"
-        curves[label] = values.get("missing", values["whole"])
-        styles[label] = {"color": f"C{i}"}
-        if "missing" in values:
-            curves[f"_{name}"] = values["whole"]
-            styles[f"_{name}"] = {"color": f"C{i}", "lw": 0.8, "ls": "--"}
-
-    # Shell k is at k cycles per box.
-    shells = len(values["whole"])
-    frequency = [k / side for k in range(shells)]
-    draw_fsc(axis, frequency, curves, styles)
-    has_region = "missing" in values
-    axis.set_title("FSC: missing wedge (-), whole (--)" if has_region else "FSC with the truth")

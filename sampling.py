@@ -4,8 +4,9 @@ Beside the map it writes IN_wedge.json (settings, versions, scores) and a pictur
 do is in sampling_tasks.py, their flags are the fields of sampling_settings.py. A map that lies
 beside IN as IN_truth.mrc is compared with the result.
 
-A run reads the maps, checks all that can be checked, calls the task, scores its Result and writes
-everything at the end, so that no run leaves half of its files.
+Which files a command reads and writes is in sampling_runs.py. A folder stands for all maps, or all
+pairs of half maps, in it. A run reads the maps, checks all that can be checked, calls the task,
+scores its Result and writes everything at the end, so that no run leaves half of its files.
 """
 
 import os
@@ -15,7 +16,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import functools
 import math
 import sys
 import time
@@ -36,11 +36,12 @@ import mrc
 import report
 import volume
 from checkpoint import Prior
-from files import list_files, refuse_existing
+from files import owned, refuse_existing
 from fsc_half_maps import read_fsc
 from mrc import Map
 from report import Result
 from sampling_prior import generate, log_likelihood
+from sampling_runs import Run, label_of, names_of_maps, plan_runs, truth_beside
 from sampling_settings import (
     AbInitioSettings,
     AnisotropicSettings,
@@ -63,6 +64,7 @@ from sampling_tasks import (
     super_resolve,
 )
 from star import read_angles
+from terminal import STOPPED, one_line_for_memory, run_program, say
 
 
 class Inputs(NamedTuple):
@@ -74,7 +76,9 @@ class Inputs(NamedTuple):
 
 
 MAPS = Inputs(1, math.inf, "one map or more")
-HALF_MAPS = Inputs(1, 2, "two half maps, or one map with --noise-from-fsc or --snr")
+HALF_MAPS = Inputs(
+    1, 2, "two half maps, a folder with pairs of them, or one map with --noise-from-fsc or --snr"
+)
 
 
 class Task(NamedTuple):
@@ -129,7 +133,15 @@ TASKS = {
 }  # fmt: skip
 
 # Flags that every task takes.
-PROGRAM_FLAGS = {"maps", "task", "model", "out", "ckpt", "device", "overwrite", "quiet"}
+PROGRAM_FLAGS = {
+    "maps", "task", "model", "out", "ckpt", "device", "overwrite", "skip_existing", "quiet"
+}  # fmt: skip
+
+# Flags that name files.
+FILE_FLAGS = ("truth", "mask", "orientations", "noise_from_fsc", "ckpt")
+
+# What takes less memory.
+SMALLER = {"generate": "give a smaller --box or fewer --samples", "abinitio": "give fewer images"}
 
 # ---- The command line
 
@@ -146,10 +158,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("maps", nargs="*", metavar="IN", help="maps (.mrc, .map, .ccp4; .gz, .bz2), or folders")
     add("--task", required=True, choices=[name for name in TASKS if " " not in name])
     add("--model", choices=("hdit", "scunet"), help="wedge: scunet is CryoLVM's network")
-    add("-o", "--out", help="the map to write, or a folder (default: IN_TASK.mrc beside IN)")
+    add(
+        "-o",
+        "--out",
+        help="the map to write, or a folder (default: IN_TASK.mrc beside IN; of half_1.mrc and "
+        "half_2.mrc half_mean_TASK.mrc)",
+    )
     add("--ckpt", help="the network (default: weights/hdit_tiny.pt, or scunet_tiny_TASK.pt)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="replace files that exist (never the input)")
+    add("--skip-existing", action="store_true", help="leave out maps whose result exists")
     add("--quiet", action="store_true", help="print errors only")
 
     # Flags of the tasks. One that was not typed leaves no trace in the result, so that a flag that
@@ -197,6 +215,17 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
 
     # Fill in the defaults. The .json of the result holds all of these values.
     vars(args).update({"truth": None, "voxel_size": None} | known | vars(args))
+    if args.overwrite and args.skip_existing:
+        raise ValueError("--overwrite and --skip-existing: give one of them")
+
+    if args.voxel_size is not None and not 0.1 <= args.voxel_size <= 100:
+        raise ValueError(f"--voxel-size {args.voxel_size:g}: give 0.1 to 100 Å")
+
+    # Shells expand ~ at the start of a word only, not in --out=~/x.
+    for name in {"out", *FILE_FLAGS} & vars(args).keys():
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    args.maps = [os.path.expanduser(name) for name in args.maps]
     settings = task.settings(**{name: getattr(args, name) for name in known})
 
     # Check the number of inputs, the network and the device.
@@ -210,51 +239,28 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    # torch alone knows which devices it has.
+    # torch alone knows which devices it has, and a number must come back (not so from "meta").
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+        float(torch.zeros(1, device=args.device))
+    except (RuntimeError, AssertionError, ImportError) as error:
         words = str(error).splitlines()[0]
         raise ValueError(f"--device {args.device}: no such device here (torch: {words})") from None
     return args, task, settings
 
 
-def plan_runs(args: Namespace, settings: Settings) -> list[tuple[list[Path], Path]]:
-    """(inputs, output) of every run. Raises ValueError if two runs would share one output."""
-    # Half maps belong to one run, every other map has its own.
-    paths = [Path(name) for name in args.maps]
-    if isinstance(settings, DenoiseSettings) or not paths:
-        groups = [paths]
-    else:
-        # A folder stands for its maps, without truths and results of an earlier run.
-        ours = ("_truth", *(f"_{args.task}{end}" for end in settings.suffixes))
-        groups = []
-        for path in paths:
-            found = list_files(path, mrc.MAP_SUFFIXES) if path.is_dir() else [path]
-            if path.is_dir():
-                found = [file for file in found if not mrc.stem(file).endswith(ours)]
-            if not found:
-                raise ValueError(f"{path}: no map ({', '.join(mrc.SUFFIXES)}) in this folder")
-            groups += [[file] for file in found]
+def check_names(args: Namespace, task: Task, runs: list[Run], suffixes) -> None:
+    """Raises ValueError or OSError if a run would write a file that any run reads, or in vain."""
+    # All files that any run reads.
+    read = [Path(getattr(args, name)) for name in FILE_FLAGS if getattr(args, name, None)]
+    for inputs, _ in runs:
+        read += inputs
+        if inputs and "truth" in task.reads:
+            read.append(truth_beside(inputs[0]))
 
-    # Without -o the result lies beside its first input. A folder stands for that name in it.
-    out = Path(args.out) if args.out else None
-    if out and len(groups) > 1 and not out.is_dir():
-        raise ValueError(f"-o {out}: for {len(groups)} inputs give an existing folder")
-    # Name the output of every run.
-    runs = []
-    for group in groups:
-        # generate has no input and writes generate.mrc.
-        default = Path(f"{args.task}.mrc")
-        if group:
-            default = group[0].with_name(f"{mrc.stem(group[0])}_{args.task}.mrc")
-        if out is None:
-            runs.append((group, default))
-        else:
-            runs.append((group, out / default.name if out.is_dir() else out))
-    if len({output for _, output in runs}) < len(runs):
-        raise ValueError("two inputs have the same name and share one output; run them apart")
-    return runs
+    # Results of an earlier run are looked for when it is their turn.
+    for _, out in runs:
+        written = [*names_of_maps(out, suffixes).values(), *report.report_files(out)]
+        refuse_existing(written, read, overwrite=True)
 
 
 # ---- One run
@@ -266,38 +272,45 @@ def run(
     """Read, check, restore, compare, write."""
     # Look at the names of all files before any work is done.
     begin = time.perf_counter()
-    say = report.silent if args.quiet else functools.partial(print, flush=True)
-    names = {end: out.with_name(f"{mrc.stem(out)}{end}.mrc") for end in settings.suffixes}
-    names[""] = out
-    refuse_existing([*names.values(), *report.report_files(out)], paths, args.overwrite)
+    tell = report.silent if args.quiet else say
+    names = names_of_maps(out, settings.suffixes)
+    written = [*names.values(), *report.report_files(out)]
+    with owned(written):
+        refuse_existing(written, paths, args.overwrite)
 
-    # Read the maps and all that goes with them.
-    read = mrc.read_stack if args.task == "abinitio" else mrc.read_map
-    maps = [read(path, args.voxel_size) for path in paths]
-    truth = None
-    if maps:
+        # Read the maps and all that goes with them.
+        read = mrc.read_stack if args.task == "abinitio" else mrc.read_map
+        maps = [read(path, args.voxel_size) for path in paths]
+        truth = None
+        if maps:
+            say_inputs(paths, maps, tell)
+            try:
+                grids = grids_of(args.task, maps[0], prior)
+            except ValueError as error:
+                raise ValueError(f"{paths[0]}: {error}") from None
+            truth = read_truth(args, task, paths[0], grids)
+            if truth is not None:
+                say_notes(truth, tell)
+            settings = read_files(settings, maps[0], grids, tell)
+
+        # Do the task. Errors name the file, if they do not yet.
+        if isinstance(settings, DenoiseSettings) and len(maps) == 1:
+            maps.append(None)
         try:
-            grids = grids_of(args.task, maps[0], prior)
+            result = task.function(*maps, prior, settings, tell)
         except ValueError as error:
-            raise ValueError(f"{paths[0]}: {error}") from None
-        truth = read_truth(args, task, paths[0], grids)
-        settings = read_files(settings, maps[0], grids, say)
-        say_inputs(paths, maps, say)
+            source = str(paths[0] if paths else args.task)
+            prefix = "" if str(error).startswith(source) else f"{source}: "
+            raise ValueError(f"{prefix}{error}") from None
 
-    # Do the task. Errors name the file.
-    if isinstance(settings, DenoiseSettings) and len(maps) == 1:
-        maps.append(None)
-    try:
-        result = task.function(*maps, prior, settings, say)
-    except ValueError as error:
-        raise ValueError(f"{paths[0] if paths else args.task}: {error}") from None
-
-    # Score and write.
-    if truth is not None:
-        result = compare(result, truth, args.task == "abinitio", say)
-
-    inputs = {"settings": vars(args), "task": args.task, "input": [str(path) for path in paths]}
-    report.write_report(result, names, inputs, prior, begin, args.overwrite, say)
+        # Score and write.
+        if truth is not None:
+            result = compare(result, truth, args.task == "abinitio", tell)
+        else:
+            result = report.compare_without_truth(result, tell)
+        label = label_of(args.task, result.report.get("method"), args.ckpt, prior.sha256)
+        inputs = {"settings": vars(args), "task": args.task, "input": [str(path) for path in paths]}
+        report.write_report(result, names, inputs, prior, begin, args.overwrite, tell, label)
 
 
 def grids_of(task: str, map: Map, prior: Prior) -> dict[tuple[int, ...], tuple[float, ...]]:
@@ -318,7 +331,7 @@ def grids_of(task: str, map: Map, prior: Prior) -> dict[tuple[int, ...], tuple[f
 def read_truth(args: Namespace, task: Task, source: Path, grids: dict) -> Map | None:
     """The map to compare with: --truth, or the one that lies beside the input."""
     # A truth that was not asked for may be absent.
-    path = source.with_name(f"{mrc.stem(source)}_truth.mrc")
+    path = truth_beside(source)
     if args.truth:
         path = Path(args.truth)
     elif "truth" not in task.reads or not path.exists():
@@ -353,8 +366,9 @@ def read_files(settings: Settings, map: Map, grids: dict, say=print) -> Settings
             names["noise_from_fsc"], map.density.shape[-1], map.voxel_size[2]
         )
     if names.get("mask"):
-        mask = on_grid(mrc.read_map(names["mask"], map.voxel_size), grids).density
-        content["mask"], notes = volume.soft_mask(mask, names["mask"])
+        mask_map = on_grid(mrc.read_map(names["mask"], map.voxel_size), grids)
+        say_notes(mask_map, say)
+        content["mask"], notes = volume.soft_mask(mask_map.density, names["mask"])
         for note in notes:
             say(note)
     return replace(settings, **content)
@@ -368,9 +382,14 @@ def say_inputs(paths: list[Path], maps: list[Map], say) -> None:
     sides = [f"{v:g}" for v in maps[0].voxel_size]
     voxel = sides[0] if len(set(sides)) == 1 else " x ".join(sides)
     say(f"{names}: {shape} voxels of {voxel} Å")
-    for path, map in zip(paths, maps):
-        for note in map.notes:
-            say(f"{path}: {note}")
+    for map in maps:
+        say_notes(map, say)
+
+
+def say_notes(map: Map, say) -> None:
+    """What was assumed when a map was read."""
+    for note in map.notes:
+        say(f"{map.path}: {note}")
 
 
 def plain_truth(truth: Map, say) -> Tensor:
@@ -411,7 +430,11 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
 def main(argv=None) -> int:
     # Check all that can be checked before the network is read.
     args, task, settings = parse(argv)
-    runs = plan_runs(args, settings)
+    tell = report.silent if args.quiet else say
+    paths = [Path(name) for name in args.maps]
+    halves = isinstance(settings, DenoiseSettings)
+    runs = plan_runs(args.task, paths, args.out, settings.suffixes, halves, tell)
+    check_names(args, task, runs, settings.suffixes)
     prior = checkpoint.load(args.ckpt, kind=args.model, device=args.device)
 
     # A network for another task would give a wrong map without a word.
@@ -424,19 +447,31 @@ def main(argv=None) -> int:
 
     # One bad file does not stop the others.
     failed = 0
-    for paths, out in runs:
+    hint = SMALLER.get(args.task, "crop the map to its mask, or bin it")
+    for number, (paths, out) in enumerate(runs, 1):
+        if len(runs) > 1:
+            tell(f"{number} of {len(runs)}")
+        if args.skip_existing and out.exists():
+            tell(f"{out}: exists, skipped")
+            continue
         try:
-            run(args, task, settings, prior, paths, out)
+            with one_line_for_memory(hint):
+                run(args, task, settings, prior, paths, out)
         except (ValueError, OSError) as error:
             if len(runs) == 1:
                 raise
             failed += 1
-            print(f"sampling.py: {error}", file=sys.stderr)
+            say(f"sampling.py: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            if len(runs) == 1:
+                raise
+            done = f"{number - 1} of {len(runs)} done; --skip-existing goes on"
+            say(f"sampling.py: stopped, nothing written for {paths[0]}; {done}", file=sys.stderr)
+            return STOPPED
+    if failed:
+        tell(f"{failed} of {len(runs)} failed")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"sampling.py: {error}")
+    run_program("sampling.py", main)

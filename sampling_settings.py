@@ -76,10 +76,15 @@ class SeedSettings(Settings):
 
 @dataclass(frozen=True)
 class SampleSettings(SeedSettings):
-    samples: int = opt(4, "samples; their mean is the result, their spread _std.mrc", ONE_OR_MORE)
+    samples: int = opt(
+        4, "samples; their mean is the result, their spread _std.mrc", Limits(1, 1000, "1 to 1000")
+    )
     # The default depends on the method, posterior.py.
     steps: int | None = opt(
-        None, "of the sampler (default: 20; method paper 200; generate 50)", ONE_OR_MORE, type=int
+        None,
+        "of the sampler (default: 20; method paper 200; generate 50)",
+        Limits(1, 10_000, "1 to 10000"),
+        type=int,
     )
 
 

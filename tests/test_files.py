@@ -181,3 +181,62 @@ def test_one_file_is_listed_as_it_was_given(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         files.list_files(tmp_path / "none", (".mrc",))
     assert isinstance(files.list_files(str(path), (".mrc",))[0], Path)
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "target.bin", tmp_path / "link.bin"
+    link.symlink_to(target)
+    with files.atomic_write(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path / "disk") == ["target.bin"]
+
+
+def test_two_writers_of_one_name_do_not_share_a_temporary_file(tmp_path):
+    path = tmp_path / "out.bin"
+    with files.atomic_write(path) as first:
+        first.write(b"first")
+        with files.atomic_write(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert names(tmp_path) == ["out.bin"]
+
+
+def test_a_file_that_another_run_owns_is_refused_until_that_run_ends(tmp_path):
+    path = tmp_path / "out.mrc"
+    with files.owned([path]):
+        with pytest.raises(FileExistsError, match="out.mrc: another running"), files.owned([path]):
+            pass
+        with files.owned([tmp_path / "other.mrc"]):
+            pass
+    (tmp_path / ".out.mrc.lock").write_bytes(b"")  # left by a killed process
+    with files.owned([path]):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_work_passes_through_owned_unchanged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^a bug$"), files.owned([tmp_path / "out.mrc"]):
+        raise FileNotFoundError("a bug")
+    assert names(tmp_path) == []
+
+
+def test_names_of_folders_and_two_outputs_of_one_name_are_refused(tmp_path):
+    (tmp_path / "out.json").mkdir()
+    with pytest.raises(IsADirectoryError, match="out.json: is a folder"):
+        files.refuse_existing([tmp_path / "out.json"], overwrite=True)
+    same = tmp_path / "out.json" / ".." / "a.mrc"
+    with pytest.raises(ValueError, match="two of the files"):
+        files.refuse_existing([tmp_path / "a.mrc", same])
+
+
+def test_a_failed_write_names_one_file(tmp_path):
+    with (
+        pytest.raises(OSError, match="out.bin: not written") as caught,
+        files.atomic_write(tmp_path / "none" / "out.bin"),
+    ):
+        pass
+    assert str(caught.value).count("out.bin") == 1

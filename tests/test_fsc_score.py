@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -307,3 +308,27 @@ def test_a_model_without_any_occupied_atom_is_refused(map_and_model):
 
 def test_a_model_beside_the_map_is_refused(map_and_model):
     assert "no atom lies in" in refusal("map.mrc --model far.pdb -o far")
+
+
+def test_nothing_is_written_if_a_later_file_cannot_be(maps, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("fsc_score.csv_table", full_disk)
+    before = sorted(Path().iterdir())
+    assert "no space" in refusal("a.mrc b.mrc --sharpen sharp.mrc --b-factor -40")
+    assert sorted(Path().iterdir()) == before
+
+
+def test_written_maps_say_what_made_them_and_notes_on_inputs_are_printed(maps, capsys):
+    with mrcfile.open("b.mrc", "r+") as file:
+        file.header.origin = (math.nan, 0, 0)
+    score("a.mrc b.mrc --sharpen sharp.mrc --b-factor -40")
+    assert "note: b.mrc: the header's origin" in capsys.readouterr().out
+    with mrcfile.open("sharp.mrc") as file:
+        assert file.get_labels()[-1] == "cryofm fsc.py --sharpen, B-factor -40.0"
+
+
+def test_halves_that_agree_in_no_shell_are_not_sharpened(maps):
+    write("c.mrc", -maps["a"])
+    assert "nothing is left" in refusal("a.mrc c.mrc --sharpen sharp.mrc --b-factor -40")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from made_maps import molecule, names, prior_of, random, wedge
+from made_maps import filtered, molecule, names, prior_of, random, wedge
 from torch import nn
 
 import fsc
@@ -101,3 +101,56 @@ def test_a_failed_write_leaves_no_file(result, tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         write(result, tmp_path)
     assert names(tmp_path) == []
+
+
+def test_the_power_in_the_wedge_is_relative_to_the_measured_directions(result):
+    white = random((24, 24, 24))
+    measured = wedge(white.shape)
+    before = filtered(white, measured)
+    half = before + (white - before) / 2  # a quarter of the power in the wedge
+    for x, filled in ((before, 0), (half, 0.25), (white, 1)):
+        found = Result(mrc.Map(x, 1.5), {"": x}, {}, {}, ~measured)
+        power, change = report.wedge_numbers(x, before, found)
+        assert power == pytest.approx(filled, abs=0.05)
+        assert change == pytest.approx(0, abs=1e-6)
+
+
+def test_the_change_of_the_measured_coefficients_is_their_relative_distance(result):
+    x = random(SHAPE)
+    found = Result(mrc.Map(x, 1.5), {"": x}, {}, {}, ~wedge(SHAPE))
+    # A background changes nothing.
+    assert report.wedge_numbers(1.3 * x + 5, x, found)[1] == pytest.approx(0.3, abs=1e-5)
+
+
+def test_half_maps_are_compared_before_and_after_where_there_is_no_truth(result, capsys):
+    given, restored = [1.0, 0.9, 0.6, 0.0], [1.0, 1.0, 0.8, 0.4]
+    result.report = {"fsc_of_halves": given, "fsc_of_restored_halves": restored}
+    result.grid = mrc.Map(random((8, 8, 8)), 1.5)
+    facts = report.compare_without_truth(result).report
+    assert facts["halves_given_auc"] == pytest.approx(sum(given) / 4)
+    assert facts["halves_restored_auc"] == pytest.approx(sum(restored) / 4)
+    crossing = 3 + (0.6 - 0.143) / 0.6
+    assert facts["halves_given_0143"] == pytest.approx(8 * 1.5 / crossing)
+    assert facts["halves_restored_0143"] == pytest.approx(8 * 1.5 / 4)
+    assert "no gold standard" in capsys.readouterr().out
+
+
+def test_the_label_says_which_program_and_network_made_the_map(result, tmp_path):
+    write(result, tmp_path, label="cryofm sampling.py wedge hdit_tiny 1a2b3c4d")
+    labels = mrc.read_map(tmp_path / "out_std.mrc").header["label"].tolist()
+    assert labels[0] == b"cryofm sampling.py wedge hdit_tiny 1a2b3c4d"
+
+
+def test_slices_have_a_plane_and_a_scale_bar_and_power_its_frequencies(result, tmp_path):
+    pytest.importorskip("matplotlib.figure")
+    result.grid = mrc.Map(result.grid.density, (1.5, 1.5, 3.0))
+    figure = report.draw(result, result.report | {"truth_voxel_size": (1.5, 1.5, 3.0)})
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    slice_panel = panels["input\nxz slice"]
+    (bar,) = slice_panel.lines
+    assert bar.get_xdata()[1] - bar.get_xdata()[0] == pytest.approx(10)  # of 16 * 3 Å
+    assert [text.get_text() for text in slice_panel.texts] == ["10 Å"]
+    assert slice_panel.get_xlim() == (0, 48) and slice_panel.get_ylim() == (0, 24)
+    power_panel = panels["restored: Fourier power\nkx kz plane (1/Å)"]
+    assert power_panel.get_xlim() == pytest.approx((-8.5 / 48, 7.5 / 48))
+    assert any(title.startswith("standard deviation") for title in panels)

@@ -272,8 +272,8 @@ def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run)
 
 def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, ckpt):
     run("denoise half1.mrc half2.mrc")
-    restored = [values(f"half1_denoise_half{i}.mrc") for i in (1, 2)]
-    assert close((restored[0] + restored[1]) / 2, values("half1_denoise.mrc"))
+    restored = [values(f"half_mean_denoise_half{i}.mrc") for i in (1, 2)]
+    assert close((restored[0] + restored[1]) / 2, values("half_mean_denoise.mrc"))
 
     # Nothing of half 1 is in half 2 but its share of the FSC and of the signal.
     a, b = halves
@@ -750,10 +750,10 @@ REFUSED = {
     "wedge in.mrc half1.mrc -o out.mrc": "-o out.mrc: for 2 inputs",
     "wedge empty": "empty: no map",
     "wedge": "wants one map or more; 0 given",
-    "wedge in.mrc --steps 0": "steps is 0; give 1 or more",
-    "wedge in.mrc --samples 0": "samples is 0; give 1 or more",
+    "wedge in.mrc --steps 0": "steps is 0; give 1 to 10000",
+    "wedge in.mrc --samples 0": "samples is 0; give 1 to 1000",
     "wedge in.mrc --noise nan": "noise is nan; give 0 or more",
-    "wedge in.mrc --voxel-size -1": "must be positive",
+    "wedge in.mrc --voxel-size -1": "give 0.1 to 100 Å",
     "wedge in.mrc --seed 5000000000": "seed is 5e[+]09; give 0 to",
     "wedge in.mrc --device toaster": "--device toaster: no such device",
     "wedge in.mrc --device cuda:99": "--device cuda:99: no such device",
@@ -767,7 +767,7 @@ REFUSED = {
     "denoise half1.mrc other.mrc": "half1.mrc: .*other.mrc has .*one grid",
     "denoise half1.mrc": "give two half maps, or one map with noise_from_fsc or snr",
     "denoise half1.mrc half2.mrc --snr 1": "give two half maps, or one map with",
-    "denoise half1.mrc half2.mrc in.mrc": "wants two half maps, or one map .*; 3 given",
+    "denoise half1.mrc half2.mrc in.mrc": "wants two half maps, a folder .*; 3 given",
     "denoise half1.mrc --noise-from-fsc short.csv": "short.csv: .* shells",
     "denoise half1.mrc --noise-from-fsc empty.csv": "empty.csv",
     "denoise half1.mrc --noise-from-fsc half2.mrc": "half2.mrc",
@@ -864,3 +864,63 @@ def test_an_error_ends_the_program_with_one_line_and_a_non_zero_status(tmp_path,
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines() == ["sampling.py: nope.mrc: no such file"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "wedge in.mrc --truth other.mrc -o other.mrc",
+        "wedge in.mrc --mask other.mrc -o other.mrc",
+        "wedge in.mrc -o in_truth.mrc",
+        "wedge in.mrc in_wedge.mrc",
+        "wedge in.mrc --truth out_std.mrc -o out.mrc",
+    ],
+)
+def test_no_file_that_is_read_is_ever_written(small, run, command):
+    before = {}
+    for name in ("other", "in_truth", "in_wedge", "out_std"):
+        path = write_mrc(Path(f"{name}.mrc"), molecule(SHAPE))
+        before[path] = path.read_bytes()
+    with pytest.raises(FileExistsError, match="is the input"):
+        run(command, "--overwrite", "--method", "pocs")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_finished_maps_are_skipped_when_asked(small, run, capsys):
+    write_mrc(Path("other.mrc"), values(small))
+    run("wedge other.mrc --method pocs")
+    before = Path("other_wedge.mrc").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run("wedge . --method pocs --skip-existing") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 of 2" in lines and "2 of 2" in lines
+    assert "other_wedge.mrc: exists, skipped" in lines
+    assert Path("in_wedge.mrc").exists()
+    assert Path("other_wedge.mrc").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_half_maps_is_denoised_pair_by_pair(halves, run):
+    for i in (1, 2):
+        write_mrc(Path(f"b_half{i}.mrc"), halves[i - 1])
+    assert run("denoise . --method wiener") == 0
+    assert Path("half_mean_denoise.mrc").exists() and Path("b_half_mean_denoise.mrc").exists()
+
+
+def test_a_home_folder_is_expanded_and_maps_keep_the_ending_that_was_asked_for(
+    small, run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("wedge ~/in.mrc -o ~/gen.map.gz --method prior")
+    assert {"gen.map.gz", "gen_mean.map.gz", "gen_std.map.gz", "gen.json"} <= set(names(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "nonsense"])
+def test_devices_that_give_no_numbers_are_refused(small, device):
+    with pytest.raises(ValueError, match=f"--device {device}: no such device"):
+        sampling.parse(["--task", "wedge", "in.mrc", "--device", device])
+
+
+@pytest.mark.parametrize("flag", ["--voxel-size=1e-30", "--voxel-size=nan", "--samples=99999999"])
+def test_numbers_that_would_take_all_memory_or_time_are_refused(flag):
+    with pytest.raises(ValueError, match="give"):
+        sampling.parse(["--task", "wedge", "in.mrc", flag])
