@@ -97,6 +97,20 @@ def test_the_program_writes_the_sharpened_map_and_the_local_resolution(maps):
     assert written["local_resolution_median"] == pytest.approx(float(local.median()))
 
 
+def test_a_background_and_a_factor_of_one_half_map_do_not_change_the_scores(maps, capsys):
+    read = mrcfile.read
+    score("a.mrc b.mrc --mask mask.mrc -o plain")
+    # A power of two, so that both are exact but for the sum with 50.
+    write("other.mrc", torch.from_numpy(8 * read("b.mrc")) + 50 * float(read("b.mrc").max()))
+    capsys.readouterr()
+    score("a.mrc other.mrc --mask mask.mrc -o other")
+    out = capsys.readouterr().out
+    assert "found and subtracted" in out and "times the grey scale" in out
+    want, found = (json.loads(Path(f"{name}.json").read_text()) for name in ("plain", "other"))
+    for curve in ("corrected", "masked", "unmasked"):
+        assert found[curve]["auc"] == pytest.approx(want[curve]["auc"], abs=0.01)
+
+
 def test_a_map_and_its_truth_are_compared(maps):
     score("a.mrc --truth b.mrc --quiet -o out")
     written = json.loads(Path("out.json").read_text())
