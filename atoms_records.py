@@ -195,6 +195,9 @@ def cif_atoms(text: str, notes: list[str]) -> list[Atom]:
     structure = gemmi.make_structure_from_block(blocks[0])
     structure.merge_chain_parts()  # as gemmi.read_structure does
 
+    if len(structure) == 0:
+        raise ValueError("its atom sites have no atoms; give an mmCIF file with coordinates")
+
     # [0] is the first model of the file.
     atoms = []
     for site in structure[0].all():

@@ -166,6 +166,7 @@ def test_utf_16_is_read(tmp_path):
         ("a.cif", "data_ABC\nloop_\n_chem_comp_atom.atom_id\nC1\n", "no atom sites"),
         ("a.cif", CIF.replace("1.0 2.0 3.0", "? ? ?"), "atom CA of residue A/1/ALA has position"),
         ("a.cif", "loop_ nonsense ;", "a.cif: "),
+        ("a.cif", CIF.replace("_atom_site.id\n", "_atom_site.x\n"), "sites have no atoms"),
     ],
 )
 def test_files_that_cannot_be_read_are_one_line_that_names_them(tmp_path, name, content, says):

@@ -108,6 +108,14 @@ def test_atomic_models_become_simulated_crops(tmp_path, capsys):
     assert says in capsys.readouterr().out
 
 
+def test_models_beside_maps_are_not_used_and_that_is_said(maps, capsys):
+    (maps / "a.pdb").write_text(PDB)
+    (maps / "B.NPZ").write_text("")
+    train, _ = datasets(maps)
+    assert isinstance(train, data.MapCrops)
+    assert "2 models or archives beside the maps are not used" in capsys.readouterr().out
+
+
 def test_a_restoration_refuses_maps_without_their_models(tmp_path, maps):
     cfg = replace(train_config.PRESETS["tiny-sharpen"], data=str(maps))
     with pytest.raises(ValueError, match="maps without a pairs.csv"):
