@@ -8,19 +8,15 @@
 With the flow prior a task brings the map to the prior's grid and grey scale, with its noise, as an
 Observation (posterior.py). It draws samples and goes back to the map's grid. The result is the mean
 of the samples, because FSC rewards the mean of the posterior. Their spread says where not to trust
-it. CryoLVM's fine-tuned networks need one pass, by sliding windows. `in_work_scale` finds the
+it. CryoLVM's fine-tuned networks need one pass (sampling_networks.py). `in_work_scale` finds the
 background of the maps and the sign of protein, and gives them back in the result. `say` is called
 with each line to print; report.silent prints nothing.
 
 CryoFM: arXiv:2410.08631, sections 5.1-5.4, appendices B.2, D and E. CryoLVM: sections 4.2-4.4.
 Departure 1: where voxels are much coarser than the network's, or much of the density is negative,
 "auto" takes the classical answer.
-Departure 2: CryoLVM's D.2 normalises the fused map and does not say by what. We undo D.1, so that
-the result has the input's grey scale. For the wedge we also put the measured coefficients back,
-which the paper does not do. The map "_network" is without.
-Departure 3: superres learnt from maps that were divided by their own maxima. A map of 1.8 Å is far
-more peaked than its input, so undoing D.1 leaves 0.1 to 0.3 of the input's grey scale. We scale the
-result to agree with the input where both have detail.
+Departure 2: for the wedge by CryoLVM's network we put the measured coefficients back, which the
+paper does not do. The map "_network" is without.
 """
 
 import math
@@ -43,23 +39,21 @@ from posterior import Moments, Observation
 from report import Progress, Result, say_work
 from sampling_checks import (
     NEGATIVE_TO_REFUSE,
-    check_detail,
     check_wedge,
     keeps_every_shell,
     negative_power,
     without_clamps,
 )
 from sampling_grey_scale import in_work_scale
+from sampling_networks import ask_network
 from sampling_settings import (
     AbInitioSettings,
     DenoiseSettings,
-    NetworkSettings,
     NetworkWedgeSettings,
     SampleSettings,
     TiltSettings,
     WedgeSettings,
 )
-from sliding_windows import sliding_windows
 
 # ---- Missing wedge (CryoFM 5.2, CryoLVM 4.4)
 
@@ -360,99 +354,6 @@ def observe_half_map(
     start = posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
     held = fourier.below_nyquist(y.shape, half.density.shape)
     return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
-
-
-# ---- Fine-tuned networks (CryoLVM 4.2, 4.3)
-
-
-@in_work_scale
-def sharpen(
-    map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
-) -> Result:
-    """Undo the falloff of high frequencies: one pass of the network.
-
-    Raises ValueError if the voxels are far too coarse for the network.
-    """
-    check_detail(map, network, "another --ckpt, or use the B-factor of fsc.py --sharpen")
-    work = mrc.resample_map(map, network.voxel_size)
-    found, facts = ask_network(work.density, network, settings, say)
-    return answer_of_network(map, found, settings, facts)
-
-
-def answer_of_network(map: Map, found: Tensor, settings: NetworkSettings, facts: dict) -> Result:
-    """The Result on the grid of a map, from an answer on the network's grid."""
-    y = map.density
-    restored = settings.inside_mask(fourier.resample(found, y.shape), y)
-    return Result(map, {"": restored}, {"input": y, "restored": restored}, facts)
-
-
-@in_work_scale
-def super_resolve(
-    map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
-) -> Result:
-    """Find detail finer than the map's resolution, on a grid that can hold it."""
-    map = finer_grid(map, network)
-    work = mrc.resample_map(map, network.voxel_size)
-    found, facts = ask_network(work.density, network, settings, say)
-
-    # Departure 3
-    maximum = volume.top_value(work.density, settings.percentile)
-    factor = low_frequency_ratio(work.density.clamp(0, maximum), found, work.voxel_size)
-    facts["grey_scale_factor"] = factor
-    say(f"grey scale: times {factor:.3g}, so that the map agrees with the input beyond 10 Å")
-    return answer_of_network(map, found * factor, settings, facts)
-
-
-def low_frequency_ratio(density: Tensor, x: Tensor, voxel_size) -> float:
-    """The factor that takes x (D, H, W) nearest to the density at 10 Å; 1 if they disagree."""
-    a, b = (fourier.lowpass(v, 10.0, voxel_size) for v in (density, x))
-    a, b = a - a.mean(), b - b.mean()
-    shared = float((a * b).sum())
-    return shared / float(b.square().sum()) if shared > 0 else 1.0
-
-
-def finer_grid(map: Map, network: Prior) -> Map:
-    """The map at its own voxel size or at the network's, whichever is finer.
-
-    Raises ValueError if the voxels are far too coarse for the network.
-    """
-    check_detail(map, network, "or another --ckpt")
-    work = mrc.resample_map(map, network.voxel_size)
-    return work if work.density.numel() > map.density.numel() else map
-
-
-def ask_network(
-    density: Tensor, network: Prior, settings: NetworkSettings, say=print
-) -> tuple[Tensor, dict]:
-    """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
-    # Clip and scale the map to 0 .. 1 as in appendix D.1, then to network scale.
-    x, scale = volume.normalise(density, network.mean, network.std, settings.percentile)
-    device = posterior.device_of(network)
-
-    def progress(calls):
-        tiles = sum(len(call) for call in calls)
-        say(f"{tiles} tile(s) of {network.box}^3 on {device}, {len(calls)} call(s) of the network")
-        tick = Progress(len(calls), say)
-        for call in calls:
-            yield call
-            tick()
-
-    found = sliding_windows(
-        network.net,
-        x.to(device),
-        network.box,
-        settings.stride,
-        settings.fusion,
-        progress=progress,
-    )
-    facts = {
-        "method": "network",
-        "stride": settings.stride,
-        "fusion": settings.fusion,
-        "percentile": settings.percentile,
-        "box": list(density.shape),
-    }
-    return volume.denormalise(found.cpu(), scale), facts
 
 
 # ---- Ab initio (CryoFM 5.4)

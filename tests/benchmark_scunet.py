@@ -43,8 +43,9 @@ import mrc
 import volume
 from mrc import Map
 from report import silent
+from sampling_networks import sharpen
 from sampling_settings import NetworkSettings, NetworkWedgeSettings, WedgeSettings
-from sampling_tasks import fill_wedge, restore_wedge, sharpen
+from sampling_tasks import fill_wedge, restore_wedge
 
 RESOLUTIONS = {"sharpen": (3, 6), "superres": (4, 6), "wedge3d": (8, 15)}
 VOXEL_SIZE = {"sharpen": 1.0, "superres": 1.0, "wedge3d": 4.0}

@@ -7,9 +7,10 @@ from torch import nn
 
 import memory
 import mrc
+from sampling_networks import sharpen, super_resolve
 from sampling_prior import generate, log_likelihood
 from sampling_settings import AbInitioSettings, GenerateSettings, LikelihoodSettings
-from sampling_tasks import ab_initio, sharpen, super_resolve
+from sampling_tasks import ab_initio
 
 
 def test_a_grid_is_refused_that_is_too_large_or_that_memory_cannot_hold(monkeypatch):
