@@ -248,11 +248,6 @@ class GenerateSettings(SampleSettings):
     # Steps of different order: flow.SOLVERS.
     solver: str = opt("heun", "of the flow's ODE", choices=tuple(flow.SOLVERS))
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.samples > 10_000:
-            raise ValueError(f"samples is {self.samples}; each is a file, give 10,000 at most")
-
     @property
     def suffixes(self) -> list[str]:
         # OUT.mrc, OUT_2.mrc, OUT_3.mrc, ...
