@@ -258,7 +258,8 @@ def guided_step(
 
         x_t - v / N - lambda_t g / |g|,   lambda_t = min(lambda_max, t / (1 - t))
 
-    x, v, gradient: (K, D, H, W). g is the gradient of a loss in x, and each map has its own |g|.
+    x, v, gradient: (K, D, H, W). g is the gradient of a loss in x, and each map has its own |g|. A
+    map whose g is 0 takes Euler's step alone.
     steps: N. per_time multiplies lambda_t by 200 / N, so that the sum of all lambda_t does not
     depend on N.
     """
@@ -266,8 +267,10 @@ def guided_step(
     if per_time:
         lambda_t *= 200 / steps
     norm = torch.linalg.vector_norm(gradient, dim=(-3, -2, -1), keepdim=True)
+    # Where g is 0 there is nowhere to go, and 0 / 0 would be nan.
+    direction = torch.where(norm == 0, 0, gradient / norm)
     # The minus before lambda_t and the 1/N: Erratum in posterior.py and abinitio.py.
-    return x - v / steps - lambda_t * gradient / norm
+    return x - v / steps - lambda_t * direction
 
 
 # ---- Likelihood

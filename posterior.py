@@ -109,15 +109,15 @@ def estimate_noise(y: Tensor, measured: Tensor) -> float:
 
     It is measured in the corners of the Fourier cube, beyond Nyquist, where density has little
     power. Noise fills the whole map and density does not, so we take the 5th percentile of the
-    local power.
+    local power. Raises ValueError if no coefficient beyond Nyquist was measured.
     """
     corner = measured & (fourier.wavenumber(y.shape) > 0.5)
+    if not corner.any():
+        raise ValueError("nothing was measured beyond Nyquist, where noise shows; give --noise")
     # The local power of these coefficients, in blocks of 8^3 voxels.
     squares = fourier.apply_fourier(y, corner).square()
-    block = min(8, *y.shape)
-    local_power = torch.nn.functional.avg_pool3d(squares[None, None], block).flatten()
-    variance = local_power.quantile(0.05) / corner.float().mean()
-    return float(variance.sqrt())
+    local_power = torch.nn.functional.avg_pool3d(squares[None, None], min(8, *y.shape)).flatten()
+    return math.sqrt(local_power.quantile(0.05) / corner.float().mean())
 
 
 def noise_and_signal(

@@ -352,3 +352,19 @@ def test_bad_input_gets_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(torch.ones(2, 4))
     assert "\n" not in str(error.value)
+
+
+def test_a_map_whose_gradient_is_zero_takes_eulers_step_alone():
+    x, v, gradient = torch.randn(3, 2, 4, 4, 4, generator=seeded(0))
+    gradient[0] = 0
+    moved = flow.guided_step(x, v, gradient, t=0.5, steps=10, lambda_max=0.3)
+    euler = x - v / 10
+    assert torch.equal(moved[0], euler[0])
+
+    # The other map moves down its own gradient, 0.3 long.
+    unit = gradient[1] / gradient[1].norm()
+    assert torch.allclose(moved[1], euler[1] - 0.3 * unit, atol=1e-6)
+
+    # A gradient that is no number is not hidden.
+    gradient[0, 0, 0, 0] = math.nan
+    assert flow.guided_step(x, v, gradient, 0.5, 10, 0.3)[0].isnan().any()

@@ -73,6 +73,18 @@ def test_the_noise_of_a_simulated_molecule_is_estimated_within_15_percent(sigma)
     assert posterior.estimate_noise(y, wedge(shape)) == pytest.approx(sigma, rel=0.15)
 
 
+def test_noise_without_a_measured_corner_is_refused_with_the_flag_that_gives_it():
+    shape = (16, 16, 16)
+    y = random(shape)
+    inside = fourier.wavenumber(shape) <= 0.5
+    with pytest.raises(ValueError, match="beyond Nyquist.*give --noise"):
+        posterior.estimate_noise(y, inside)
+
+    # One pair of coefficients beyond it is enough for a number.
+    inside[8, 8, 7] = inside[8, 8, 9] = True
+    assert posterior.estimate_noise(y, inside) > 0
+
+
 # ---- The prior, by tiles
 
 
