@@ -8,9 +8,9 @@ with AtomicOutputs() as outputs:              several files that appear together
         file.write(...)
 
 with owned(paths):                            no other running program may write them meanwhile
+with own_folder(path):                        the same for a folder, which it makes
 
 write_json(path, value)                       NaN and infinity become null
-with own_folder(path):                        no other process may own the folder meanwhile
 refuse_existing(outputs, inputs, overwrite)   call it before the work, not after it
 list_files(path, suffixes)                    the files of a folder, without hidden ones
 stop_if_many_refused(path, what, ...)         a data set in which too much cannot be read
@@ -50,7 +50,8 @@ class AtomicOutputs:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         self.renames[temporary] = path
         with named_errors(path), open(temporary, "xb") as file:
-            lock(file)  # a sign that this file is not a leftover
+            with contextlib.suppress(OSError):  # a disk without locks
+                lock(file)  # a sign that this file is not a leftover
             yield file
             # Wait until the disk has it, or a power cut after the renaming would lose it.
             file.flush()
@@ -72,36 +73,89 @@ class AtomicOutputs:
 def lock(file) -> bool:
     """Lock a file until it is closed; False if another running program has locked it.
 
-    The lock of a killed process ends with it. Where a disk knows no locks, everyone gets one.
+    The lock of a killed process ends with it. Raises OSError where a disk knows no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        return True
     return True
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files for `path` that killed processes left."""
+    """Remove the temporary files for `path` that killed processes left.
+
+    They stay where a disk knows no locks, because there nobody can tell whether they are in use.
+    """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError), open(leftover, "rb") as file:
+        with contextlib.suppress(OSError), open(leftover, "r+b") as file:
             if lock(file):
                 leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def owned(paths: Iterable[Path]) -> Iterator[None]:
+def owned(paths: Iterable[Path], say: Callable[[str], None] = print) -> Iterator[None]:
     """No other program that asks for one of these files gets it until the block ends.
 
-    Each has a hidden file beside it meanwhile, which is locked. Raises FileExistsError if another
-    running program has one of them.
+    Each has a hidden file `.NAME.lock` beside it meanwhile. Raises as `hold` does.
     """
     with contextlib.ExitStack() as stack:
         for path in sorted({Path(path).resolve() for path in paths}):
-            stack.enter_context(locked_beside(path))
+            stack.enter_context(hold(path.with_name(f".{path.name}.lock"), path, say))
         yield
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Make a folder and own it until the block ends, by the hidden file `.lock` in it.
+
+    A folder that was made here and stays empty is removed. Raises as `hold` does.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(folder / ".lock", folder, say):
+            yield
+    finally:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def hold(path: Path, what: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Lock the file `path`, which says who owns `what`, until the block ends; then remove it.
+
+    The kernel drops the lock when its process ends, also by kill -9. Raises BlockingIOError, which
+    names the owner, if another running program holds it.
+    """
+    while True:
+        with contextlib.ExitStack() as stack:
+            # Not open(path, "w"), which would erase the owner's number.
+            with named_errors(what):
+                file = stack.enter_context(open(path, "a+"))
+            try:
+                free = lock(file)
+            except OSError as error:  # some network file systems
+                say(f"{what}: cannot be locked ({error.strerror}); start no second run that writes")
+                free = True
+            if not free:
+                file.seek(0)
+                owner = file.read().strip()
+                raise BlockingIOError(
+                    f"{what}: in use by another run ({owner}); wait for it or give another name"
+                )
+
+            # An owner that ended may have removed the file between our opening and locking it.
+            if not is_file_at(path, file):
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def is_file_at(path: Path, file) -> bool:
@@ -110,27 +164,6 @@ def is_file_at(path: Path, file) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
-
-
-@contextlib.contextmanager
-def locked_beside(path: Path) -> Iterator[None]:
-    """Hold a lock on `.NAME.lock` beside a file, see `owned`."""
-    beside = path.with_name(f".{path.name}.lock")
-    while True:
-        with contextlib.ExitStack() as stack:
-            with named_errors(path):
-                file = stack.enter_context(open(beside, "wb"))
-            if not lock(file):
-                raise FileExistsError(
-                    f"{path}: another running program writes this file; wait, or give another name"
-                )
-            # An owner that ended may have removed the file between our opening and locking it.
-            if is_file_at(beside, file):
-                try:
-                    yield
-                finally:
-                    beside.unlink(missing_ok=True)
-                return
 
 
 @contextlib.contextmanager
@@ -152,41 +185,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends without an error; see AtomicOutputs."""
     with AtomicOutputs() as outputs, outputs.open(path) as file:
         yield file
-
-
-@contextlib.contextmanager
-def own_folder(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Make a folder and own it until the block ends, by a lock on the hidden file `.lock` in it.
-
-    The kernel drops the lock when its process ends, also by kill -9. A folder that was made here
-    and stays empty is removed. Raises OSError if another process owns the folder.
-    """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    # Not open(path, "w"), which would erase the owner's number.
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip()
-            raise BlockingIOError(
-                f"{folder}: in use by another run ({owner}); wait for it or give another folder"
-            ) from None
-        except OSError as error:  # some network file systems
-            say(f"{folder}: cannot be locked ({error.strerror}); start no second run there")
-
-        # Say who owns it, for the message above.
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,7 @@
 """Tests of files.py: files appear whole or not at all, and nothing is replaced by accident."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -208,7 +210,8 @@ def test_two_writers_of_one_name_do_not_share_a_temporary_file(tmp_path):
 def test_a_file_that_another_run_owns_is_refused_until_that_run_ends(tmp_path):
     path = tmp_path / "out.mrc"
     with files.owned([path]):
-        with pytest.raises(FileExistsError, match="out.mrc: another running"), files.owned([path]):
+        says = rf"out.mrc: in use by another run \(process {os.getpid()} on "
+        with pytest.raises(OSError, match=says), files.owned([path]):
             pass
         with files.owned([tmp_path / "other.mrc"]):
             pass
@@ -216,6 +219,27 @@ def test_a_file_that_another_run_owns_is_refused_until_that_run_ends(tmp_path):
     with files.owned([path]):
         pass
     assert names(tmp_path) == []
+
+
+def test_on_a_disk_without_locks_the_work_goes_on_and_says_so(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    said = []
+    path = tmp_path / "out.bin"
+    leftover = tmp_path / ".out.bin.1-a.tmp"
+    leftover.write_bytes(b"of a run that may go on")
+    with files.owned([path], said.append), files.atomic_write(path) as file:
+        file.write(b"content")
+    with files.own_folder(tmp_path / "run", said.append):
+        (tmp_path / "run" / "log.csv").write_text("step")
+    assert [line.split(": cannot be locked (No locks")[0] for line in said] == [
+        str(path), str(tmp_path / "run")
+    ]  # fmt: skip
+    assert path.read_bytes() == b"content"
+    assert names(tmp_path) == [leftover.name, "out.bin", "run"]
+    assert names(tmp_path / "run") == ["log.csv"]
 
 
 def test_an_error_of_the_work_passes_through_owned_unchanged(tmp_path):
