@@ -130,7 +130,7 @@ def random_crop(x: Tensor, box: int, generator: Generator, mask: Tensor | None =
     return crop(x, corner, box)
 
 
-def random_centre(x: np.ndarray, generator: Generator, tries: int = 1_000_000) -> list[int]:
+def random_centre(x: np.ndarray, generator: Generator, tries: int = 200_000) -> list[int]:
     """A voxel (z, y, x) of x's `density_mask`, all equally likely, without reading the whole map.
 
     By rejection: a voxel is in the mask if one of the 7^3 around it is above the threshold.

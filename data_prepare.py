@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from data_download import build_archive, fetch_maps, map_url
-from files import atomic_write
+from files import atomic_write, refuse_existing, write_json
 from mrc import read_map, resample_map
 from terminal import one_line_for_memory, run_program, say
 from volume import cube
@@ -128,13 +128,37 @@ def find_maps(folder: Path) -> dict[str, Path]:
 # ---- The prepared folder ------------------------------------------------------------------------
 
 
+def read_settings(folder: Path) -> dict:
+    """How a folder was prepared, `settings` of `prepare`. Raises ValueError if they are damaged."""
+    file = folder / SETTINGS
+    try:
+        settings = json.loads(file.read_text())
+        return settings | {"voxel_size": float(settings["voxel_size"])}
+    except (ValueError, TypeError, LookupError):
+        raise ValueError(f"{file}: damaged; copy it again, or give another folder") from None
+
+
 def read_index(folder: Path) -> list[dict]:
-    """The rows of a prepared folder: one per entry, with its statistics or why it was skipped."""
-    if not (folder / INDEX).exists():
+    """The rows of a prepared folder: one per entry, with its statistics or why it was skipped.
+
+    Raises ValueError if the table is damaged.
+    """
+    path = folder / INDEX
+    if not path.exists():
         return []
-    # A run that was killed may have left half a row, which lacks the last column.
-    with open(folder / INDEX, newline="") as file:
-        return [row for row in csv.DictReader(file) if row["file"] is not None]
+    try:
+        table = csv.DictReader(io.StringIO(path.read_text(), newline=""))
+        rows = list(table)
+    except (csv.Error, UnicodeDecodeError):
+        rows = [{}]
+    for number, row in enumerate(rows, 1):
+        missing = None in (row.get("entry"), row.get("skipped"), row.get("file"))
+        # A run that was killed may have left half a row at the end.
+        if missing and "file" in row and number == len(rows):
+            return rows[:-1]
+        if missing or None in row:  # None: the key of what stands beyond the last column
+            raise ValueError(f"{path}: damaged; delete it, and data_prepare.py writes it anew")
+    return rows
 
 
 def write_index(folder: Path, rows: list[dict]) -> None:
@@ -153,10 +177,10 @@ def begin_or_continue(folder: Path, settings: dict[str, float]) -> dict[str, dic
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS
-    before = json.loads(file.read_text()) if file.exists() else settings
+    before = read_settings(folder) if file.exists() else settings
     if before != settings:
         raise ValueError(f"{folder}: begun with {before}; give these, or another folder")
-    file.write_text(json.dumps(settings))
+    write_json(file, settings)
 
     # A row counts only if its map is still in the folder.
     done = {}
@@ -241,10 +265,10 @@ def prepare(
     # Check the arguments and the folders before any work.
     out = Path(out)
     files = find_maps(Path(folder))
-    if not 0 < voxel_size < math.inf or workers < 1:
+    if not 0 < voxel_size < math.inf or not 1 <= workers <= 512:
         raise ValueError(
             f"--voxel-size {voxel_size:g}, --workers {workers}: want a positive number of Å "
-            "and a worker or more"
+            "and 1 to 512 workers"
         )
 
     # Read what is known of the entries, and what an earlier run did.
@@ -346,6 +370,7 @@ def parse(argv) -> argparse.Namespace:
     three.add_argument("list", help="a table such as structures/val.tsv")
     three.add_argument("--from", dest="folder", help="take the files of this folder, no download")
     three.add_argument("-o", "--out", help="default: the list's name with .npz")
+    three.add_argument("--overwrite", action="store_true", help="replace an archive that exists")
 
     # emdb
     four = commands.add_parser("emdb", help="download maps of EMDB entries")
@@ -372,7 +397,11 @@ def main(argv=None) -> None:
         del settings["command"]
         prepare(**settings)
     elif args.command == "structures":
-        build_archive(args.list, args.out, args.folder)
+        out = Path(args.out or Path(args.list).with_suffix(".npz"))
+        folder = Path(args.folder) if args.folder else None
+        read = [Path(args.list), *(folder.iterdir() if folder else ())]
+        refuse_existing([out], read, args.overwrite)
+        build_archive(args.list, out, folder)
     elif args.command == "emdb":
         fetch_maps(args.entries, args.folder)
     else:

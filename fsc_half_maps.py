@@ -415,7 +415,7 @@ def read_fsc(path: str, box: int, voxel_size: float) -> Tensor:
             column = header.index("unmasked")
             frequency = [float(row[1]) for row in rows]
             curve = [float(row[column]) for row in rows]
-            middle = (np.arange(n) + 0.5) / (2 * n * voxel_size)
+            middle = (np.arange(n) + 0.5) / (box * voxel_size)
             curve = np.interp(middle, frequency, curve)
         else:
             curve = np.array([float(number) for (number,) in lines])

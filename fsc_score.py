@@ -219,9 +219,13 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
     if args.sharpen:
         # The filter has our shells, so it needs a curve on them.
         curve = fsc(a, b) if args.convention == "cryofm" else next(iter(found.curves.values()))
+        known = curve[1:][~curve[1:].isnan()]
+        if not (known[:1] >= 0.143).any():
+            advice = f"; give a softer or wider mask than {args.mask}" if mask else ""
+            raise ValueError(f"--sharpen: the half maps agree in no shell{advice}")
         sharp, b_factor = sharpened_mean(a, b, curve, voxel_size, args.b_factor)
         if sharp.std() <= 1e-6 * sharp.abs().max():
-            raise ValueError("--sharpen: the half maps agree in no shell, so that nothing is left")
+            raise ValueError("--sharpen: nothing is left of the map; give another --b-factor")
         numbers["b_factor"] = b_factor
         label = f"cryofm fsc.py --sharpen, B-factor {b_factor:.1f}"
         found.maps[args.sharpen] = replace(maps[0], density=sharp), label
@@ -289,7 +293,8 @@ def run(args: argparse.Namespace) -> None:
     with owned(outputs.values()), one_line_for_memory(hint):
         maps = read_maps(map_names, args.voxel_size)
         found = measure(args, maps)
-        found.notes += [f"{map.path}: {note}" for map in maps for note in map.notes]
+        # Each note once, also where a map is compared with itself.
+        found.notes += dict.fromkeys(f"{map.path}: {note}" for map in maps for note in map.notes)
         scores = score_curves(found, args.convention)
         settings = vars(args)
         write_results(outputs, found, scores, settings)

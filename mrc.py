@@ -132,8 +132,8 @@ def read_stack(path: str | Path, voxel_size: float | None = None) -> Map:
     The background of every image is 0: the mean of what lies outside the circle of radius
     N/2 - 1 is subtracted. voxel_size (Å) replaces the header's.
     Raises OSError if there is no such file, and ValueError (one line) for a volume, one image, more
-    than MAX_PROJECTIONS images, images that are not square, not finite, flat or dark on bright
-    background, and for no voxel size.
+    than MAX_PROJECTIONS images, images that are not square, not finite, flat, far from 1 or dark on
+    bright background, and for no voxel size.
     """
     stack = read_mrc(Path(path), voxel_size, stack_problem)
     images = stack.density
@@ -143,6 +143,14 @@ def read_stack(path: str | Path, voxel_size: float | None = None) -> Map:
     if flat.any():
         number = int(flat.nonzero()[0]) + 1
         raise ValueError(f"{path}: image {number} is flat; take it out of the stack")
+
+    # Sums of squares must stay among the numbers that float32 knows.
+    power = float(images.double().square().mean())
+    if not 1e-20 < power < 1e20:
+        raise ValueError(
+            f"{path}: pixels of about {math.sqrt(power):.1e}; multiply the images by a factor that "
+            "brings them near 1"
+        )
 
     # The background is what lies outside the circle that a particle fits in.
     side = images.shape[-1]

@@ -267,7 +267,7 @@ def run(
     tell = report.silent if args.quiet else say
     names = names_of_maps(out, settings.suffixes)
     written = [*names.values(), *report.report_files(out)]
-    with owned(written):
+    with owned(written, tell):
         refuse_existing(written, paths, args.overwrite)
 
         # Read the maps and all that goes with them.
@@ -281,7 +281,7 @@ def run(
             except ValueError as error:
                 raise ValueError(f"{paths[0]}: {error}") from None
             truth = read_truth(args, task, paths[0], grids)
-            if truth is not None:
+            if truth is not None and truth.path not in paths:
                 say_notes(truth, tell)
             settings = read_files(settings, maps[0], grids, tell)
 

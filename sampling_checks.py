@@ -11,7 +11,7 @@ Limits are ours. RESULTS.md says on which maps they were measured.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Generator, Tensor
@@ -84,19 +84,24 @@ def check_wedge(map: Map, measured: Tensor, settings: TiltSettings, discard: boo
         say(f"{words}; it is thrown away")
     else:
         raise ValueError(
-            f"{words}: restoring would throw it away. {emptiest_wedge(map)} "
+            f"{words}: restoring would throw it away. {emptiest_wedge(map, settings)} "
             "To go on all the same, give --discard-measured"
         )
 
 
-def emptiest_wedge(map: Map) -> str:
-    """A sentence on the axis and the tilt range that leave out the least of a map's power."""
+def emptiest_wedge(map: Map, settings: TiltSettings) -> str:
+    """A sentence on the axis and the tilt range that leave out the least of a map's power.
+
+    Where the settings have no axis to set, only the range.
+    """
+    can_turn = "tilt_axis" in {setting.name for setting in fields(settings)}
+    axes = "yxz" if can_turn else settings.tilt_axis
     # Low frequencies tell. A small map keeps this fast.
     shape = [min(n, 96) for n in map.density.shape]
     voxel_size = [v * n / m for v, n, m in zip(map.voxel_size, map.density.shape, shape)]
     small = replace(map, density=fourier.resample(map.density, shape), voxel_size=voxel_size)
     found = []
-    for axis in "yxz":
+    for axis in axes:
         for tilt in (40, 50, 60, 70):
             mask = degrade.wedge_mask(shape, (-tilt, tilt), axis, voxel_size=voxel_size)
             leak, _ = missing_power(small, fourier.hermitian_part(mask))
@@ -109,11 +114,18 @@ def emptiest_wedge(map: Map) -> str:
             leak, axis, tilt = candidate
             break
     if leak < LEAK_TO_REFUSE:
-        words = f"--tilt-axis {axis} --tilt-range -{tilt} {tilt}"
+        words = f"--tilt-range -{tilt} {tilt}"
+        if can_turn:
+            words = f"--tilt-axis {axis} {words}"
         return f"Emptier is the region that {words} leaves out ({leak:.1%})."
+    if can_turn:
+        return (
+            "No other axis or range leaves out an empty region "
+            f"({leak:.0%} at least), so that this map seems to have no missing wedge."
+        )
     return (
-        "No other axis or range leaves out an empty region "
-        f"({leak:.0%} at least), so that this map seems to have no missing wedge."
+        f"No other range about {axes} leaves out an empty region ({leak:.0%} at least), and "
+        "--model scunet knows no other axis."
     )
 
 

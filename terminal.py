@@ -1,11 +1,12 @@
 """How the programs meet the terminal: what they print, and how they end.
 
-say(words)                            `print`, which goes on silently once nobody reads
+say(words)                            `print`, which goes on where nothing can be printed any more
 run_program(name, main)               main() with one line for every error; ends the process
 one_line_for_memory(hint)             running out of memory becomes a ValueError that gives the hint
 
-A closed pipe (`sampling.py ... | head -1`) does not stop the work. A terminal that knows ASCII only
-shows "?" for "Å". Ctrl-C, SIGTERM and SIGHUP end a program in one line and leave no file behind.
+A closed pipe (`sampling.py ... | head -1`), a closed terminal and a full disk do not stop the work.
+A terminal that knows ASCII only shows "?" for "Å". Ctrl-C, SIGTERM and SIGHUP end a program in one
+line and leave no file behind.
 """
 
 import contextlib
@@ -18,12 +19,22 @@ STOPPED = 130  # exit code after Ctrl-C, as in a shell
 
 
 def say(*words, file=None) -> None:
-    """Print a line now. When nobody reads any more, it and all later lines are dropped."""
+    """Print a line now. If that fails, this line and all later ones are dropped."""
     stream = file or sys.stdout
-    try:
+    with working_on(stream):
         print(*words, file=stream, flush=True)
-    except BrokenPipeError:
+
+
+@contextlib.contextmanager
+def working_on(stream) -> Iterator[None]:
+    """Go on if the block cannot print to the stream: nobody reads, or its disk is full."""
+    try:
+        yield
+    except OSError as error:
         drop_output(stream)
+        # Whoever closed a pipe knows.
+        if not isinstance(error, BrokenPipeError):
+            say(f"cannot print any more ({error.strerror}); the work goes on", file=sys.stderr)
 
 
 def drop_output(stream) -> None:
@@ -74,10 +85,8 @@ def run_program(name: str, main: Callable, stopped: str = "stopped, nothing writ
         sys.exit(STOPPED)
     finally:
         # What `print` left in the buffer meets a closed pipe here, and not at exit.
-        try:
+        with working_on(sys.stdout):
             sys.stdout.flush()
-        except BrokenPipeError:
-            drop_output(sys.stdout)
     if code:
         sys.exit(code)
 

@@ -32,7 +32,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse
 import math
 import shutil
-import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ import torch.distributed as dist
 
 import flow
 from files import own_folder
+from terminal import one_line_for_memory, run_program
 from train_config import PRESETS, TrainConfig, flag, used_by
 from train_dry_run import dry_run
 from train_log import Log, Tally, write_samples
@@ -91,7 +91,7 @@ def parse(argv=None) -> TrainConfig:
                 f"{flag(name)}: --model {model} does not use it, only "
                 f"{', '.join(options[name].metadata['only'])}; drop it"
             )
-    return replace(preset, **changes)
+    return replace(preset, typed=tuple(changes), **changes)
 
 
 def item_numbers(batch_numbers, per_batch: int):
@@ -290,18 +290,16 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
     ranks.leave()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """`main`, whose errors are one line each."""
+    hint = "give a smaller --micro-batch, --batch or --crop, or --activation-checkpointing"
     try:
-        main()
-    except torch.OutOfMemoryError as error:
-        hint = "less memory: a smaller --micro-batch, --activation-checkpointing"
-        sys.exit(f"train.py: {error}\n{hint}")
-    except RuntimeError as error:  # what torch raises where the CPU's memory is too small
-        if "can't allocate memory" not in str(error):
-            raise
-        sys.exit("train.py: out of memory; less of it: a smaller --batch, --micro-batch, --crop")
+        with one_line_for_memory(hint):
+            main()
     except (ValueError, OSError) as error:
         # Of an error in a data worker the last line says what it was.
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped before the first step")
+        raise ValueError(str(error).strip().splitlines()[-1]) from None
+
+
+if __name__ == "__main__":
+    run_program("train.py", run, "stopped before the first step")

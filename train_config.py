@@ -60,6 +60,7 @@ class TrainConfig:
     predictor: JEPAConfig = JEPAConfig()  # of "jepa"
 
     # Where the run reads and writes.
+    typed: tuple[str, ...] = ()  # the flags of the command line
     data: str = opt("procedural", "folder of maps, PDB file or folder, .npz, or 'procedural'")
     out: str = opt("runs/default", "folder for checkpoint.pt, prior.pt and log.csv")
     resume: bool = opt(False, "go on from OUT/checkpoint.pt")
@@ -130,7 +131,7 @@ class TrainConfig:
     bf16: bool = opt(True, "autocast to bfloat16, where the hardware has it")  # Table 4
     activation_checkpointing: bool = opt(False, "less memory, a third slower", only=FLOW)
     compile: bool = opt(False, "torch.compile the network")
-    workers: int = opt(1, "processes per rank that make the data; 0: none", "[0, inf)")
+    workers: int = opt(1, "processes per rank that make the data; 0: none", "[0, 512]")
 
     # What the run writes.
     log_every: int = opt(50, "steps between log lines", "[1, inf)")

@@ -28,7 +28,7 @@ import jepa
 import mrc
 from model_hdit import HDiT
 from model_scunet import SCUNet
-from train_config import PRETRAINING, RESTORATIONS, TrainConfig
+from train_config import PRETRAINING, RESTORATIONS, TrainConfig, flag
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
 MOST_RAW_MAPS = 16  # that several ranks read without data_prepare.py
@@ -45,11 +45,13 @@ def datasets(cfg: TrainConfig, say=print):
     """
     # Made-up chains differ by their seed alone.
     if cfg.data == "procedural":
+        refuse_unused(cfg, simulated)
         seeds = (cfg.seed, cfg.seed + augment.HELD_OUT)
         return tuple(simulated(data_chains.ProceduralChains(seed), seed, cfg) for seed in seeds)
 
     # What is on the disk is split by its labels.
     entries, make = read_entries(cfg, say)
+    refuse_unused(cfg, make)
     if not entries:
         raise ValueError(
             f"{cfg.data}: nothing to train on; give a folder of maps ({', '.join(mrc.SUFFIXES)}), "
@@ -59,6 +61,21 @@ def datasets(cfg: TrainConfig, say=print):
     shared = ", the same one in other orientations" if len(train) == len(entries) else ""
     say(f"{cfg.data}: {len(train)} to train on, {len(held_out)} held out{shared}")
     return make(train, cfg.seed, cfg), make(held_out, cfg.seed + augment.HELD_OUT, cfg)
+
+
+def refuse_unused(cfg: TrainConfig, make: Callable) -> None:
+    """Raise ValueError if a flag was typed that the datasets of `make` do not use."""
+    if make is simulated:
+        kind = "simulated maps"
+        unused = ["cubic"]
+        if cfg.objective != "flow":
+            unused.append("center_crops")
+    else:
+        kind = "real maps"
+        unused = ["resolution_min", "resolution_max"]
+    for name in unused:
+        if name in cfg.typed:
+            raise ValueError(f"{flag(name)}: training on {kind} does not use it; drop it")
 
 
 def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:

@@ -9,12 +9,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import warnings
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from terminal import say
 
 # SLURM sends SIGUSR1 before the time is up, where asked to. A terminal that closes sends SIGHUP.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -43,12 +44,8 @@ class Ranks:
 
     def say(self, *words) -> None:
         """Print, on the first rank only. A run goes on if nobody reads any more."""
-        if self.rank != 0:
-            return
-        try:
-            print(*words, flush=True)
-        except OSError as error:  # `| head` has ended, the terminal is closed, the disk is full
-            discard_output(error)
+        if self.rank == 0:
+            say(*words)
 
     def join(self) -> None:
         """Meet the other ranks. Raises an error if they do not come: no rank trains on alone."""
@@ -101,20 +98,6 @@ def environment_number(name: str, default: int) -> int:
             "torchrun, which sets it"
         )
     return int(text)
-
-
-def discard_output(error: OSError) -> None:
-    """Let everything that is printed from now on vanish, and say so on stderr."""
-    # Python writes what is left in the buffer at its exit, so the file itself must be another.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    with contextlib.suppress(OSError):  # stderr may be closed as well
-        print(
-            f"train.py: cannot print any more ({error.strerror}); the run goes on, see log.csv",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 class StopSignals:

@@ -100,7 +100,7 @@ def find_sign(density: Tensor, background: float) -> int:
     the values are skewed to its side. Noise is not. The mean over 3^3 voxels has less noise.
     """
     x = density.detach().double() - background
-    smooth = F.avg_pool3d(x[None, None], 3, stride=1, padding=1)
+    smooth = F.avg_pool3d(F.pad(x[None, None], (1,) * 6), 3, stride=1)  # also of one slice
     skew, smooth_skew = (float((v**3).mean() / (v**2).mean() ** 1.5) for v in (x, smooth))
     # Where the two disagree, neither is the protein's.
     if abs(smooth_skew) < LEAST_SKEW or skew * smooth_skew <= 0:

@@ -1,10 +1,12 @@
-"""Damaged maps, checkpoints, text files and flags: no traceback, nothing half written or changed.
+"""Damaged files and flags of every kind: no traceback, nothing half written or changed.
 
-A seed makes a case: a command of one of the programs, and one file or flag of it damaged. CI runs a
-sample. `CORPUS=1000 pytest tests/test_damaged_inputs.py` runs the first thousand.
+A seed makes a case: a command of one of the programs, and one of its files damaged, or one or two
+flags with odd values. CI runs a sample. `CORPUS=1200 pytest tests/test_damaged_inputs.py` runs the
+first 1,200. Good files and ways to damage them are in made_damage.py.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -12,28 +14,30 @@ import resource
 import shutil
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pytest
-import torch
-from made_maps import degraded, molecule, wedge, write_mrc
-from made_maps import random as noise
-from mrcfile.dtypes import HEADER_DTYPE
-from torch import nn
+from made_damage import ODD_NUMBERS, TRAIN, damage, write_good_files
+from small_runs import SCUNETS, SMALL
 
+import abinitio
+import atoms
+import bench
 import checkpoint
 import data_prepare
 import fsc_score
 import mrc
 import sampling
 import train
-from model_hdit import HDiT, HDiTConfig
+import train_config
+import train_ranks
 
-SHAPE = (16, 16, 16)
-COUNT = int(os.environ.get("CORPUS", 60))
-SECONDS = 60  # a case that takes longer hangs
+COUNT = int(os.environ.get("CORPUS", 90))
+FIRST = int(os.environ.get("CORPUS_FROM", 0))
+SECONDS = 60  # of computing: a case that takes longer hangs. On a busy machine it may wait longer
 BYTES = 6 * 2**30  # more memory than a case may use
 
 PROGRAMS = {
@@ -41,40 +45,69 @@ PROGRAMS = {
     "fsc": fsc_score.main,
     "train": train.main,
     "prepare": data_prepare.main,
+    "bench": bench.main,
 }
 
 # Commands, and the files of each that may be damaged.
-SMALL = "--ckpt net.pt --steps 1 --samples 1 -o out.mrc"
-COMMANDS = [
-    ("sampling", f"--task wedge in.mrc --mask mask.mrc {SMALL}", "in.mrc mask.mrc net.pt"),
-    ("sampling", f"--task wedge in.mrc --truth truth.mrc --method pocs {SMALL}",
-     "in.mrc truth.mrc"),
-    ("sampling", f"--task denoise half_1.mrc half_2.mrc {SMALL}", "half_1.mrc half_2.mrc net.pt"),
-    ("sampling", f"--task denoise in.mrc --noise-from-fsc fsc.csv {SMALL}", "in.mrc fsc.csv"),
-    ("sampling", f"--task anisotropic half_1.mrc half_2.mrc --orientations p.star {SMALL}",
-     "half_1.mrc p.star"),
-    ("sampling", f"--task abinitio stack.mrcs --method classical {SMALL}", "stack.mrcs"),
-    ("sampling", f"--task generate {SMALL}", "net.pt"),
-    ("fsc", "half_1.mrc half_2.mrc --mask mask.mrc --sharpen sharp.mrc --b-factor -20 -o out",
-     "half_1.mrc half_2.mrc mask.mrc"),
-    ("fsc", "half_1.mrc half_2.mrc --local-resolution local.mrc --star -o out", "half_1.mrc"),
-    ("fsc", "in.mrc --truth truth.mrc --directional -o out", "in.mrc truth.mrc"),
-    ("fsc", "truth.mrc --model model.pdb --resolution 3 -o out", "truth.mrc model.pdb"),
-    ("train", "--model tiny --dry-run --crop 16 --batch 2 --micro-batch 2 --crops-per-map 1", ""),
-    ("prepare", "maps emdb out --workers 1 --metadata emdb.csv",
-     "emdb/emd_1234.mrc emdb.csv"),
-    ("prepare", "urls emdb.csv", "emdb.csv"),
-]  # fmt: skip
+SMALL_RUN = "--ckpt net.pt --steps 1 --samples 1 -o out.mrc"
+NEW = f"train --model small --out new {TRAIN}"
+COMMANDS = [line.split("|") for line in f"""
+sampling --task wedge in.mrc --mask mask.mrc {SMALL_RUN} | in.mrc mask.mrc net.pt
+sampling --task wedge packed.map.gz --truth truth.mrc --method pocs {SMALL_RUN} | packed.map.gz
+sampling --task wedge in.mrc --method paper --ckpt public.safetensors --steps 1 --samples 1 -o out.mrc | public.safetensors
+sampling --task wedge in.mrc --model scunet --ckpt wedge3d.pt -o out.mrc | in.mrc wedge3d.pt
+sampling --task denoise half_1.mrc half_2.mrc {SMALL_RUN} | half_1.mrc half_2.mrc net.pt
+sampling --task denoise in.mrc --noise-from-fsc fsc.csv {SMALL_RUN} | in.mrc fsc.csv
+sampling --task denoise in.mrc --noise-from-fsc table.csv --method wiener {SMALL_RUN} | table.csv
+sampling --task denoise in.mrc --snr 2 --mask mask.mrc --truth truth.mrc {SMALL_RUN} | mask.mrc truth.mrc
+sampling --task anisotropic half_1.mrc half_2.mrc --orientations p.star {SMALL_RUN} | half_1.mrc p.star
+sampling --task anisotropic half_1.mrc half_2.mrc --orientations tomo.star {SMALL_RUN} | tomo.star
+sampling --task anisotropic half_1.mrc half_2.mrc --orientations angles.txt {SMALL_RUN} | angles.txt
+sampling --task anisotropic half_1.mrc half_2.mrc --tilt-range -50 60 {SMALL_RUN} | half_2.mrc
+sampling --task sharpen in.mrc --ckpt sharpen.pt --mask mask.mrc -o out.mrc | in.mrc mask.mrc sharpen.pt
+sampling --task superres in.mrc --ckpt superres.pt --truth truth.mrc -o out.mrc | in.mrc truth.mrc superres.pt
+sampling --task abinitio stack.mrcs --method classical {SMALL_RUN} | stack.mrcs
+sampling --task abinitio stack.mrcs {SMALL_RUN} | stack.mrcs net.pt
+sampling --task generate {SMALL_RUN} | net.pt
+sampling --task likelihood in.mrc --probes 2 --tolerance 0.1 --ckpt net.pt -o out.mrc | in.mrc net.pt
+sampling --task wedge emdb --discard-measured --ckpt net.pt --steps 1 --samples 1 | emdb/emd_1235.mrc
+fsc half_1.mrc half_2.mrc --mask mask.mrc --sharpen sharp.mrc --b-factor -20 -o out | half_1.mrc half_2.mrc mask.mrc
+fsc half_1.mrc half_2.mrc --local-resolution local.mrc --star -o out | half_1.mrc
+fsc in.mrc --truth truth.mrc --directional -o out | in.mrc truth.mrc
+fsc in.mrc --truth truth.mrc --mask mask.mrc --convention relion -o out | mask.mrc
+fsc truth.mrc --model model.pdb --resolution 3 -o out | truth.mrc model.pdb
+fsc truth.mrc --model model.cif --resolution 3 -o out | model.cif
+train --model small --dry-run --crop 16 --batch 2 --micro-batch 2 |
+train --model small --dry-run --crop 16 --data atoms.npz | atoms.npz
+{NEW} --data atoms.npz | atoms.npz
+{NEW} --data model.pdb | model.pdb
+{NEW} --data model.cif | model.cif
+{NEW} --data emdb | emdb/emd_1235.mrc
+{NEW} --data prepared | prepared/settings.json prepared/index.csv prepared/emd_1234.npy prepared/emd_1235.npy
+{NEW} --data emdb --init net.pt | net.pt
+train --model small-sharpen --data pairs --out new {TRAIN} | pairs/pairs.csv pairs/a.mrc pairs/a.pdb
+train --model small-jepa --data prepared --out new {TRAIN} | prepared/settings.json prepared/emd_1236.npy
+train --model small --data emdb --out run {TRAIN} --resume --steps 2 | run/checkpoint.pt
+train --model small --data emdb --out run {TRAIN} --resume --steps 2 | run/checkpoint.pt run/log.csv
+prepare maps emdb out --workers 1 --metadata emdb.csv | emdb/emd_1234.mrc emdb.csv
+prepare maps emdb prepared --workers 1 | prepared/settings.json prepared/index.csv prepared/emd_1234.npy
+prepare urls emdb.csv | emdb.csv
+prepare structures entries.tsv --from entries -o new.npz | entries.tsv entries/1abc.pdb
+bench --quick --only sampling --seconds 0.1 |
+""".strip().splitlines()]  # noqa: E501  # fmt: skip
 
-ODD_NUMBERS = ["nan", "inf", "-1", "0", "1e30", "1e-30", "99999999", "x", ""]
-ODD_FIELDS = (*mrc.SIZES, *mrc.AXES, *mrc.SAMPLINGS, "nxstart", "mode", "cella", "cellb", "ispg")
-ODD_FIELDS += ("nsymbt", "origin", "machst")
+# Flags with odd values. Of the others of sampling.py and train.py, those that the command uses.
 FLAGS = {
-    "sampling": ["--steps", "--samples", "--seed", "--voxel-size", "--noise", "--snr", "--device"],
-    "fsc": ["--voxel-size", "--resolution", "--seed", "--b-factor"],
-    "train": ["--lr", "--steps", "--batch", "--crop", "--warmup", "--seed", "--workers", "--decay"],
-    "prepare": ["--voxel-size", "--max-side", "--max-resolution", "--workers"],
+    "sampling": "--voxel-size --device --truth --ckpt --out --model --overwrite --skip-existing",
+    "fsc": "--voxel-size --resolution --seed --b-factor --convention --truth --model --mask "
+    "--sharpen --local-resolution --out --directional --star --overwrite --quiet",
+    "prepare": "--voxel-size --max-side --max-resolution --workers --metadata --from --out",
+    "bench": "--seconds --dtype --only --model --gpu",
 }
+ODD_WORDS = [*ODD_NUMBERS, "in.mrc", "net.pt", "missing/a.mrc", ".", "é.mrc", "~"]
+
+# What takes long when it is large, as it should.
+SLOW = {"steps"}
 
 
 class Hangs(BaseException):
@@ -85,172 +118,61 @@ class Hangs(BaseException):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_matplotlib():
+def small_and_plain():
+    """Small presets, no pictures; afterwards the signal handlers are what they were."""
+    before = {name: signal.getsignal(name) for name in train_ranks.STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         patch.setitem(sys.modules, "matplotlib", None)
+        for name, cfg in {"small": SMALL, **SCUNETS}.items():
+            patch.setitem(train_config.PRESETS, name, cfg)
+        # The search of ab initio takes seconds, whatever its images.
+        patch.setattr(abinitio, "anneal", functools.partial(abinitio.anneal, iterations=2))
         yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder with one good file of each kind."""
     folder = tmp_path_factory.mktemp("good")
-    truth = molecule(SHAPE)
-    mask = torch.zeros(SHAPE)
-    mask[3:13, 3:13, 3:13] = 1
-    maps = {"truth": truth, "mask": mask, "in": degraded(truth, wedge(SHAPE))}
-    maps |= {f"half_{i}": truth + 0.1 * noise(SHAPE, i) for i in (1, 2)}
-    for name, density in maps.items():
-        write_mrc(folder / f"{name}.mrc", density)
-    (folder / "emdb").mkdir()
-    shutil.copy(folder / "truth.mrc", folder / "emdb" / "emd_1234.mrc")
-
-    # Images of a larger molecule.
-    with mrcfile.new(folder / "stack.mrcs") as file:
-        density = molecule((24, 24, 24))
-        images = [density.sum(axis) for axis in (0, 1, 2)]
-        file.set_data((torch.stack(images) + 0.1 * noise((3, 24, 24))).numpy())
-        file.set_image_stack()
-        file.voxel_size = 1.5
-
-    # A network, and text files.
-    torch.manual_seed(0)
-    net = HDiT(HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4))
-    for weight in net.parameters():
-        if not weight.any():
-            nn.init.normal_(weight, std=0.2)
-    checkpoint.save(folder / "net.pt", net, voxel_size=1.5, box=16, mean=0.04, std=0.09)
-    (folder / "fsc.csv").write_text("".join(f"{0.9 - 0.1 * k}\n" for k in range(8)))
-    labels = "\n".join(f"_rlnAngle{name}" for name in ("Rot", "Tilt", "Psi"))
-    rows = "\n".join(f"{40 * i} {20 * i} {10 * i}" for i in range(8))
-    (folder / "p.star").write_text(f"data_particles\n\nloop_\n{labels}\n{rows}\n")
-    atom = "ATOM  {0:5d}  CA  ALA A{0:4d}    {1:8.3f}{2:8.3f}{3:8.3f}  1.00 20.00           C\n"
-    atoms = [atom.format(i, 16.0 + i, -8.0 + i, 50.0 - i) for i in range(1, 9)]
-    (folder / "model.pdb").write_text("".join(atoms))
-    row = "EMD-1234,apoferritin,singleParticle,2.1,half.map.gz\n"
-    (folder / "emdb.csv").write_text(f"{data_prepare.METADATA}\n{row}")
+    write_good_files(folder)
     return folder
 
 
-# ---- Damage. Each function changes a file, or the words of a command, by a random generator.
-
-
-def flip_bytes(path, rng, end=None):
-    content = bytearray(path.read_bytes())
-    for _ in range(rng.choice((1, 2, 8))):
-        content[rng.randrange(min(end or len(content), len(content)))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def cut(path, rng):
-    content = path.read_bytes()
-    path.write_bytes(content[: rng.randrange(len(content))])
-
-
-def odd_header(path, rng):
-    """One field of the header with a value that nobody expects."""
-    content = bytearray(path.read_bytes())
-    header = np.frombuffer(content[:1024], HEADER_DTYPE).copy()
-    name = rng.choice(ODD_FIELDS)
-    field = header[name]
-    if name in ("cella", "cellb", "origin"):
-        value = rng.choice((0, -1, 1e-30, 1e30, float("nan"), float("inf")))
-        field[rng.choice("xyz" if name != "cellb" else ("alpha", "beta", "gamma"))] = value
-    elif name == "machst":
-        field[...] = [rng.randrange(256) for _ in range(4)]
-    else:
-        field[...] = rng.choice((0, -1, 1, 2, 7, 12, 401, 2**16, 2**31 - 1))
-    path.write_bytes(header.tobytes() + content[1024:])
-
-
-def odd_values(path, rng):
-    """Densities of the wrong size, constant, not finite, or of another mode."""
-    content = bytearray(path.read_bytes())
-    x = np.frombuffer(content[1024:], "<f4").copy()
-    change = rng.choice(("times", "plus", "constant", "one", "negative", "slab"))
-    with np.errstate(over="ignore", under="ignore"):
-        if change == "times":
-            x *= np.float32(rng.choice((1e38, 1e30, 1e-30, 1e-38, 1e-44, -1)))
-        elif change == "plus":
-            x += np.float32(rng.choice((1e6, 1e30, -1e6)))
-        elif change == "constant":
-            x[:] = rng.choice((0, 1, 1e38))
-        elif change == "one":
-            x[rng.randrange(len(x))] = rng.choice((np.nan, np.inf, 1e38, -1e38))
-        elif change == "negative":
-            x = -np.abs(x)
-        else:
-            x[len(x) // 2 :] = 0
-    path.write_bytes(content[:1024] + x.tobytes())
-
-
-def odd_checkpoint(path, rng):
-    """A field, or a weight, of the wrong type, shape or value."""
-    content = torch.load(path, weights_only=True)
-    values = (None, "x", float("nan"), float("inf"), -1, 0, 1e-30, 10**6, [1], {}, torch.ones(2))
-    where = rng.choice(("field", "config", "weights"))
-    if where == "field":
-        content[rng.choice(sorted(content))] = rng.choice(values)
-    elif where == "config":
-        content["config"][rng.choice(sorted(content["config"]))] = rng.choice(values)
-    else:
-        name = rng.choice(sorted(content["weights"]))
-        weight = content["weights"][name]
-        odd = (*values, weight * float("nan"), weight[None], weight.int(), weight.to(torch.cfloat))
-        content["weights"][name] = rng.choice(odd)
-    torch.save(content, path)
-
-
-def odd_text(path, rng):
-    """A word, a character or a line that does not belong there."""
-    text = path.read_bytes()
-    change = rng.choice(("word", "byte", "line", "empty"))
-    if change == "word":
-        words = text.split(b" ")
-        odd = (*ODD_NUMBERS, "'a b'", "1e999", "_loop", "data_", ",,,")
-        words[rng.randrange(len(words))] = rng.choice(odd).encode()
-        text = b" ".join(words)
-    elif change == "byte":
-        place = rng.randrange(len(text))
-        text = text[:place] + bytes([rng.randrange(256)]) + text[place + rng.randrange(3) :]
-    elif change == "line":
-        lines = text.splitlines(keepends=True)
-        del lines[rng.randrange(len(lines))]
-        text = b"".join(lines)
-    else:
-        text = b""
-    path.write_bytes(text)
-
-
-def damage(path, rng):
-    """Damage a file in one of the ways that its kind has."""
-    if path.suffix in (".mrc", ".mrcs"):
-        ways = [odd_header, odd_header, odd_values, odd_values, cut, flip_header]
-    elif path.suffix == ".pt":
-        ways = [odd_checkpoint, odd_checkpoint, odd_checkpoint, flip_bytes, cut]
-    else:
-        ways = [odd_text, odd_text, cut, flip_bytes]
-    way = rng.choice(ways)
-    way(path, rng)
-    return f"{path.name}: {way.__name__}"
-
-
-def flip_header(path, rng):
-    flip_bytes(path, rng, 224)
+def flags_of(program, words):
+    """Names of flags that a command of a program takes."""
+    if program == "train":
+        model = train_config.PRESETS[words[words.index("--model") + 1]]
+        options = [o for o in fields(model) if train_config.used_by(o, model.objective)]
+        slow = () if "--dry-run" in words else SLOW
+        return [train_config.flag(o.name) for o in options if o.name not in slow]
+    flags = FLAGS[program].split()
+    if program == "sampling":
+        name = words[words.index("--task") + 1]
+        settings = fields(sampling.TASKS[name].settings)
+        flags += [sampling.flag_of(setting.name) for setting in settings]
+    return flags
 
 
 def make_case(seed, folder):
     """(program, words of the command, what was damaged) in a folder of good files."""
     rng = random.Random(seed)
-    program, command, files = rng.choice(COMMANDS)
-    words = command.split()
-    if not files or rng.random() < 0.2:
-        flag = rng.choice(FLAGS[program])
-        value = rng.choice(ODD_NUMBERS)
-        return program, [*words, f"{flag}={value}"], f"{flag}={value}"
-    what = damage(folder / rng.choice(files.split()), rng)
-    return program, words, what
+    command, files = COMMANDS[seed % len(COMMANDS)]
+    program, *words = command.split()
+    if files and rng.random() < 0.65:
+        return program, words, damage(folder / rng.choice(files.split()), rng)
+
+    # One flag or two. A flag may lack its value, and some take two.
+    added = []
+    for _ in range(rng.choice((1, 1, 2))):
+        flag = rng.choice(flags_of(program, words))
+        value = rng.choice(ODD_WORDS)
+        odd = rng.choice(([f"{flag}={value}"], [f"{flag}={value}"], [flag, "50", value], [flag]))
+        added += [f"{flag}={value}"] if flag != "--tilt-range" else odd
+        if flag in ("--overwrite", "--skip-existing", "--directional", "--star", "--quiet"):
+            added[-1] = flag
+    return program, [*words, *added], " ".join(added)
 
 
 # ---- The claims
@@ -266,11 +188,14 @@ def limits():
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
-    old_handler = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(SECONDS)
+    handlers = {name: signal.signal(name, hangs) for name in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(10 * SECONDS)
     yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, old_handler)
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
@@ -282,9 +207,28 @@ def refuse_constant(word):
     raise AssertionError(f"{word} in a .json")
 
 
+def check_output(path):
+    """A file that was written can be read, and it holds finite values that are not constant."""
+    if path.name == "local.mrc":
+        assert np.isfinite(mrcfile.read(path)).all()
+    elif path.suffix == ".mrc":
+        mrc.read_map(path)
+    elif path.suffix == ".json":
+        json.loads(path.read_text(), parse_constant=refuse_constant)
+    elif path.suffix == ".npz":
+        atoms.read_archive(path)
+    elif path.suffix == ".npy":
+        assert np.isfinite(np.load(path)).all()
+    elif path.suffix == ".pt":
+        weights = checkpoint.read(path)["weights"]
+        assert all(weight.isfinite().all() for weight in weights.values())
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by Linux's means")
-@pytest.mark.parametrize("seed", range(COUNT))
-def test_a_damaged_input_ends_in_one_line_and_in_no_half_file(seed, good, tmp_path, limits):
+@pytest.mark.parametrize("seed", range(FIRST, COUNT))
+def test_a_damaged_input_ends_in_one_line_and_in_no_half_file(
+    seed, good, tmp_path, monkeypatch, limits
+):
     folder = tmp_path / "case"
     shutil.copytree(good, folder)
     program, words, what = make_case(seed, folder)
@@ -293,28 +237,35 @@ def test_a_damaged_input_ends_in_one_line_and_in_no_half_file(seed, good, tmp_pa
 
     # Only these errors become one line.
     failed = None
+    monkeypatch.setenv("HOME", str(folder))
     with contextlib.chdir(folder):
         try:
             PROGRAMS[program](words)
         except (ValueError, OSError, SystemExit) as error:
-            failed = error
+            failed = error if getattr(error, "code", 1) else None
         except Hangs:
             pytest.fail(f"{case}: hangs")
         except Exception as error:
             pytest.fail(f"{case}: {type(error).__name__}: {error}")
+    message = str(failed or "")
+    assert not failed or message.strip(), f"{case}: no message"
 
-    # No input changed, no temporary file stayed, nothing was written after an error.
+    # No input changed but what a run goes on with, no temporary file stayed, and nothing was
+    # written after an error.
     after = content_of(folder)
+    goes_on = {"train": "run", "prepare": "prepared"}.get(program)
     for path, content in before.items():
-        assert after.get(path) == content, f"{case}: {path.name} changed"
+        if failed or folder / str(goes_on) not in path.parents:
+            assert after.get(path) == content, f"{case}: {path.name} changed ({message})"
     new = sorted(after.keys() - before.keys())
     assert not [path for path in new if path.suffix in (".tmp", ".lock")], case
-    if failed and getattr(failed, "code", 1) and program in ("sampling", "fsc"):
-        assert not new, f"{case}: {failed}, but wrote {new}"
+    # A training run logs, and keeps the state before its failure.
+    if failed and program in ("sampling", "fsc"):
+        assert not new, f"{case}: {message}, but wrote {new}"
 
-    # A map that was written can be read: it is finite and not constant.
-    for path in new:
-        if path.suffix == ".mrc" and path.name != "local.mrc":
-            mrc.read_map(path)
-        if path.suffix == ".json":
-            json.loads(path.read_text(), parse_constant=refuse_constant)
+    changed = [path for path in after if after[path] != before.get(path)]
+    for path in changed:
+        try:
+            check_output(path)
+        except (ValueError, OSError, AssertionError) as error:
+            pytest.fail(f"{case}: wrote {path.name}: {error} ({message})")

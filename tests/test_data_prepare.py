@@ -235,6 +235,55 @@ def test_a_prepared_folder_with_another_voxel_size_or_a_damaged_map_is_refused(e
     assert len(refused) == 1 and "emd_1002.npy" in refused[0]
 
 
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("settings.json", lambda text: "null", "settings.json: damaged"),
+        ("settings.json", lambda text: "{}", "settings.json: damaged"),
+        ("settings.json", lambda text: text[:-3], "settings.json: damaged"),
+        ("settings.json", lambda text: text.replace("1.5", '"x"'), "settings.json: damaged"),
+        ("index.csv", lambda text: text.replace("file", "x", 1), "index.csv: damaged"),
+        ("index.csv", lambda text: text.replace(",,", "\n", 1), "index.csv: damaged"),
+        ("index.csv", lambda text: text.replace(",,", ",,,,", 1), "index.csv: damaged"),
+    ],
+)
+def test_a_damaged_table_of_a_prepared_folder_is_named(emdb, name, change, message):
+    prepare(emdb)
+    path = emdb / "out" / name
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        data.read_volumes(emdb / "out", 1.5)
+    with pytest.raises(ValueError, match=message):
+        prepare(emdb)
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[0], lambda x: x[:0], lambda x: x.astype("f8")])
+def test_a_prepared_map_of_another_kind_is_refused(emdb, damage):
+    prepare(emdb)
+    file = sorted((emdb / "out").glob("*.npy"))[0]
+    np.save(file, damage(np.load(file)))
+    volumes, refused = data.read_volumes(emdb / "out", 1.5)
+    assert file.stem not in [volume.label for volume in volumes]
+    assert len(refused) == 1 and f"{file}: " in refused[0] and "prepare it again" in refused[0]
+
+
+def test_an_archive_replaces_a_file_only_if_asked_to_and_never_an_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = "ATOM      1  CA  ALA A   1      16.000  -8.000  50.000  1.00 20.00           C\n"
+    Path("entries").mkdir()
+    Path("entries/1abc.pdb").write_text(line)
+    Path("list.tsv").write_text("label\tpdb_id\tchains\tatoms\na\t1ABC\t\t1\n")
+    Path("old.npz").write_bytes(b"old")
+    command = ["structures", "list.tsv", "--from", "entries", "-o"]
+    with pytest.raises(FileExistsError, match="old.npz: exists"):
+        data_prepare.main([*command, "old.npz"])
+    for name in ("list.tsv", "entries/1abc.pdb"):
+        with pytest.raises(FileExistsError, match=f"{name}: is the input"):
+            data_prepare.main([*command, name, "--overwrite"])
+    data_prepare.main([*command, "old.npz", "--overwrite"])
+    assert Path("old.npz").read_bytes() != b"old"
+
+
 def test_train_holds_out_the_same_entries_as_the_index():
     labels = [f"emd_{i}" for i in range(30_000, 34_000)]
     parts = train_objectives.split([data.Volume(label, torch.zeros(1)) for label in labels])

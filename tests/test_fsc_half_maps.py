@@ -245,6 +245,16 @@ def test_a_csv_of_fsc_py_is_read_at_the_middle_of_each_shell(tmp_path):
     np.testing.assert_allclose(ours, [0.95, 0.85, 0.75, 0.65])
 
 
+def test_a_csv_is_read_at_the_middle_of_the_shells_of_an_odd_box(tmp_path):
+    file = tmp_path / "fsc.csv"
+    rows = [f"{shell},{shell / 36},0,{1 - shell / 36}" for shell in range(19)]  # 1 - frequency
+    file.write_text("\n".join(["shell,per_angstrom,angstrom,unmasked", *rows]))
+
+    # degrade.noise_shells: shell k of 9 voxels holds k / 9 <= |k| < (k + 1) / 9 cycles per voxel.
+    middles = (np.arange(4) + 0.5) / (9 * 2.0)
+    np.testing.assert_allclose(read_fsc(file, 9, 2.0), 1 - middles)
+
+
 def test_a_file_with_one_number_per_line_holds_the_shells_from_1_on(tmp_path):
     file = tmp_path / "curve.txt"
     file.write_text("0.9\n0.5\n\n0\n")

@@ -189,6 +189,23 @@ def test_a_mask_that_is_zero_everywhere_is_refused(maps):
     assert "zero.mrc: every voxel is 0" in refusal("a.mrc b.mrc --mask zero.mrc")
 
 
+@pytest.mark.parametrize("flags", ["", "--b-factor -20"])
+def test_sharpening_under_a_mask_of_one_voxel_is_refused_by_the_name_of_the_mask(maps, flags):
+    one = torch.zeros(16, 16, 16)
+    one[8, 8, 8] = 1
+    write("one.mrc", one)
+    message = refusal(f"a.mrc b.mrc --mask one.mrc --sharpen sharp.mrc {flags}")
+    assert "agree in no shell; give a softer or wider mask than one.mrc" in message
+
+
+def test_a_note_on_a_map_that_is_compared_with_itself_is_told_once(maps, capsys):
+    with mrcfile.open("a.mrc", "r+") as file:
+        file.header.origin.x = math.nan
+    score("a.mrc --truth a.mrc")
+    assert capsys.readouterr().out.count("the header's origin") == 1
+    assert len([n for n in json.loads(Path("a_fsc.json").read_text())["notes"] if "nan" in n]) == 1
+
+
 # ---- What is refused
 
 

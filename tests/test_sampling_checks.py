@@ -12,7 +12,7 @@ import mrc
 import posterior
 import sampling_checks
 from report import silent
-from sampling_settings import WedgeSettings
+from sampling_settings import NetworkWedgeSettings, WedgeSettings
 
 SHAPE = (32, 32, 32)
 
@@ -106,3 +106,19 @@ def test_a_filter_that_keeps_every_shell_keeps_the_fsc():
     filtered = posterior.wiener(maps[0], noise, kept)
     ratio = fourier.fft3(filtered).abs() / fourier.fft3(maps[0]).abs()
     assert float(ratio.min()) == pytest.approx(0.02 / 1.02, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "axis, words",
+    [
+        ("y", r"Emptier is the region that --tilt-range -60 60 leaves out \(0.0%\). To go on"),
+        ("x", "--model scunet knows no other axis. To go on"),
+    ],
+)
+def test_a_task_without_an_axis_to_set_is_not_told_to_set_one(axis, words):
+    settings = NetworkWedgeSettings(tilt_range=(-40, 40))
+    y = degraded(molecule(SHAPE), wedge(SHAPE, tilt_axis=axis))
+    measured = settings.measured(mrc.Map(y, 1.5))
+    with pytest.raises(ValueError, match=words) as caught:
+        sampling_checks.check_wedge(mrc.Map(y, 1.5), measured, settings, False, silent)
+    assert "--tilt-axis" not in str(caught.value)

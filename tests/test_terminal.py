@@ -41,6 +41,16 @@ def test_a_closed_pipe_does_not_stop_the_work(tmp_path):
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_full_disk_under_the_output_does_not_stop_the_work_and_is_told(tmp_path):
+    with open("/dev/full", "w") as full:
+        program = start(tmp_path, "say('more'); print('and more')", stdout=full)
+        _, errors = program.communicate()
+    assert errors == b"cannot print any more (No space left on device); the work goes on\n"
+    assert program.returncode == 0
+    assert (tmp_path / "done").exists()
+
+
 def test_a_terminal_that_knows_ascii_only_shows_a_question_mark(tmp_path):
     program = start(tmp_path, env={"PYTHONIOENCODING": "ascii"})
     out, errors = program.communicate()
@@ -89,7 +99,10 @@ def test_another_runtime_error_stays_what_it_is():
         torch.zeros(2) + torch.zeros(3)
 
 
-@pytest.mark.parametrize("name", ["sampling.py", "fsc.py", "bench.py", "data_prepare.py"])
+PROGRAMS = ["sampling.py", "fsc.py", "train.py", "bench.py", "data_prepare.py"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_the_help_of_every_program_prints_on_an_ascii_terminal(name):
     found = subprocess.run(
         [sys.executable, HERE / name, "--help"],

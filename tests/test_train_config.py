@@ -60,6 +60,7 @@ def test_flags_override_the_preset():
         ("--ema-decay 1.5", "--ema-decay 1.5"),
         ("--decay 2", r"--decay 2.0: it must lie in \[0, 1\]"),
         ("--workers -1", "--workers -1"),
+        ("--workers 99999999", r"--workers 99999999: it must lie in \[0, 512\]"),
         ("--seed -1", "--seed -1"),
         ("--crop 36", "multiple of 8"),
         ("--resolution-min 5", "--resolution-min 5 must be at most --resolution-max 4"),

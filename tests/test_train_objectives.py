@@ -9,6 +9,7 @@ import data
 import data_chains
 import data_prepare
 import mrc
+import train
 import train_config
 import train_objectives
 
@@ -183,3 +184,26 @@ def test_every_held_out_crop_counts_the_same_though_parts_are_unequal(monkeypatc
     tokens = torch.nn.Identity()
     got = train_objectives.held_out_losses(None, tokens, x, cfg)[0]
     assert got == pytest.approx(2.0)  # the mean of 0 ... 4; that of the parts' means is 2.75
+
+
+@pytest.mark.parametrize(
+    "data, flags, name",
+    [
+        ("maps", "--resolution-max 5", "--resolution-max"),
+        ("maps", "--resolution-min 3", "--resolution-min"),
+        ("maps", "--model jepa --voxel-size 1.5 --resolution-min 3", "--resolution-min"),
+        ("procedural", "--cubic", "--cubic"),
+        ("procedural", "--no-cubic", "--cubic"),
+        ("models", "--cubic", "--cubic"),
+        ("models", "--model mae --center-crops", "--center-crops"),
+    ],
+)
+def test_a_flag_that_the_data_do_not_use_is_refused(maps, tmp_path, data, flags, name):
+    (tmp_path / "a.pdb").write_text(PDB)
+    path = {"maps": str(maps), "models": str(tmp_path), "procedural": "procedural"}[data]
+    cfg = train.parse(["--data", path, *flags.split()])
+    with pytest.raises(ValueError, match=f"^{name}: training on .* does not use it; drop it"):
+        train_objectives.datasets(cfg)
+
+    # Without being typed, what the preset says is no mistake.
+    train_objectives.datasets(replace(cfg, typed=()))

@@ -90,7 +90,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, maps):
         process.stdout.close()  # as `head -1` does
         errors = process.stderr.read()
     assert process.returncode == 0, errors
-    assert errors.count("\n") == 1 and "cannot print any more" in errors
+    assert errors == ""
     assert checkpoint.read(out / "checkpoint.pt")["training"]["step"] == 4
 
 

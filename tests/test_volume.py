@@ -280,3 +280,11 @@ def test_a_mask_is_0_to_1_but_for_rounding_and_not_empty():
     for empty in (0 * mask, 0 * mask - 1e-6):
         with pytest.raises(ValueError, match="m.mrc: 0 everywhere"):
             volume.soft_mask(empty, "m.mrc")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("thickness", [1, 2])
+def test_the_sign_of_a_map_of_one_or_two_slices_is_found(sign, thickness):
+    slab = torch.zeros(thickness, 16, 16)
+    slab[:, 6:9, 6:9] = sign
+    assert volume.find_sign(slab, 0.0) == sign
