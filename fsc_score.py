@@ -219,10 +219,14 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
     if args.sharpen:
         # The filter has our shells, so it needs a curve on them.
         curve = fsc(a, b) if args.convention == "cryofm" else next(iter(found.curves.values()))
-        known = curve[1:][~curve[1:].isnan()]
-        if not (known[:1] >= 0.143).any():
-            advice = f"; give a softer or wider mask than {args.mask}" if mask else ""
-            raise ValueError(f"--sharpen: the half maps agree in no shell{advice}")
+        # The map ends at its resolution, so that one must be known.
+        if (curve.isnan() & ~found.curves.get("masked", curve).isnan()).any():
+            raise ValueError(
+                f"--sharpen: the FSC under {args.mask} cannot be corrected, so that no resolution "
+                "is known; give a softer or wider mask"
+            )
+        if not (curve[1:].nan_to_num() >= 0.143).any():
+            raise ValueError("--sharpen: the half maps agree in no shell, so that nothing is left")
         sharp, b_factor = sharpened_mean(a, b, curve, voxel_size, args.b_factor)
         if sharp.std() <= 1e-6 * sharp.abs().max():
             raise ValueError("--sharpen: nothing is left of the map; give another --b-factor")

@@ -189,13 +189,19 @@ def test_a_mask_that_is_zero_everywhere_is_refused(maps):
     assert "zero.mrc: every voxel is 0" in refusal("a.mrc b.mrc --mask zero.mrc")
 
 
-@pytest.mark.parametrize("flags", ["", "--b-factor -20"])
-def test_sharpening_under_a_mask_of_one_voxel_is_refused_by_the_name_of_the_mask(maps, flags):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sharpening_under_a_mask_of_one_voxel_is_refused_by_the_name_of_the_mask(maps, sign):
+    # One voxel makes every shell of two maps equal or opposite.
     one = torch.zeros(16, 16, 16)
-    one[8, 8, 8] = 1
+    one.view(-1)[(maps["a"] * maps["b"] * sign).argmax()] = 1
     write("one.mrc", one)
-    message = refusal(f"a.mrc b.mrc --mask one.mrc --sharpen sharp.mrc {flags}")
-    assert "agree in no shell; give a softer or wider mask than one.mrc" in message
+    message = refusal("a.mrc b.mrc --mask one.mrc --sharpen sharp.mrc --b-factor -20")
+    assert "the FSC under one.mrc cannot be corrected" in message
+
+
+def test_sharpening_maps_that_agree_nowhere_is_refused(maps):
+    write("c.mrc", -maps["b"])
+    assert "agree in no shell" in refusal("a.mrc c.mrc --sharpen sharp.mrc")
 
 
 def test_a_note_on_a_map_that_is_compared_with_itself_is_told_once(maps, capsys):
