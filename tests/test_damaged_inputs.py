@@ -35,7 +35,7 @@ import train
 import train_config
 import train_ranks
 
-COUNT = int(os.environ.get("CORPUS", 90))
+COUNT = int(os.environ.get("CORPUS", 84))
 FIRST = int(os.environ.get("CORPUS_FROM", 0))
 SECONDS = 60  # of computing: a case that takes longer hangs. On a busy machine it may wait longer
 BYTES = 6 * 2**30  # more memory than a case may use
