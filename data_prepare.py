@@ -265,15 +265,16 @@ def prepare(
     # Check the arguments and the folders before any work.
     out = Path(out)
     files = find_maps(Path(folder))
-    if not 0 < voxel_size < math.inf or not 1 <= workers <= 512:
-        raise ValueError(
-            f"--voxel-size {voxel_size:g}, --workers {workers}: want a positive number of Å "
-            "and 1 to 512 workers"
-        )
+    settings = dict(voxel_size=voxel_size, max_resolution=max_resolution, max_side=max_side)
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value:g}: give a positive number of Å")
+    if not 1 <= workers <= 512:
+        raise ValueError(f"--workers {workers}: give 1 to 512")
 
     # Read what is known of the entries, and what an earlier run did.
     entries = read_metadata(metadata) if metadata else None
-    settings = dict(voxel_size=voxel_size, max_resolution=max_resolution, max_side=max_side)
     done = begin_or_continue(out, settings)
 
     # Sort the entries: ruled out by the metadata, prepared earlier, to prepare.

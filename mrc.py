@@ -145,12 +145,9 @@ def read_stack(path: str | Path, voxel_size: float | None = None) -> Map:
         raise ValueError(f"{path}: image {number} is flat; take it out of the stack")
 
     # Sums of squares must stay among the numbers that float32 knows.
-    power = float(images.double().square().mean())
-    if not 1e-20 < power < 1e20:
-        raise ValueError(
-            f"{path}: pixels of about {math.sqrt(power):.1e}; multiply the images by a factor that "
-            "brings them near 1"
-        )
+    size = float(images.double().square().mean().sqrt())
+    if not 1e-10 < size < 1e10:
+        raise ValueError(f"{path}: pixels of about {size:.1e}; multiply them to be near 1")
 
     # The background is what lies outside the circle that a particle fits in.
     side = images.shape[-1]
@@ -196,8 +193,7 @@ def read_mrc(path: Path, voxel_size, find_problem) -> Map:
 
         # Where the map is. STARTS are in the order of the file, the origin is x, y, z.
         origin = tuple(float(header["origin"][axis]) for axis in "zyx")
-        starts = integers(header, STARTS)
-        nstart = tuple(starts[i] for i in zyx_order(header))
+        nstart = tuple(integers(header, STARTS)[i] for i in zyx_order(header))
         return Map(density, voxel_size, origin, nstart, header, extended_header, path, tuple(notes))
 
 
@@ -215,8 +211,7 @@ def open_unpacked(path: Path) -> Iterator[BinaryIO]:
         try:
             yield stream
         except (EOFError, OSError, zlib.error) as error:
-            problem = f"truncated or damaged archive ({error}); copy it again"
-            raise ValueError(f"{path}: {problem}") from None
+            raise ValueError(f"{path}: truncated or damaged archive ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -319,10 +314,7 @@ def stack_problem(path: Path, header: np.ndarray) -> str | None:
             "wanted; if it is one, name it .mrcs"
         )
     if count > MAX_PROJECTIONS:
-        return (
-            f"{count} projections; give at most {MAX_PROJECTIONS}, such as class averages "
-            "or a random part"
-        )
+        return f"{count} projections; give at most {MAX_PROJECTIONS}, such as class averages"
     if height != width:
         return f"images of {height} x {width} pixels; crop them to squares"
     if width < 24:

@@ -329,6 +329,11 @@ def test_a_folder_without_maps_and_bad_settings_are_refused_before_anything_is_w
         data_prepare.prepare(emdb / "empty", emdb / "never", 1.5)
     with pytest.raises(ValueError, match="--voxel-size 0"):
         data_prepare.prepare(emdb, emdb / "never", 0)
+    for name, value in {"max_side": float("inf"), "max_resolution": float("nan")}.items():
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {value:g}: give"):
+            data_prepare.prepare(emdb, emdb / "never", 1.5, **{name: value})
+    with pytest.raises(ValueError, match="--workers 99999999: give 1 to 512"):
+        data_prepare.prepare(emdb, emdb / "never", 1.5, workers=99999999)
     assert not (emdb / "never").exists()
 
 

@@ -267,8 +267,8 @@ DARK = -np.pad(np.random.rand(3, 8, 8), ((0, 0), (8, 8), (8, 8)))
         ("a.mrcs", FLAT, {}, "image 2 is flat"),
         ("a.mrcs", np.ones((4, 24, 24)), {"mode": 4, "kind": "c8"}, "complex or unknown numbers"),
         ("a.mrcs", DARK, {}, "multiply the images by -1"),
-        ("a.mrcs", -1e-30 * DARK, {}, "by a factor that brings them near 1"),
-        ("a.mrcs", -1e30 * DARK, {}, "by a factor that brings them near 1"),
+        ("a.mrcs", -1e-30 * DARK, {}, "multiply them to be near 1"),
+        ("a.mrcs", -1e30 * DARK, {}, "multiply them to be near 1"),
     ],
 )
 def test_a_stack_that_cannot_be_used_is_refused(tmp_path, name, images, fields, message):
