@@ -21,6 +21,9 @@ of the authors' release. Methods:
     paper       Algorithm 1 (2 for the wedge), one sample of each half, in the grey scale of the
                 structure, as in the release. Noise power from the halves (D.1, D.2).
 
+lambda_max is a length in the space of all voxels. The paper's maps have 64^3, so at --box 32 the
+same number gives the observation sqrt(8) times the weight beside |x|.
+
 operator-noise and per-time are Algorithm 1 with fresh noise in A, as in the release, and with a
 weight of the observation that does not depend on the number of steps.
 
