@@ -210,6 +210,8 @@ def main() -> None:
     cli.add_argument("--csv", default="runs/wedge.csv", help="one row per structure and noise")
     args = cli.parse_args()
     if Path(args.data).is_dir():
+        if args.mtriage:
+            cli.error("--mtriage needs the atoms of an archive of structures, not a folder of maps")
         real_maps(args)
     else:
         simulated_maps(args)
