@@ -54,14 +54,14 @@ from fourier import put_back
 from volume import Scale
 
 # Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
-# "prior" is Departure 1.
+# "prior" is Departure 1. "paper" has the numbers of 5.5. The release's scripts take 200 steps.
 WEDGE = {
     "prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
-    "paper": dict(steps=200, t_start=1.0, fresh_noise=False, inner=0, turned=False),
+    "paper": dict(steps=1000, t_start=1.0, fresh_noise=False, inner=0, turned=False),
 }
 DENOISE = {
     "prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2, leak=1 / 8),
-    "paper": dict(steps=200, turned=False),
+    "paper": dict(steps=1000, lambda_max=5.0, turned=False),
 }
 
 
@@ -418,12 +418,12 @@ def algorithm_1(
 ) -> Tensor:
     """Samples (K, D, H, W) in network scale by (9), Algorithm 1, from noise; sigma must be > 0.
 
-    operator_noise: A adds fresh noise to x_0', as in the release. per_time: multiply lambda by
-    200 / steps, so that the weight of y does not depend on the number of steps. turned: of
-    `draw_tiles`.
+    y and sigma may hold one map for each sample, (K, D, H, W). operator_noise: A adds fresh noise
+    to x_0', as in the release. per_time: multiply lambda by 200 / steps, so that the weight of y
+    does not depend on the number of steps. turned: of `draw_tiles`.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
-    x = flow.draw_noise(generators, y.shape, y.device)
+    x = flow.draw_noise(generators, measured.shape, y.device)
     for i in range(steps):
         # Ask the prior what the clean map looks like, and apply the operator A to it.
         t = 1 - i / steps
@@ -431,13 +431,13 @@ def algorithm_1(
         velocity = tiled_velocity(prior, x, t, generators, turned=turned)
         estimate = fourier.apply_fourier(flow.posterior_mean(x, velocity, t), measured)  # (2)
         if operator_noise:
-            power = sigma**2 * y.numel()
-            noise = flow.draw_noise(generators, y.shape, y.device)
+            power = sigma**2 * measured.numel()
+            noise = flow.draw_noise(generators, measured.shape, y.device)
             estimate = degrade.add_spectral_noise(estimate, power, noise=noise)
 
         # The misfit l of (9) and its gradient. The sum keeps the samples independent.
         residual = torch.fft.fftn(estimate - y, dim=fourier.XYZ)
-        misfit = residual.abs() ** 2 / (2 * y.numel() * sigma**2)
+        misfit = residual.abs() ** 2 / (2 * measured.numel() * sigma**2)
         loss = torch.where(measured, misfit, 0).mean(fourier.XYZ)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         x = flow.guided_step(x, velocity, gradient, t, steps, lambda_max, per_time).detach()  # (9)

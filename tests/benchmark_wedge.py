@@ -9,6 +9,8 @@ Each structure is simulated at 3 Å on 64^3 voxels of 1.5 Å, gets white noise (
 the mean of 4 and of 8. "kept": the measured coefficients stay as they are. Columns: FSC_AUC with
 the truth over all coefficients and over the missing ones, FSC_0.5 in Å, and how many fail (FSC_0.5
 beyond 30 Å). A map of a folder loses its wedge and goes through the program; its truth is itself.
+--mtriage adds phenix.mtriage's d_min as in CryoLVM's Table 3, where the FSC with the atomic model
+falls below 0.5 and 0.143, on the mean of the structures whose FSC falls so far ("-": none).
 """
 
 import argparse
@@ -36,6 +38,7 @@ import sampling
 import volume
 from checkpoint import Prior
 from fsc import auc, fsc, resolution
+from fsc_mtriage import map_model_resolution
 from sampling_settings import WedgeSettings
 from sampling_tasks import observe_wedge
 
@@ -74,6 +77,14 @@ def answers(y: Tensor, measured: Tensor, prior: Prior, settings: WedgeSettings) 
     return found
 
 
+def d_min(x: Tensor, structure: atoms.Structure) -> list[float]:
+    """Where the FSC of a map with its model falls below 0.5 and 0.143, in Å (nan: nowhere)."""
+    fields = (structure.xyz, structure.atomic_number, structure.b_factor)
+    model = [torch.from_numpy(field) for field in fields]
+    numbers = map_model_resolution(x, *model, VOXEL_SIZE, CORNER)
+    return [numbers["d_fsc_model_05"], numbers["d_fsc_model_0143"]]
+
+
 def simulated_maps(args: argparse.Namespace) -> None:
     """Degrade, restore and score the structures of an archive."""
     prior = checkpoint.load(args.ckpt, kind="hdit")
@@ -105,11 +116,15 @@ def simulated_maps(args: argparse.Namespace) -> None:
                     float(auc(fsc(x, truth, ~measured))),
                     float(resolution(curve, VOXEL_SIZE, 0.5)),
                 ]
+                if args.mtriage:
+                    scores += d_min(x, structure)
                 table[noise, name].append(scores)
                 numbers = [f"{score:.4f}" for score in scores]
-                rows.append([structure.label, noise, name, *numbers, f"{seconds:.1f}"])
+                rows.append([structure.label, noise, name, f"{seconds:.1f}", *numbers])
     if not args.write:
-        columns = ["structure", "noise", "result", "auc", "auc_missing", "fsc_05", "seconds"]
+        columns = ["structure", "noise", "result", "seconds", "auc", "auc_missing", "fsc_05"]
+        if args.mtriage:
+            columns += ["d_05", "d_0143"]
         write_rows(args.csv, [columns, *rows])
         say_machine(len(structures), args.ckpt, prior)
         say_table(table)
@@ -136,15 +151,17 @@ def say_machine(count: int, ckpt: str, prior: Prior) -> None:
 
 def say_table(table: dict) -> None:
     print(
-        "mean (standard deviation)         FSC_AUC, whole   missing wedge   FSC_0.5, Å    failures"
+        "mean (standard deviation)         FSC_AUC, whole   missing wedge   FSC_0.5, Å    "
+        "failures   d_min at 0.5, 0.143"
     )
     for (noise, name), scores in table.items():
         scores = torch.tensor(scores)
         mean = scores.mean(0).tolist()
         std = scores.std(0, correction=len(scores) > 1).tolist()
-        columns = "   ".join(f"{m:.3f} ({s:.3f})" for m, s in zip(mean, std))
+        columns = "   ".join(f"{m:.3f} ({s:.3f})" for m, s in zip(mean[:3], std))
         failures = int((scores[:, 2] > 30).sum())
-        print(f"noise {noise:<5} {name:22} {columns}   {failures}")
+        limits = "   ".join(f"{d:.2f}" for d in scores[:, 3:].nanmean(0).tolist())
+        print(f"noise {noise:<5} {name:22} {columns}   {failures}   {limits.replace('nan', '-')}")
 
 
 def real_maps(args: argparse.Namespace) -> None:
@@ -188,10 +205,13 @@ def main() -> None:
     cli.add_argument("--method", default="prior", choices=posterior.WEDGE)
     cli.add_argument("--steps", type=int)
     cli.add_argument("--samples", type=int, default=8)
+    cli.add_argument("--mtriage", action="store_true", help="also d_min (1 to 9 s per result)")
     cli.add_argument("--write", metavar="FOLDER", help="only write degraded maps and truths")
     cli.add_argument("--csv", default="runs/wedge.csv", help="one row per structure and noise")
     args = cli.parse_args()
     if Path(args.data).is_dir():
+        if args.mtriage:
+            cli.error("--mtriage needs the atoms of an archive of structures, not a folder of maps")
         real_maps(args)
     else:
         simulated_maps(args)
