@@ -168,7 +168,7 @@ def scunet_wedge_scores(case: Case, network: Prior, args: argparse.Namespace) ->
 
 
 def scores_without_wedge(case: Case, task, network: Prior, settings, side: int, names) -> dict:
-    """FSC_AUC of the answers to a map whose wedge was taken out. names: what they show, by column."""
+    """FSC_AUC of the answers to a map without its wedge. names: what is shown, by its column."""
     truth = on_grid_of(network, case.map, side)
     measured = settings.measured(truth)
     y = replace(truth, density=fourier.apply_fourier(truth.density, measured))
