@@ -39,6 +39,7 @@ from posterior import Moments, Observation
 from report import Progress, Result, expected_auc, say_work
 from sampling_checks import (
     NEGATIVE_TO_REFUSE,
+    check_positivity,
     check_wedge,
     keeps_every_shell,
     negative_power,
@@ -83,6 +84,10 @@ def restore_wedge(
     words = f"noise {noise:.3f} of the map's maximum" + (" (estimated)" if estimated else "")
     say_work(prior, observation.y.shape, settings.samples, steps, words, say)
 
+    # The prior takes density for positive. Do the measured data?
+    sigma = noise * volume.top_value(y, 99.999)
+    misfit = check_positivity(answer.shown["POCS"], y, measured, sigma, say)
+
     # Draw samples of the posterior.
     moments = Moments()
     tick = Progress(settings.samples * steps, say)
@@ -102,6 +107,7 @@ def restore_wedge(
         "method": method,
         "noise": noise,
         "noise_estimated": estimated,
+        "positive_misfit": misfit,
         "steps": steps,
         "box": list(observation.y.shape),
     }
