@@ -212,8 +212,8 @@ def say_expected(expected: dict[str, float], say=print) -> None:
     result = list(expected)[-1]
     if expected[result] < expected[best] - EXPECTED_ERROR:
         say(
-            f"warning: {result} is worse than {best} by this measure, so that this map is unlike "
-            "what the method takes for granted; trust the half maps more than the result"
+            f"warning: by this measure {best} is better than the result ({result}), so that this "
+            "map is unlike what the method takes for granted"
         )
 
 

@@ -43,6 +43,7 @@ from sampling_checks import (
     check_wedge,
     keeps_every_shell,
     negative_power,
+    say_too_fine,
     without_clamps,
 )
 from sampling_grey_scale import in_work_scale
@@ -209,6 +210,7 @@ def fill_wedge(
     answer = classical_wedge(map, measured, settings, say)
     if choose_method(map, network, settings.method, "POCS", say) == "pocs":
         return answer
+    say_too_fine(map, network, say)
 
     # The network was trained on maps with zeros in the wedge, so remove what the map has there.
     work, known = on_network_grid(map, network, settings)
@@ -273,10 +275,13 @@ def restore_half_maps(
         "negative_power": negative,
     }
     if half_map_2:
-        # A radial filter changes no FSC, so that the average stands for every other Wiener filter.
-        answers = {"average": densities}
-        if answer is positive:
-            answers["Wiener, positive"] = [x.clamp(min=0) for x in filtered]
+        # What the halves say of each answer. That of the method comes last.
+        positives = [x.clamp(min=0) for x in filtered]
+        answers = {"average": densities, "Wiener, positive": positives}
+        if answer is not positive:
+            kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
+            pairs = zip(densities, noises, kept)
+            answers["Wiener, every shell"] = [posterior.wiener(*pair) for pair in pairs]
         facts["expected_auc"] = expected_auc(densities, answers, voxel_size)
     if method == "wiener":
         restored = settings.inside_mask(answer, average)

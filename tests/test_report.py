@@ -179,7 +179,7 @@ def test_the_expected_fsc_is_that_with_the_truth_which_it_never_sees():
 def test_a_result_that_the_other_half_contradicts_comes_with_a_warning():
     said = []
     report.say_expected({"average": 0.80, "Wiener, positive": 0.79, "restored": 0.75}, said.append)
-    assert "warning: restored is worse than average" in said[-1]
+    assert "warning: by this measure average is better than the result (restored)" in said[-1]
     said.clear()
     report.say_expected({"average": 0.80, "restored": 0.795}, said.append)
     assert len(said) == 1 and "average 0.800, restored 0.795" in said[0]
