@@ -306,6 +306,10 @@ def restore_half_maps(
         draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered[i]))
 
+    if half_map_2:
+        answers = {"restored": restored_halves}
+        facts["expected_auc"] |= expected_auc(densities, answers, voxel_size)
+
     # The result is the mean of the restored halves.
     restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)
     densities = {"": restored}
@@ -313,7 +317,6 @@ def restore_half_maps(
         # Not a gold standard: the halves share the prior, and what it adds to both correlates.
         curve = fsc.fsc(*restored_halves, convention="cryofm", voxel_size=voxel_size)[1:]
         facts["fsc_of_restored_halves"] = curve.tolist()
-        facts["expected_auc"] |= expected_auc(densities, {"restored": restored_halves}, voxel_size)
         for i, half in enumerate(halves):
             x = settings.inside_mask(restored_halves[i], half.density)
             densities[f"_half{i + 1}"] = x
