@@ -36,7 +36,7 @@ LEAK_TO_REFUSE = 0.1
 NEGATIVE_TO_REFUSE = 0.1
 
 
-# Of seven real maps with a larger misfit the prior was worse than POCS on five, and better by .01
+# Of seven real maps with a larger misfit the prior was worse than POCS on four, and better by .01
 # at most on the others; below it gained .02 on the mean. Masked segments have misfits of .005 at
 # most. There it was worse on three of four, by .03 to .12.
 MISFIT_TO_WARN = 0.15
