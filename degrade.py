@@ -155,20 +155,30 @@ def anisotropic_noise_power(power: Tensor, alpha: Tensor, voxel_size=1.0) -> Ten
 
 
 def orientation_alpha(
-    rotations: Tensor, shape, *, half_width: float = 5.0, limit: float = 50.0, voxel_size=1.0
+    rotations: Tensor,
+    shape,
+    *,
+    tilt_range=None,
+    tilt_axis: str = "y",
+    half_width: float = 5.0,
+    limit: float = 50.0,
+    voxel_size=1.0,
 ) -> Tensor:
     """Relative noise power by direction from particle orientations (CryoFM D.2): float64 (D, H, W).
 
     rotations: (P, 3, 3) as in (5). A particle seen along d measures the central slice k . d = 0,
     here every k within half_width degrees of it. alpha is 1 / (share of the particles that measure
     k, relative to the mean over directions). It is `limit` at most, where hardly any particle does.
+    tilt_range, tilt_axis: of subtomograms, which a tilt series sees along many directions.
     Raises ValueError unless rotations are (P, 3, 3), P > 0.
     """
     if rotations.shape[1:] != (3, 3) or len(rotations) == 0:
         raise ValueError(
             f"orientation_alpha: rotations {tuple(rotations.shape)}; give (P, 3, 3), P > 0"
         )
-    beam = rotations[:, :, 2].double()  # in the volume's frame
+    # All directions from which all particles are seen, in the volume's frame.
+    views = torch.tensor([[0.0, 0, 1]]) if tilt_range is None else beams(tilt_range, tilt_axis)
+    beam = (rotations.double() @ views.to(rotations.device).double().T).mT.reshape(-1, 3)
 
     # Cells of 2 degrees on the hemisphere z >= 0, because -k is measured with k.
     cells = torch.arange(180, dtype=beam.dtype, device=beam.device)
@@ -195,6 +205,19 @@ def orientation_alpha(
 
     # On kz = 0 the cells of k and -k differ, but noise is even in k. Take the mean of both.
     return (alpha + mirror(alpha)) / 2
+
+
+def beams(tilt_range, tilt_axis: str = "y") -> Tensor:
+    """Directions along which a tilt series sees its specimen, every 5 degrees: (T, 3), x, y, z.
+
+    Each is normal to the plane that `wedge_mask` calls measured at that tilt.
+    """
+    low, high = tilt_range
+    tilts = torch.linspace(low, high, math.ceil((high - low) / 5) + 1, dtype=torch.float64)
+    sin, cos = torch.deg2rad(tilts).sin(), torch.deg2rad(tilts).cos()
+    zero = torch.zeros_like(sin)
+    directions = {"y": (-sin, zero, cos), "x": (zero, sin, cos), "z": (cos, -sin, zero)}
+    return torch.stack(directions[tilt_axis], -1)
 
 
 def add_spectral_noise(

@@ -352,7 +352,9 @@ def read_files(settings: Settings, map: Map, grids: dict, say=print) -> Settings
     content = {}
     names = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
     if names.get("orientations"):
-        content["orientations"] = degrade.euler_matrix(read_angles(names["orientations"]))
+        tilt_series = names["tilt_range"] is not None
+        angles = read_angles(names["orientations"], tilt_series)
+        content["orientations"] = degrade.euler_matrix(angles)
     if names.get("noise_from_fsc"):
         content["noise_from_fsc"] = read_fsc(
             names["noise_from_fsc"], map.density.shape[-1], map.voxel_size[2]

@@ -5,6 +5,7 @@ CryoFM: arXiv:2410.08631, sections 4 and 5.5, appendix B.2; the equations are in
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -88,7 +89,11 @@ def log_likelihood(
     voxels = prior.box**3
     needed = 16 * voxels * min(settings.probes, voxels)
     check_memory(needed, f"{settings.probes} probes", "give fewer --probes")
-    # The prior knows bright protein above solvent at 0.
+    # The prior knows bright protein above solvent at 0. Voxels near 0 are clipped, so that log p
+    # feels a background of less than a hundredth of the top. Subtract what is found, however small:
+    # then a constant offset of the map changes nothing.
+    if settings.background is None:
+        settings = replace(settings, background=volume.find_background(map.density))
     work, grey = to_work_scale(map, settings, say)
 
     # Cut the map into tiles. Its sides are filled up with solvent.

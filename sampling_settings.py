@@ -203,7 +203,9 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
     # Section 5.2 uses 50.
     alpha: float = opt(50.0, "noise power outside of the tilt range over inside", POSITIVE)
     orientations: Tensor | None = opt(
-        None, "of the particles: a .star file, or lines of rot tilt psi", metavar="FILE"
+        None,
+        "of the particles: a .star file, or lines of rot tilt psi; subtomograms with --tilt-range",
+        metavar="FILE",
     )
 
     def __post_init__(self):
@@ -216,7 +218,14 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
         # alpha is the relative noise power of each coefficient, degrade.py (4).
         shape, voxel_size = map.density.shape, map.voxel_size
         if self.orientations is not None:
-            alpha = degrade.orientation_alpha(self.orientations, shape, voxel_size=voxel_size)
+            alpha = degrade.orientation_alpha(
+                self.orientations,
+                shape,
+                tilt_range=self.tilt_range,
+                tilt_axis=self.tilt_axis,
+                limit=self.alpha,
+                voxel_size=voxel_size,
+            )
         else:
             alpha = 1 + (self.alpha - 1) * ~self.measured(map)
         return degrade.anisotropic_noise_power(power, alpha, voxel_size)

@@ -36,12 +36,14 @@ from checkpoint import Prior
 from memory import check_grid
 from mrc import Map
 from posterior import Moments, Observation
-from report import Progress, Result, say_work
+from report import Progress, Result, expected_auc, say_work
 from sampling_checks import (
     NEGATIVE_TO_REFUSE,
+    check_positivity,
     check_wedge,
     keeps_every_shell,
     negative_power,
+    say_too_fine,
     without_clamps,
 )
 from sampling_grey_scale import in_work_scale
@@ -83,6 +85,10 @@ def restore_wedge(
     words = f"noise {noise:.3f} of the map's maximum" + (" (estimated)" if estimated else "")
     say_work(prior, observation.y.shape, settings.samples, steps, words, say)
 
+    # The prior takes density for positive. Do the measured data?
+    sigma = noise * volume.top_value(y, 99.999)
+    misfit = check_positivity(answer.shown["POCS"], y, measured, sigma, say)
+
     # Draw samples of the posterior.
     moments = Moments()
     tick = Progress(settings.samples * steps, say)
@@ -102,6 +108,7 @@ def restore_wedge(
         "method": method,
         "noise": noise,
         "noise_estimated": estimated,
+        "positive_misfit": misfit,
         "steps": steps,
         "box": list(observation.y.shape),
     }
@@ -203,6 +210,7 @@ def fill_wedge(
     answer = classical_wedge(map, measured, settings, say)
     if choose_method(map, network, settings.method, "POCS", say) == "pocs":
         return answer
+    say_too_fine(map, network, say)
 
     # The network was trained on maps with zeros in the wedge, so remove what the map has there.
     work, known = on_network_grid(map, network, settings)
@@ -253,6 +261,7 @@ def restore_half_maps(
     # The prior, and every clamp, take density for positive.
     noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
     densities = [half.density for half in halves]
+    filtered = [posterior.wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
     negative = negative_power(densities, noises, signal, voxel_size)
     answer = positive
     if negative > NEGATIVE_TO_REFUSE:
@@ -265,6 +274,15 @@ def restore_half_maps(
         "resolution_0143": resolution,
         "negative_power": negative,
     }
+    if half_map_2:
+        # What the halves say of each answer. That of the method comes last.
+        positives = [x.clamp(min=0) for x in filtered]
+        answers = {"average": densities, "Wiener, positive": positives}
+        if answer is not positive:
+            kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
+            pairs = zip(densities, noises, kept)
+            answers["Wiener, every shell"] = [posterior.wiener(*pair) for pair in pairs]
+        facts["expected_auc"] = expected_auc(densities, answers, voxel_size)
     if method == "wiener":
         restored = settings.inside_mask(answer, average)
         return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
@@ -286,9 +304,11 @@ def restore_half_maps(
         seed = settings.seed + (i << 32)  # far apart, so that the halves share no noise
         moments = Moments()
         draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
-        noise = settings.noise_on_grid(power, half)
-        filtered = posterior.wiener(half.density, noise, signal, voxel_size)
-        restored_halves.append(posterior.with_fine_detail(moments.mean, filtered))
+        restored_halves.append(posterior.with_fine_detail(moments.mean, filtered[i]))
+
+    if half_map_2:
+        answers = {"restored": restored_halves}
+        facts["expected_auc"] |= expected_auc(densities, answers, voxel_size)
 
     # The result is the mean of the restored halves.
     restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)

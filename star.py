@@ -28,6 +28,9 @@ from torch import Tensor
 PARTICLE_ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 SUBTOMOGRAM_ANGLES = ("rlnTomoSubtomogramRot", "rlnTomoSubtomogramTilt", "rlnTomoSubtomogramPsi")
 
+# Only particles out of tomograms have these: RELION 4 and 5, and 3 (a volume of its CTF).
+SUBTOMOGRAM_COLUMNS = ("rlnTomo", "rlnCoordinateZ", "rlnCtfImage")
+
 # A comment, a value in quotes (which end only before a blank), or a word.
 MARK = re.compile(r"""[#'"]""")
 WORD = re.compile(r"""#.*|'.*?'(?!\S)|".*?"(?!\S)|\S+""")
@@ -47,12 +50,14 @@ def read_star(path: str | Path) -> dict[str, dict[str, list[str]]]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_angles(path: str | Path) -> Tensor:
+def read_angles(path: str | Path, tilt_series: bool = False) -> Tensor:
     """Particle orientations (P, 3), float64: rot, tilt, psi in degrees.
 
     path is a RELION star file with the angles in any block, or text with lines of three numbers.
-    Angles of subtomograms, where the block has them, are included by (1).
-    Raises OSError if there is no such file, and ValueError (one line) if it holds no angles.
+    Angles of subtomograms, where the block has them, are included by (1). They are those of the
+    untilted view, so that the caller must know of the tilt series.
+    Raises OSError if there is no such file, and ValueError (one line) if it holds no angles, or
+    subtomograms without `tilt_series`.
     """
     lines = read_lines(path)
     try:
@@ -66,6 +71,12 @@ def read_angles(path: str | Path) -> Tensor:
         raise ValueError(
             f"{path}: neither a RELION star file with {names} nor lines of rot, tilt, psi ({error})"
         ) from None
+    subtomograms = [name for name in columns if name.startswith(SUBTOMOGRAM_COLUMNS)]
+    if subtomograms and not tilt_series:
+        raise ValueError(
+            f"{path}: subtomograms (column {subtomograms[0]}), each seen along all directions of "
+            "a tilt series, not along one; give its --tilt-range MIN MAX, too"
+        )
     if not angles.isfinite().all():
         raise ValueError(f"{path}: some angles are no numbers; take these particles out")
     return angles

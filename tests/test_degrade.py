@@ -218,6 +218,28 @@ def test_orientation_alpha_is_low_only_on_the_slice_that_a_view_measures():
     assert (alpha[inner & (off > 7)] > 5).all()
 
 
+@pytest.mark.parametrize("axis", ["y", "x", "z"])
+def test_a_subtomogram_measures_what_its_tilt_series_does_turned_by_its_orientation(axis):
+    # Tilts of unlike ends tell a wrong sign, a turn by 90 degrees a wrong order.
+    shape, tilt_range = (24, 24, 24), (-30, 60)
+    mask = fourier.hermitian_part(degrade.wedge_mask(shape, tilt_range, axis)).float()
+    near = torch.nn.functional.avg_pool3d(torch.fft.fftshift(mask)[None], 5, 1, 2)[0]
+    series = {"tilt_range": tilt_range, "tilt_axis": axis, "half_width": 3.0}
+    alpha = degrade.orientation_alpha(torch.eye(3)[None], shape, **series)
+    inner = (slice(1, None),) * 3  # on Nyquist planes alpha is averaged over k and -k
+    alpha = torch.fft.fftshift(alpha)[inner]
+    inside, outside = near[inner] == 1, near[inner] == 0
+    assert inside.sum() > 1000 and outside.sum() > 1000
+    assert (alpha[inside] < 10).all()
+    assert (alpha[outside] == 50).all()
+
+    # Rz(90 degrees): what lay along x in the tomogram lies along y in the map.
+    turn = degrade.euler_matrix(torch.tensor([[90.0, 0, 0]], dtype=torch.float64))
+    turned = torch.fft.fftshift(degrade.orientation_alpha(turn, shape, **series))[inner]
+    wanted = torch.rot90(alpha, 1, (2, 1))
+    assert float(((turned == 50) == (wanted == 50)).float().mean()) > 0.98
+
+
 # ---- Projection
 
 

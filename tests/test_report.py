@@ -8,6 +8,7 @@ import torch
 from made_maps import filtered, molecule, names, prior_of, random, wedge
 from torch import nn
 
+import fourier
 import fsc
 import mrc
 import report
@@ -154,3 +155,31 @@ def test_slices_have_a_plane_and_a_scale_bar_and_power_its_frequencies(result, t
     power_panel = panels["restored: Fourier power\nkx kz plane (1/Å)"]
     assert power_panel.get_xlim() == pytest.approx((-8.5 / 48, 7.5 / 48))
     assert any(title.startswith("standard deviation") for title in panels)
+
+
+# ---- Half maps without a truth
+
+
+def test_the_expected_fsc_is_that_with_the_truth_which_it_never_sees():
+    truth = molecule((40, 36, 38))
+    halves = [truth + 0.1 * random(truth.shape, seed) for seed in (1, 2)]
+    blur = [fourier.lowpass(y, 6.0, 1.5) for y in halves]
+    answers = {
+        "average": halves,
+        "positive": [y.clamp(min=0) for y in halves],
+        "blurred and positive": [y.clamp(min=0.1) for y in blur],
+        "something else": [molecule(truth.shape, atom_count=20)] * 2,
+    }
+    expected = report.expected_auc(halves, answers, 1.5)
+    for name, (x_1, x_2) in answers.items():
+        true = float(fsc.auc(fsc.fsc((x_1 + x_2) / 2, truth, voxel_size=1.5)))
+        assert expected[name] == pytest.approx(true, abs=0.03), name
+
+
+def test_a_result_that_the_other_half_contradicts_comes_with_a_warning():
+    said = []
+    report.say_expected({"average": 0.80, "Wiener, positive": 0.79, "restored": 0.75}, said.append)
+    assert "warning: by this measure average is better than the result (restored)" in said[-1]
+    said.clear()
+    report.say_expected({"average": 0.80, "restored": 0.795}, said.append)
+    assert len(said) == 1 and "average 0.800, restored 0.795" in said[0]

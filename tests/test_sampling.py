@@ -447,6 +447,17 @@ def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise():
     assert float(out[0, 17, 0]) == pytest.approx(log_p(padded[:, 16:]) / 16**3, rel=1e-5)
 
 
+def test_a_constant_offset_does_not_change_the_likelihood():
+    # Solvent whose level lies a little off 0, where log p is steep because x is clipped at 0.
+    prior = prior_of(HDiT(SMALL_HDIT).eval(), 16)
+    density = molecule((16, 16, 16)) + 0.05 * random((16, 16, 16)) + 0.01
+    nats = []
+    for offset in (0, 5):
+        result = log_likelihood(mrc.Map(density + offset, 1.5), prior, LikelihoodSettings())
+        nats.append(result.report["nats"])
+    assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
 # ---- Fine-tuned networks
 
 

@@ -156,12 +156,24 @@ def test_subtomogram_angles_are_composed_as_relion_5_does(tmp_path):
     head = "data_particles\nloop_\n" + "".join(f"_{name}\n" for name in names)
     both = np.concatenate([particle, subtomogram], 1)
     lines = [" ".join(map(str, row)) + "\n" for row in both]
-    angles = star.read_angles(write(tmp_path / "a.star", head, *lines))
+    path = write(tmp_path / "a.star", head, *lines)
+    angles = star.read_angles(path, tilt_series=True)
 
     r_particle = degrade.euler_matrix(torch.from_numpy(particle))
     r_subtomogram = degrade.euler_matrix(torch.from_numpy(subtomogram))
     wanted = r_particle @ r_subtomogram
     torch.testing.assert_close(degrade.euler_matrix(angles), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("column", ["rlnTomoName", "rlnTomoSubtomogramRot", "rlnCoordinateZ"])
+def test_subtomograms_without_a_tilt_range_are_refused(tmp_path, column):
+    names = [*star.PARTICLE_ANGLES, *star.SUBTOMOGRAM_ANGLES]
+    names += [column] if column not in names else []
+    head = "data_particles\nloop_\n" + "".join(f"_{name}\n" for name in names)
+    path = write(tmp_path / "a.star", head, "1 2 3 4 5 6 7\n"[: 2 * len(names)] + "\n")
+    with pytest.raises(ValueError, match="a.star: subtomograms .*--tilt-range MIN MAX"):
+        star.read_angles(path)
+    assert star.read_angles(path, tilt_series=True).shape == (1, 3)
 
 
 @pytest.mark.parametrize(

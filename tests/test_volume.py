@@ -106,7 +106,10 @@ def test_what_is_no_density_above_a_background_is_not_trained_on():
     # A local-resolution map: flat, far from 0, with other values in a few places.
     local = torch.full((32, 32, 32), 8.0)
     local[12:16, 12:16, 12:16] = 3 + 8 * torch.rand(4, 4, 4, generator=torch.manual_seed(0))
-    for x in (tomogram, local):
+    # A tomogram with a dark and a bright particle in it, which has a sign.
+    particles = 100 * blob(noise=0) - 80 * blob(noise=0).roll(16, 0) + 12 * random(32, 32, 32)
+    assert not volume.find_grey_scale(particles).unclear
+    for x in (tomogram, local, particles):
         with pytest.raises(ValueError, match="full of density"):
             volume.cube(x)
 
