@@ -36,6 +36,7 @@ rolled and turned at every step, but not by "paper" where the map fits into one 
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ import degrade
 import flow
 import fourier
 import fsc
+import grey_scale
 import volume
 from checkpoint import Prior
 from fourier import put_back
@@ -70,24 +72,46 @@ DENOISE = {
 
 @dataclass(frozen=True)
 class Observation:
-    """y of (1) on the prior's grid and in network scale, and the way back to its grey scale."""
+    """y of (1) on the prior's grid, in the grey scale and spectrum that the prior knows.
+
+    `to_map` is the way back to those of the map.
+    """
 
     y: Tensor  # (D, H, W)
     measured: Tensor  # m of (1), boolean (D, H, W)
     sigma: Tensor | float  # sigma_k^2 = P_k / N in (6): one number, or (D, H, W)
     start: Tensor  # the classical answer (D, H, W), where sampling begins
     scale: Scale = Scale(1.0, 0.0, 1.0)
+    spectrum: Tensor | None = None  # g of grey_scale.py (2), by which y was multiplied; None: 1
+    maximum_error: float = math.nan  # of scale.maximum, one standard deviation
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """Samples (..., D, H, W) in network scale, in the grey scale and spectrum of the map."""
+        density = volume.denormalise(x.cpu(), self.scale)
+        if self.spectrum is None:
+            return density
+        gain = grey_scale.expand(self.spectrum, density.shape[-3:])
+        return fourier.apply_fourier(density, 1 / gain)
 
 
 def observe(
-    prior: Prior, y: Tensor, measured: Tensor, sigma: Tensor | float, start: Tensor
+    prior: Prior,
+    y: Tensor,
+    measured: Tensor,
+    sigma: Tensor | float,
+    classical: Callable[[Tensor], Tensor],
+    maximum: float | None = None,
 ) -> Observation:
-    """An Observation from maps y and start (D, H, W) and sigma, all three in the units of y.
+    """An Observation from a map y (D, H, W) and sigma, both in the units of the map.
 
-    The grey scale comes from `start`, whose percentile is nearer to the truth's than that of y.
+    classical: makes `start` of y; it is called with y in the prior's spectrum. maximum: 99.999
+    percentile of the sharp density in the units of the map (default: estimated, grey_scale.py).
     """
     # The clipped map is not used, only its scale.
+    start = classical(y)
     scale = volume.normalise(start, prior.mean, prior.std)[1]
+    if maximum is not None:
+        scale = scale._replace(maximum=maximum)
     device = device_of(prior)
 
     def to_network(density: Tensor) -> Tensor:
@@ -469,7 +493,7 @@ def draw_samples(
         # Sample i has its own generator.
         generators = [augment.item_generator(seed, i) for i in numbers]
         x = algorithm(prior, observation, generators, tick=tick, **settings)
-        yield from volume.denormalise(x.cpu(), observation.scale)
+        yield from observation.to_map(x)
 
 
 class Moments:

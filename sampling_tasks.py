@@ -171,8 +171,11 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
 
     # Algorithm 2 as printed has no noise in y.
     sigma = 0.0 if settings.method == "paper" else noise * maximum * gain
-    start = posterior.pocs(work.density, measured)
-    return posterior.observe(prior, work.density, measured, sigma, start), noise
+
+    def classical(y: Tensor) -> Tensor:
+        return posterior.pocs(y, measured)
+
+    return posterior.observe(prior, work.density, measured, sigma, classical), noise
 
 
 def steps_of(settings: SampleSettings) -> dict[str, int]:
@@ -351,9 +354,12 @@ def observe_half_map(
     noise = settings.noise_on_grid(power * gain, work)
 
     # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
-    start = posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
+    def classical(y: Tensor) -> Tensor:
+        # The filter commutes with that of the spectrum, so its powers are those of the map.
+        return posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
+
     held = fourier.below_nyquist(y.shape, half.density.shape)
-    return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
+    return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), classical)
 
 
 # ---- Ab initio (CryoFM 5.4)
