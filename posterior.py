@@ -53,6 +53,7 @@ import grey_scale
 import volume
 from checkpoint import Prior
 from fourier import put_back
+from grey_scale import Match
 from volume import Scale
 
 # Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
@@ -83,7 +84,7 @@ class Observation:
     start: Tensor  # the classical answer (D, H, W), where sampling begins
     scale: Scale = Scale(1.0, 0.0, 1.0)
     spectrum: Tensor | None = None  # g of grey_scale.py (2), by which y was multiplied; None: 1
-    maximum_error: float = math.nan  # of scale.maximum, one standard deviation
+    maximum_error: float | None = None  # of scale.maximum, one standard deviation; None: not known
 
     def to_map(self, x: Tensor) -> Tensor:
         """Samples (..., D, H, W) in network scale, in the grey scale and spectrum of the map."""
@@ -105,13 +106,23 @@ def observe(
     """An Observation from a map y (D, H, W) and sigma, both in the units of the map.
 
     classical: makes `start` of y; it is called with y in the prior's spectrum. maximum: 99.999
-    percentile of the sharp density in the units of the map (default: estimated, grey_scale.py).
+    percentile of the sharp density, in the units of the map (default: estimated, grey_scale.py).
     """
-    # The clipped map is not used, only its scale.
+    # Without references to compare with, that of the classical answer is the best guess.
+    found = Match()
+    if prior.references is not None:
+        found = grey_scale.match(y, measured, sigma, prior.references, prior.voxel_size)
+    if found.spectrum is not None:
+        gain = grey_scale.expand(found.spectrum, y.shape)
+        y = fourier.apply_fourier(y, gain)
+        sigma = sigma * gain
     start = classical(y)
-    scale = volume.normalise(start, prior.mean, prior.std)[1]
     if maximum is not None:
-        scale = scale._replace(maximum=maximum)
+        found = found._replace(maximum=maximum, error=0.0)
+    elif found.maximum is None:
+        found = found._replace(maximum=volume.normalise(start, 0, 1)[1].maximum)
+
+    scale = Scale(found.maximum, prior.mean, prior.std)
     device = device_of(prior)
 
     def to_network(density: Tensor) -> Tensor:
@@ -120,7 +131,15 @@ def observe(
 
     sigma = sigma / scale.maximum / prior.std
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
-    return Observation(to_network(y), measured.to(device), sigma, to_network(start), scale)
+    return Observation(
+        to_network(y),
+        measured.to(device),
+        sigma,
+        to_network(start),
+        scale,
+        found.spectrum,
+        found.error,
+    )
 
 
 def device_of(prior: Prior) -> torch.device:

@@ -280,9 +280,12 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, 
     power, curve = degrade.noise_power(b, a), fsc.fsc(a, b, convention="cryofm")[1:]
     excess = degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power
     signal = excess.clamp(min=0) / 2 * (curve >= 0.05).long().cumprod(0)
-    start = posterior.wiener(b, power, signal).clamp(min=0)
     sigma = (degrade.expand_shells(power, SHAPE) / b.numel()).sqrt()
     prior, everywhere = checkpoint.load(ckpt), torch.ones(SHAPE, dtype=torch.bool)
+
+    def start(y):
+        return posterior.wiener(y, power, signal).clamp(min=0)
+
     observation = posterior.observe(prior, b, everywhere, sigma, start)
     sampler = posterior.DENOISE["prior"] | {"steps": 2}
     samples = posterior.draw_samples(prior, observation, sampler, samples=2, seed=1 << 32)
