@@ -3,23 +3,24 @@
     S(k) = mean over a band of |F y|^2 - P              signal power of an observation y        (1)
     g(k) = c sqrt(T(k) / S(k)),  T: of the references   y' = F^-1[g F y] has their spectrum     (2)
     w    = m S / (S + P)                                Wiener filter, m: what was measured     (3)
-    maximum = p(F^-1[w F y']) / median_r q_r,  q_r = p(F^-1[w h F(r + n_r)]) / p(r)             (4)
+    p(F^-1[w F y']) = p(F^-1[w (m_r h F r + g F n)])    maximum: the median of m_r              (4)
     h    = g sqrt(S / T) / c                            what the limits of g left undone        (5)
 
 The prior knows densities whose 99.999 percentile p is 1. That of an observation is a third of that
 of the sharp density or less, because it is blurred. `references` are densities r that the prior was
-trained on. (4) sends them through the same filter, with noise n_r that is the same share of their
-power in each band, and sees what that does to their percentile. The spread of q_r is the error.
+trained on. (4) sends them, times m_r, through the same filter, with noise n like that of y, and
+asks for which m_r they are as bright as the observation. The spread of m_r is the error.
 
 Maps are sharpened in many ways, and much sharpened ones have negative density, which the prior does
 not know. g brings them to the prior's spectrum. It commutes with every operator of posterior.py and
-is undone exactly afterwards. c makes the mean of log g 0 between 25 and 10 Å, so that
-the bulk of the molecule keeps its brightness.
+is undone exactly afterwards. c makes g 1 at frequency 0, so that the bulk of the molecule keeps its
+brightness: between 25 and 5 Å a B-factor, a line in k^2, is fitted to log g.
 
 P: noise power as in posterior.py (1). Bands are those of the references: n = box / 2 of them, band
 i from i / 2n to (i + 1) / 2n cycles per voxel. Ours. Measurements: RESULTS.md, "Grey scale".
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,9 +36,9 @@ import volume
 COUNT = 16  # references
 LARGEST = 64  # their side in voxels, at most
 LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
-FLAT = 1 / 25, 1 / 10  # 1/Å: where log g is 0 on the mean; below, g is constant
+FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
 GAIN = 0.2, 2.0  # the limits of g
-LEAST_GAIN = 0.08  # of negative power that g must remove
+LEAST_GAIN = 0.06  # of negative power that g must remove
 
 
 class Match(NamedTuple):
@@ -51,11 +52,11 @@ class Match(NamedTuple):
 def references(dataset) -> Tensor:
     """Densities for (4) from a data set of data.py: uint8 (COUNT, D, D, D), 255 for density 1.
 
-    Deposited maps are sharpened. So of the first crops of three times as many items it takes every
-    second among the sharper two thirds, whose brightest voxels lose more when they are blurred.
+    Deposited maps are sharpened. So of the first crops of four times as many items it takes every
+    second of the sharper half, whose brightest voxels lose more when they are blurred.
     """
     crops = []
-    for i in range(3 * COUNT):
+    for i in range(4 * COUNT):
         item = dataset[i]
         if not torch.is_tensor(item):  # windows and rotations, see data.MapCrops
             item = dataset.rotate_windows(*item)
@@ -115,20 +116,20 @@ def same_frequencies(weights: Tensor, shape) -> Tensor:
 # ---- Matching
 
 
-def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(1) in n bands, positive up to the end of the signal and 0 beyond, and the noise there.
+def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int) -> Tensor:
+    """(1) in n bands, positive up to the end of the signal and 0 beyond.
 
     noise: P, (D, H, W). Where it differs between directions, the better ones tell.
     """
     mean_noise = degrade.expand_shells(degrade.shell_mean(noise), y.shape)
     seen = measured.double() * (noise <= 1.001 * mean_noise)
     power = band_mean(fourier.fft3(y).abs().square(), seen, n)
-    noise = band_mean(noise, seen, n)
+    excess = power - band_mean(noise, seen, n)
     # The first band always counts.
-    held = power - noise > LEAST_SIGNAL * power
+    held = excess > LEAST_SIGNAL * power
     held[0] = True
     held = held.long().cumprod(0)
-    return (power - noise).clamp(min=LEAST_SIGNAL * power + 1e-30) * held, noise
+    return excess.clamp(min=LEAST_SIGNAL * power + 1e-30) * held
 
 
 def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[Tensor, Tensor]:
@@ -140,12 +141,15 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     # log (g / c), smooth, and constant below 25 Å, where the molecule's shape sets the power.
     log = (target.log() - signal.clamp(min=1e-30).log()) / 2
     log[1 : held - 1] = (log[: held - 2] + 2 * log[1 : held - 1] + log[2:held]) / 4
-    flat = (frequency >= FLAT[0]) & (frequency <= FLAT[1]) & (signal > 0)
-    if not flat.any():
+    fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (signal > 0)
+    if fitted.sum() < 3:
         return torch.ones(n), torch.ones(n)
-    log = log - log[flat].mean()
-    first = int(flat.long().argmax())
+    first = int(fitted.long().argmax())
     log[:first] = log[first]
+
+    # c, by a straight line in the square of the frequency.
+    line = torch.stack([torch.ones(n), frequency**2], 1).double()
+    log = log - torch.linalg.lstsq(line[fitted], log[fitted, None]).solution[0]
 
     # The limits. Beyond the signal, g stays as it is.
     low, high = GAIN
@@ -172,7 +176,7 @@ def match(
     noise = (torch.as_tensor(sigma).cpu().double().square() * y.numel()).expand(shape)
 
     # S and T. T is a mean of shapes, so that all references count alike.
-    signal, noise_in_band = signal_power(y, measured, noise, n)
+    signal = signal_power(y, measured, noise, n)
     everything = torch.ones(small)
     powers = [band_mean(fourier.fft3(r).abs().square(), everything, n) for r in crops]
     powers = [p / p[1 : n // 2].mean() for p in powers]
@@ -185,26 +189,35 @@ def match(
     filtered = fourier.apply_fourier(y, w)
     flattened = fourier.apply_fourier(filtered, expand(g, shape))
     if negative_share(filtered) - negative_share(flattened) < LEAST_GAIN:
-        h = h / g * h[0]
+        h = h / g
         g = None
     else:
         filtered = flattened
 
-    # The same for the references, which get the spectrum T first.
-    w = same_frequencies(w, small) * expand(h, small)
-    noise_share = torch.where(signal > 0, noise_in_band / signal, 0)
-    ratios = []
+    # The same for the references, which get the spectrum T first. Each says which maximum would
+    # make it, with the noise, as bright as the observation.
+    top = volume.top_value(filtered, 99.999)
+    w = same_frequencies(w, small)
+    noise = same_frequencies(noise, small) * math.prod(small) / y.numel()
+    found = []
     for i, (r, power) in enumerate(zip(crops, powers)):
-        r = fourier.apply_fourier(r, expand((target / power).sqrt(), small))
-        power = band_mean(fourier.fft3(r).abs().square(), everything, n)
-        noise = expand((power * noise_share).clamp(min=1e-30), small)
-        generator = Generator().manual_seed(i)
-        noisy = degrade.add_spectral_noise(r, noise, generator=generator)
-        seen = volume.top_value(fourier.apply_fourier(noisy, w), 99.999)
-        ratios.append(seen / volume.top_value(r, 99.999))
-    ratios = torch.tensor(ratios)
-    maximum = volume.top_value(filtered, 99.999) / float(ratios.median())  # (4)
-    return Match(maximum, maximum * float(ratios.log().std()), g)
+        flat = fourier.apply_fourier(r, expand((target / power).sqrt(), small))
+        white = torch.randn(small, generator=Generator().manual_seed(i))
+        n_r = degrade.add_spectral_noise(torch.zeros(small), noise, noise=white)
+        a = fourier.apply_fourier(flat, w * expand(h, small)) / volume.top_value(flat, 99.999)
+        b = fourier.apply_fourier(n_r, w * expand(g, small))
+        found.append(solve_maximum(top, a, b))
+    found = torch.tensor(found)
+    maximum = float(found.median())  # (4)
+    return Match(maximum, maximum * float(found.log().std()), g)
+
+
+def solve_maximum(top: float, a: Tensor, b: Tensor) -> float:
+    """The number m for which p(m a + b) = top."""
+    m = top / volume.top_value(a, 99.999)
+    for _ in range(10):
+        m = m * top / volume.top_value(m * a + b, 99.999)
+    return m
 
 
 def negative_share(x: Tensor) -> float:
