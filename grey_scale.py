@@ -37,6 +37,7 @@ COUNT = 16  # references
 LARGEST = 64  # their side in voxels, at most
 LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
 FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
+LEVEL = 1e-4  # 1/Å^4: what is added to the sum of squares of a fit, to make slopes small
 GAIN = 0.2, 2.0  # the limits of g
 LEAST_GAIN = 0.06  # of negative power that g must remove
 
@@ -52,11 +53,11 @@ class Match(NamedTuple):
 def references(dataset) -> Tensor:
     """Densities for (4) from a data set of data.py: uint8 (COUNT, D, D, D), 255 for density 1.
 
-    Deposited maps are sharpened. So of the first crops of four times as many items it takes every
-    second of the sharper half, whose brightest voxels lose more when they are blurred.
+    Deposited maps are sharpened. So of the first crops of five times as many items it takes every
+    third of the sharper 60 %, whose brightest voxels lose more when they are blurred.
     """
     crops = []
-    for i in range(4 * COUNT):
+    for i in range(5 * COUNT):
         item = dataset[i]
         if not torch.is_tensor(item):  # windows and rotations, see data.MapCrops
             item = dataset.rotate_windows(*item)
@@ -66,7 +67,7 @@ def references(dataset) -> Tensor:
     def blunt(x: Tensor) -> float:
         return float(fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max().clamp(min=1e-6))
 
-    crops = sorted(crops, key=blunt)[: 2 * COUNT : 2]
+    crops = sorted(crops, key=blunt)[: 3 * COUNT : 3]
     return (torch.stack(crops) * 255).round().to(torch.uint8)
 
 
@@ -136,20 +137,24 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     """g of (2) and h of (5) from S and T in n bands. voxel_size: the prior's, in Å."""
     n = len(signal)
     held = int((signal > 0).sum())
-    frequency = (torch.arange(n) + 0.5) / (2 * n * voxel_size)
+    frequency = (torch.arange(n).double() + 0.5) / (2 * n * voxel_size)
+
+    fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (signal > 0)
+    if fitted.sum() < 3:
+        return torch.ones(n), torch.ones(n)
 
     # log (g / c), smooth, and constant below 25 Å, where the molecule's shape sets the power.
     log = (target.log() - signal.clamp(min=1e-30).log()) / 2
     log[1 : held - 1] = (log[: held - 2] + 2 * log[1 : held - 1] + log[2:held]) / 4
-    fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (signal > 0)
-    if fitted.sum() < 3:
-        return torch.ones(n), torch.ones(n)
     first = int(fitted.long().argmax())
     log[:first] = log[first]
 
-    # c, by a straight line in the square of the frequency.
-    line = torch.stack([torch.ones(n), frequency**2], 1).double()
-    log = log - torch.linalg.lstsq(line[fitted], log[fitted, None]).solution[0]
+    # c, by a straight line in the square of the frequency. Few bands do not tell its slope, so
+    # that a steep one has a price.
+    squares = frequency[fitted] ** 2
+    deviation = squares - squares.mean()
+    slope = (deviation @ log[fitted]) / (deviation @ deviation + LEVEL)
+    log = log - (log[fitted].mean() - slope * squares.mean())
 
     # The limits. Beyond the signal, g stays as it is.
     low, high = GAIN
@@ -159,21 +164,18 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
 
 
 def match(
-    y: Tensor,
-    measured: Tensor,
-    sigma: Tensor | float,
-    crops: Tensor,
-    voxel_size: float,
+    y: Tensor, measured: Tensor, sigma: Tensor | float, crops: Tensor, voxel_size: float
 ) -> Match:
     """The maximum (4), its error, and g, from an observation y (D, H, W) on the prior's grid.
 
     measured, sigma: as in posterior.Observation, in the units of y. crops: `references`. voxel_size
     of the prior in Å. g is None where it does not remove LEAST_GAIN of negative power.
+    Nothing is known (None) if there is no density above 0.
     """
     crops = crops.float() / 255
     n = crops.shape[-1] // 2
     shape, small = y.shape, crops.shape[1:]
-    noise = (torch.as_tensor(sigma).cpu().double().square() * y.numel()).expand(shape)
+    noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(shape)
 
     # S and T. T is a mean of shapes, so that all references count alike.
     signal = signal_power(y, measured, noise, n)
@@ -184,7 +186,7 @@ def match(
     g, h = match_spectrum(signal, target, voxel_size)
 
     # The observation, filtered.
-    S = expand(signal.clamp(min=1e-30), shape).double()
+    S = expand(signal.clamp(min=1e-30), shape)
     w = measured * (S / (S + noise))  # (3)
     filtered = fourier.apply_fourier(y, w)
     flattened = fourier.apply_fourier(filtered, expand(g, shape))
@@ -197,6 +199,8 @@ def match(
     # The same for the references, which get the spectrum T first. Each says which maximum would
     # make it, with the noise, as bright as the observation.
     top = volume.top_value(filtered, 99.999)
+    if not top > 0:
+        return Match()
     w = same_frequencies(w, small)
     noise = same_frequencies(noise, small) * math.prod(small) / y.numel()
     found = []
@@ -213,10 +217,10 @@ def match(
 
 
 def solve_maximum(top: float, a: Tensor, b: Tensor) -> float:
-    """The number m for which p(m a + b) = top."""
+    """The number m for which p(m a + b) = top, or top / 4 where noise b alone is as bright."""
     m = top / volume.top_value(a, 99.999)
     for _ in range(10):
-        m = m * top / volume.top_value(m * a + b, 99.999)
+        m = max(m * top / volume.top_value(m * a + b, 99.999), top / 4)
     return m
 
 

@@ -155,6 +155,19 @@ class Crops:
 def test_references_are_densities_and_the_sharper_ones():
     found = grey_scale.references(Crops())
     assert found.dtype == torch.uint8 and found.shape == (grey_scale.COUNT, *SHAPE)
-    sharp = [(255 * molecule(i)).round() for i in range(1, 3 * grey_scale.COUNT, 2)]
+    sharp = [(255 * molecule(i)).round() for i in range(1, 5 * grey_scale.COUNT, 2)]
     same = [any((crop - x).abs().max() <= 1 for x in sharp) for crop in found.float()]
     assert sum(same) >= 0.7 * grey_scale.COUNT
+
+
+def test_observations_that_say_little_still_have_a_maximum(crops):
+    # A box of 6 voxels, and one that is no cube.
+    x = molecule(36)
+    for y in (volume.center_crop(x, 6), x[2:22, :, 4:21]):
+        everywhere = torch.ones(y.shape, dtype=torch.bool)
+        assert 0.3 < match(y, crops, 0.01, everywhere).maximum < 3
+    # Nothing but noise, and no density above 0.
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for y in (noise, -molecule(37).clamp(min=0.1)):
+        found = match(y, crops, 1.0)
+        assert found.maximum is None or 0 < found.maximum < 20
