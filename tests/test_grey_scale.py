@@ -7,7 +7,9 @@ from made_maps import close
 import degrade
 import fourier
 import grey_scale
+import posterior
 import volume
+from checkpoint import Prior
 
 SHAPE = (24, 24, 24)
 N = 24**3
@@ -171,3 +173,29 @@ def test_observations_that_say_little_still_have_a_maximum(crops):
     for y in (noise, -molecule(37).clamp(min=0.1)):
         found = match(y, crops, 1.0)
         assert found.maximum is None or 0 < found.maximum < 20
+
+
+def prior_with(crops) -> Prior:
+    return Prior(torch.nn.Identity(), "hdit", VOXEL_SIZE, 24, 0.05, 0.13, "", references=crops)
+
+
+@pytest.mark.parametrize("change", [torch.clone, sharpened])
+def test_result_in_other_units_is_the_same_result(crops, change):
+    prior = prior_with(crops)
+    x = change(molecule(38)) + 0.05 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    one = posterior.observe(prior, x, EVERYWHERE, 0.05, torch.relu)
+    other = posterior.observe(prior, 7.3 * x, EVERYWHERE, 7.3 * 0.05, torch.relu)
+    assert (one.spectrum is None) == (change is torch.clone)
+    for name in ("y", "start", "sigma"):
+        assert close(getattr(one, name), getattr(other, name), 1e-4)
+    # And the way back is exact, whatever the spectrum.
+    sample = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    assert close(7.3 * one.to_map(sample), other.to_map(sample), 1e-3)
+    assert close(one.to_map(one.y), x, 1e-5)
+
+
+def test_given_maximum_is_used_and_has_no_error(crops):
+    observation = posterior.observe(
+        prior_with(crops), molecule(39), EVERYWHERE, 0.05, torch.relu, maximum=2.0
+    )
+    assert observation.scale.maximum == 2.0 and observation.maximum_error == 0
