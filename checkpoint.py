@@ -10,6 +10,8 @@ stranger runs no code:
     box          voxels per side of its training crops: the tile that sampling.py evaluates
     mean, std    network value = (density / 99.999 percentile - mean) / std; 0 and 1 for "scunet"
     task         "scunet" only: "jepa", "mae", "sharpen", "superres" or "wedge3d"
+    references   "hdit" only: densities it was trained on, uint8 (n, box, box, box), 255 for the
+                 99.999 percentile of the map each was cut from; grey_scale.py compares with them
     training     None, or in train.py's own files: raw weights, optimiser states, step, flags
 
 The authors' public CryoFM weights (`model.safetensors`) load by path too. All of their config but
@@ -24,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from files import atomic_write
 from model_hdit import HDiT, HDiTConfig
@@ -32,7 +34,7 @@ from model_scunet import SCUNet, SCUNetConfig
 
 # kind -> the class of the network and of its config.
 NETWORKS = {"hdit": (HDiT, HDiTConfig), "scunet": (SCUNet, SCUNetConfig)}
-# What every checkpoint has. Files from before "task" and "training" lack these.
+# What every checkpoint has. Files from before "task", "training" and "references" lack these.
 KEYS = {"kind", "config", "weights", "voxel_size", "box", "mean", "std"}
 
 # What zipfile and torch.load raise for a file of another kind, cut short or with a bit flipped.
@@ -67,6 +69,7 @@ class Prior:
     sha256: str  # of the file
     task: str = ""
     training: dict | None = None
+    references: Tensor | None = None
 
 
 def save(
@@ -79,6 +82,7 @@ def save(
     std: float,
     task: str = "",
     training: dict | None = None,
+    references: Tensor | None = None,
     half: bool = False,
 ) -> None:
     """Write a checkpoint; a crash or kill -9 at any byte leaves the previous file as it was.
@@ -104,6 +108,7 @@ def save(
         std=float(std),
         task=task,
         training=training,
+        references=references,
     )
 
     # The file appears when it is complete.
@@ -135,6 +140,7 @@ def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "floa
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         task=content.get("task", ""),
         training=content.get("training"),
+        references=content.get("references"),
         **fields,
     )
 
@@ -198,6 +204,11 @@ def check_fields(path, content: dict) -> None:
     def is_number(value, low, high):
         return type(value) in (int, float) and low < value < high  # false for nan
 
+    def is_references(value):
+        if value is None:
+            return True
+        return torch.is_tensor(value) and value.dtype == torch.uint8 and value.ndim == 4
+
     # The config is checked in `build`, which knows its network.
     weights = content["weights"]
     is_right = {
@@ -210,6 +221,7 @@ def check_fields(path, content: dict) -> None:
         "std": is_number(content["std"], 0, 1e6),
         "task": isinstance(content.get("task", ""), str),
         "training": isinstance(content.get("training"), dict | None),
+        "references": is_references(content.get("references")),
     }
 
     # Name the first field that is wrong, with its value cut short.

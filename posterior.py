@@ -36,6 +36,7 @@ rolled and turned at every step, but not by "paper" where the map fits into one 
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,9 +49,11 @@ import degrade
 import flow
 import fourier
 import fsc
+import grey_scale
 import volume
 from checkpoint import Prior
 from fourier import put_back
+from grey_scale import Match
 from volume import Scale
 
 # Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
@@ -70,24 +73,56 @@ DENOISE = {
 
 @dataclass(frozen=True)
 class Observation:
-    """y of (1) on the prior's grid and in network scale, and the way back to its grey scale."""
+    """y of (1) on the prior's grid, in the grey scale and spectrum that the prior knows.
+
+    `to_map` is the way back to those of the map.
+    """
 
     y: Tensor  # (D, H, W)
     measured: Tensor  # m of (1), boolean (D, H, W)
     sigma: Tensor | float  # sigma_k^2 = P_k / N in (6): one number, or (D, H, W)
     start: Tensor  # the classical answer (D, H, W), where sampling begins
     scale: Scale = Scale(1.0, 0.0, 1.0)
+    spectrum: Tensor | None = None  # g of grey_scale.py (2), by which y was multiplied; None: 1
+    maximum_error: float | None = None  # of scale.maximum, one standard deviation; None: not known
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """Samples (..., D, H, W) in network scale, in the grey scale and spectrum of the map."""
+        density = volume.denormalise(x.cpu(), self.scale)
+        if self.spectrum is None:
+            return density
+        gain = grey_scale.expand(self.spectrum, density.shape[-3:])
+        return fourier.apply_fourier(density, 1 / gain)
 
 
 def observe(
-    prior: Prior, y: Tensor, measured: Tensor, sigma: Tensor | float, start: Tensor
+    prior: Prior,
+    y: Tensor,
+    measured: Tensor,
+    sigma: Tensor | float,
+    classical: Callable[[Tensor], Tensor],
+    maximum: float | None = None,
 ) -> Observation:
-    """An Observation from maps y and start (D, H, W) and sigma, all three in the units of y.
+    """An Observation from a map y (D, H, W) and sigma, both in the units of the map.
 
-    The grey scale comes from `start`, whose percentile is nearer to the truth's than that of y.
+    classical: makes `start` of y; it is called with y in the prior's spectrum. maximum: 99.999
+    percentile of the sharp density, in the units of the map (default: estimated, grey_scale.py).
     """
-    # The clipped map is not used, only its scale.
-    scale = volume.normalise(start, prior.mean, prior.std)[1]
+    # Without references to compare with, that of the classical answer is the best guess.
+    found = Match()
+    if prior.references is not None:
+        found = grey_scale.match(y, measured, sigma, prior.references, prior.voxel_size)
+    if found.spectrum is not None:
+        gain = grey_scale.expand(found.spectrum, y.shape)
+        y = fourier.apply_fourier(y, gain)
+        sigma = sigma * gain
+    start = classical(y)
+    if maximum is not None:
+        found = found._replace(maximum=maximum, error=0.0)
+    elif found.maximum is None:
+        found = found._replace(maximum=volume.normalise(start, 0, 1)[1].maximum)
+
+    scale = Scale(found.maximum, prior.mean, prior.std)
     device = device_of(prior)
 
     def to_network(density: Tensor) -> Tensor:
@@ -96,7 +131,15 @@ def observe(
 
     sigma = sigma / scale.maximum / prior.std
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
-    return Observation(to_network(y), measured.to(device), sigma, to_network(start), scale)
+    return Observation(
+        to_network(y),
+        measured.to(device),
+        sigma,
+        to_network(start),
+        scale,
+        found.spectrum,
+        found.error,
+    )
 
 
 def device_of(prior: Prior) -> torch.device:
@@ -469,7 +512,7 @@ def draw_samples(
         # Sample i has its own generator.
         generators = [augment.item_generator(seed, i) for i in numbers]
         x = algorithm(prior, observation, generators, tick=tick, **settings)
-        yield from volume.denormalise(x.cpu(), observation.scale)
+        yield from observation.to_map(x)
 
 
 class Moments:

@@ -16,6 +16,7 @@ from dataclasses import replace
 import volume
 from fsc_half_maps import match_half_maps, place_notes
 from mrc import Map
+from posterior import Observation
 from report import Result
 from sampling_settings import GreySettings
 from volume import GreyScale
@@ -57,13 +58,48 @@ def in_work_scale(task):
 
 def to_work_scale(map: Map, settings: GreySettings, say=print) -> tuple[Map, GreyScale]:
     """The map with background 0 and bright protein (1), and its own grey scale."""
-    grey = volume.find_grey_scale(map.density, settings.background, settings.invert)
+    grey = volume.find_grey_scale(map.density, settings.solvent, settings.invert)
     name = map.path.name if map.path else "map"
     for note in grey.notes:
         say(f"{name}: {note}")
     if grey.unclear:
         say(f"{name}: if it is dark, give --invert; --no-invert silences this")
     return replace(map, density=grey.to_work(map.density)), grey
+
+
+def say_scale(observation: Observation, settings: GreySettings, say=print) -> None:
+    """One line on the maximum that the prior takes for 1, and one on the spectrum if it changes."""
+    maximum = observation.scale.maximum
+    if settings.maximum is not None:
+        words = "as given"
+    elif observation.maximum_error is None:
+        words = (
+            "of the classical answer, which is blurred: this --ckpt carries no densities to compare"
+        )
+    else:
+        error = observation.maximum_error / maximum
+        words = f"give or take {error:.0%}, if the map were sharp; --grey-scale sets it"
+    say(f"grey scale: the brightest protein is {maximum:.4g} above solvent ({words})")
+    if observation.spectrum is not None:
+        low, high = (float(v) for v in observation.spectrum.aminmax())
+        say(
+            "sharpening: the map is sharpened in another way than what the network knows; its "
+            f"frequencies are multiplied by {low:.2g} to {high:.2g}, and divided again at the end"
+        )
+
+
+def scale_facts(observations: list[Observation]) -> dict:
+    """For the .json: numbers and lists, of two half maps lists of them, of no observation none."""
+    if not observations:
+        return {}
+    facts = {
+        "maximum": [o.scale.maximum for o in observations],
+        "maximum_error": [o.maximum_error for o in observations],
+        "spectrum": [None if o.spectrum is None else o.spectrum.tolist() for o in observations],
+    }
+    if len(observations) == 1:
+        facts = {name: values[0] for name, values in facts.items()}
+    return facts
 
 
 def facts_of(greys: list[GreyScale]) -> dict:

@@ -89,8 +89,11 @@ def ask_network(
     density: Tensor, network: Prior, settings: NetworkSettings, say=print
 ) -> tuple[Tensor, dict]:
     """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
-    # Clip and scale the map to 0 .. 1 as in appendix D.1, then to network scale.
-    x, scale = volume.normalise(density, network.mean, network.std, settings.percentile)
+    # Clip and scale the map to 0 .. 1 as in appendix D.1, then to network scale. These networks
+    # learnt from blurred maps that were divided by their own percentile, so that is the maximum.
+    x, scale = volume.normalise(
+        density, network.mean, network.std, settings.percentile, settings.maximum
+    )
     device = posterior.device_of(network)
 
     def progress(calls):
@@ -114,6 +117,7 @@ def ask_network(
         "stride": settings.stride,
         "fusion": settings.fusion,
         "percentile": settings.percentile,
+        "maximum": scale.maximum,
         "box": list(density.shape),
     }
     return volume.denormalise(found.cpu(), scale), facts

@@ -100,7 +100,7 @@ def log_likelihood(
     box = prior.box
     # The prior knows one voxel size.
     work = mrc.resample_map(work, prior.voxel_size)
-    x, _ = volume.normalise(work.density, prior.mean, prior.std)
+    x, _ = volume.normalise(work.density, prior.mean, prior.std, maximum=settings.maximum)
     padded = torch.full([math.ceil(n / box) * box for n in x.shape], -prior.mean / prior.std)
     padded[tuple(slice(n) for n in x.shape)] = x
     corners = volume.tile_starts(padded.shape, box, box)

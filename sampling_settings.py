@@ -102,6 +102,39 @@ class GreySettings(Settings):
         "protein is darker than solvent, or --no-invert: brighter (default: found)",
         action=argparse.BooleanOptionalAction,
     )
+    grey_scale: tuple[float, ...] | None = opt(
+        None,
+        "how far the brightest protein of the sharp density would be from solvent, in the map's "
+        "units, and the value of solvent (default: estimated, grey_scale.py)",
+        type=float,
+        nargs="+",
+        metavar=("MAX", "BACKGROUND"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.grey_scale is None:
+            return
+        given = " ".join(f"{value:g}" for value in self.grey_scale)
+        finite = all(math.isfinite(value) for value in self.grey_scale)
+        if len(self.grey_scale) not in (1, 2) or not finite or not self.grey_scale[0] > 0:
+            raise ValueError(
+                f"grey_scale is {given}; give MAX, a positive number, or MAX BACKGROUND"
+            )
+        if len(self.grey_scale) == 2 and self.background is not None:
+            raise ValueError("background and grey_scale MAX BACKGROUND: give one of them")
+
+    @property
+    def maximum(self) -> float | None:
+        """MAX of --grey-scale; None: to be estimated."""
+        return self.grey_scale[0] if self.grey_scale else None
+
+    @property
+    def solvent(self) -> float | None:
+        """The background that was given; None: to be found."""
+        if self.grey_scale and len(self.grey_scale) == 2:
+            return self.grey_scale[1]
+        return self.background
 
 
 @dataclass(frozen=True)

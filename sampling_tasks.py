@@ -27,8 +27,10 @@ import torch
 from torch import Generator, Tensor
 
 import abinitio
+import degrade
 import fourier
 import fsc
+import grey_scale
 import mrc
 import posterior
 import volume
@@ -46,7 +48,7 @@ from sampling_checks import (
     say_too_fine,
     without_clamps,
 )
-from sampling_grey_scale import in_work_scale
+from sampling_grey_scale import in_work_scale, say_scale, scale_facts
 from sampling_networks import ask_network
 from sampling_settings import (
     AbInitioSettings,
@@ -69,16 +71,26 @@ def restore_wedge(
     The result "" keeps every measured coefficient. "_mean" is the posterior mean, where measured
     coefficients lose their noise too. "_std" is the spread of the samples.
     """
-    # The classical answer comes first. It is shown beside the result, or is the result itself.
+    # Refuse what cannot work.
     y = map.density
     measured = settings.measured(map)
-    answer = classical_wedge(map, measured, settings, say)
+    check_map(map, measured, settings, say)
     method = choose_method(map, prior, settings.method, "POCS", say)
-    if method == "pocs":
-        return answer
 
-    # Bring the map to the prior's grid and grey scale, with its noise.
-    observation, noise = observe_wedge(map, prior, settings)
+    # Bring the map to the prior's grid, grey scale and spectrum, with its noise. Non-negativity
+    # works better in that spectrum, so that the classical answer gets it, too.
+    facts = {}
+    spectrum = None
+    if method != "pocs" or not is_coarse(map, prior):
+        observation, noise = observe_wedge(map, prior, settings)
+        spectrum = observation.spectrum
+        say_scale(observation, settings, say)
+        facts = scale_facts([observation])
+
+    # The classical answer is shown beside the result, or is the result itself.
+    answer = classical_wedge(map, measured, settings, spectrum, relative_voxel_size(map, prior))
+    if method == "pocs":
+        return replace(answer, report=answer.report | facts)
     sampler = posterior.WEDGE[method] | steps_of(settings)
     steps = sampler["steps"]
     estimated = settings.noise is None
@@ -104,7 +116,7 @@ def restore_wedge(
     if settings.samples > 1:
         std = fourier.resample(moments.std(), y.shape).clamp(min=0)
         densities["_std"] = settings.inside_mask(std, 0)
-    facts = {
+    facts |= {
         "method": method,
         "noise": noise,
         "noise_estimated": estimated,
@@ -116,14 +128,28 @@ def restore_wedge(
     return replace(answer, densities=densities, shown=shown, report=facts)
 
 
-def classical_wedge(
+def check_map(
     map: Map, measured: Tensor, settings: WedgeSettings | NetworkWedgeSettings, say=print
-) -> Result:
-    """The answer of POCS. Raises ValueError where protein is dark or the wedge is not empty."""
-    y = map.density
-    volume.normalise(y, 0, 1)  # raises for dark protein
+) -> None:
+    """Raises ValueError where protein is dark or the wedge is not empty."""
+    volume.normalise(map.density, 0, 1)  # raises for dark protein
     check_wedge(map, measured, settings, settings.discard_measured, say)
-    classical = posterior.pocs(y, measured)
+
+
+def classical_wedge(
+    map: Map,
+    measured: Tensor,
+    settings: WedgeSettings | NetworkWedgeSettings,
+    spectrum: Tensor | None = None,
+    voxel_size=1.0,
+) -> Result:
+    """The answer of POCS; spectrum, voxel_size: of grey_scale.in_spectrum."""
+    y = map.density
+
+    def complete(x: Tensor) -> Tensor:
+        return posterior.pocs(x, measured)
+
+    classical = grey_scale.in_spectrum(spectrum, y, complete, voxel_size)
     restored = settings.inside_mask(classical, y)
     return Result(
         grid=map,
@@ -135,17 +161,26 @@ def classical_wedge(
     )
 
 
+def is_coarse(map: Map, prior: Prior) -> bool:
+    """Whether the voxels hold no detail that the network knows (Departure 1)."""
+    return max(map.voxel_size) > 2 * prior.voxel_size
+
+
+def relative_voxel_size(map: Map, prior: Prior) -> list[float]:
+    """Voxel size of a map over the prior's (z, y, x)."""
+    return [v / prior.voxel_size for v in map.voxel_size]
+
+
 def choose_method(map: Map, prior: Prior, method: str, classical: str, say=print) -> str:
     """The method. "auto" means the prior, or the classical method if voxels are far too coarse."""
-    voxel_size = max(map.voxel_size)
     if method != "auto":
         return method
-    if voxel_size <= 2 * prior.voxel_size:
+    if not is_coarse(map, prior):
         return "prior"
-    # Departure 1: such voxels hold no detail that the network knows.
     say(
-        f"voxels of {voxel_size:g} Å hold no detail that this network ({prior.voxel_size:g} Å) "
-        f"knows: {classical} instead; name a --method to use it all the same"
+        f"voxels of {max(map.voxel_size):g} Å hold no detail that this network "
+        f"({prior.voxel_size:g} Å) knows: {classical} instead; name a --method to use it all the "
+        "same"
     )
     return classical.lower()
 
@@ -176,10 +211,17 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
     else:
         noise = posterior.estimate_noise(y, settings.measured(map)) / maximum
 
+    def classical(y: Tensor) -> Tensor:
+        return posterior.pocs(y, measured)
+
+    sigma = noise * maximum * gain
+    observation = posterior.observe(
+        prior, work.density, measured, sigma, classical, settings.maximum
+    )
     # Algorithm 2 as printed has no noise in y.
-    sigma = 0.0 if settings.method == "paper" else noise * maximum * gain
-    start = posterior.pocs(work.density, measured)
-    return posterior.observe(prior, work.density, measured, sigma, start), noise
+    if settings.method == "paper":
+        observation = replace(observation, sigma=torch.zeros_like(observation.sigma))
+    return observation, noise
 
 
 def steps_of(settings: SampleSettings) -> dict[str, int]:
@@ -207,7 +249,8 @@ def fill_wedge(
     # The classical answer, as for the prior.
     y = map.density
     measured = settings.measured(map)
-    answer = classical_wedge(map, measured, settings, say)
+    check_map(map, measured, settings, say)
+    answer = classical_wedge(map, measured, settings)
     if choose_method(map, network, settings.method, "POCS", say) == "pocs":
         return answer
     say_too_fine(map, network, say)
@@ -247,22 +290,38 @@ def restore_half_maps(
     halves = [half_map_1] if half_map_2 is None else [half_map_1, half_map_2]
     powers, signal, curve = noise_of_half_maps(halves, settings)
 
+    # Bring the half maps to the prior's grid, grey scale and spectrum, with their noise.
+    voxel_size = half_map_1.voxel_size
+    method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
+    observations = []
+    spectrum = None
+    if method != "wiener" or not is_coarse(half_map_1, prior):
+        for half, power in zip(halves, powers):
+            observations.append(observe_half_map(half, power, signal, prior, settings))
+        spectrum = observations[0].spectrum
+        say_scale(observations[0], settings, say)
+
     # The classical answer is the Wiener filter of the average, which has less noise.
     average = torch.stack([half.density for half in halves]).mean(0)
     noise = torch.stack(powers).sum(0) / len(powers) ** 2
-    voxel_size = half_map_1.voxel_size
     noise = settings.noise_on_grid(noise, half_map_1)
+    relative = relative_voxel_size(half_map_1, prior)
     classical = posterior.wiener(average, noise, signal, voxel_size)
-    positive = classical.clamp(min=0)
+    positive = grey_scale.in_spectrum(spectrum, classical, clamp, relative)
     name = "average" if half_map_2 else "input"
     shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
-    method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
 
-    # The prior, and every clamp, take density for positive.
+    # The prior, and every clamp, take density for positive. In the prior's spectrum more is.
     noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
     densities = [half.density for half in halves]
     filtered = [posterior.wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
-    negative = negative_power(densities, noises, signal, voxel_size)
+    gain = grey_scale.expand(spectrum, average.shape, relative)
+    negative = negative_power(
+        [fourier.apply_fourier(y, gain) for y in densities],
+        [p * gain**2 for p in noises],
+        degrade.expand_shells(signal, average.shape, voxel_size) * gain**2,
+        voxel_size,
+    )
     answer = positive
     if negative > NEGATIVE_TO_REFUSE:
         answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
@@ -273,10 +332,10 @@ def restore_half_maps(
         "fsc_of_halves": curve.tolist(),
         "resolution_0143": resolution,
         "negative_power": negative,
-    }
+    } | scale_facts(observations)
     if half_map_2:
         # What the halves say of each answer. That of the method comes last.
-        positives = [x.clamp(min=0) for x in filtered]
+        positives = [grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in filtered]
         answers = {"average": densities, "Wiener, positive": positives}
         if answer is not positive:
             kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
@@ -299,8 +358,7 @@ def restore_half_maps(
     tick = Progress(count * steps, say)
     pooled = Moments()
     restored_halves = []
-    for i, (half, power) in enumerate(zip(halves, powers)):
-        observation = observe_half_map(half, power, signal, prior, settings)
+    for i, observation in enumerate(observations):
         seed = settings.seed + (i << 32)  # far apart, so that the halves share no noise
         moments = Moments()
         draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
@@ -324,6 +382,11 @@ def restore_half_maps(
         std = fourier.resample(pooled.std(), average.shape).clamp(min=0)
         densities["_std"] = settings.inside_mask(std, 0)
     return Result(half_map_1, densities, shown | {"restored": restored}, facts)
+
+
+def clamp(x: Tensor) -> Tensor:
+    """Without negative density."""
+    return x.clamp(min=0)
 
 
 def noise_of_half_maps(
@@ -371,9 +434,13 @@ def observe_half_map(
     noise = settings.noise_on_grid(power * gain, work)
 
     # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
-    start = posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
+    def classical(y: Tensor) -> Tensor:
+        # The filter commutes with that of the spectrum, so its powers are those of the map.
+        return posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
+
     held = fourier.below_nyquist(y.shape, half.density.shape)
-    return posterior.observe(prior, y, held, (noise / y.numel()).sqrt(), start)
+    sigma = (noise / y.numel()).sqrt()
+    return posterior.observe(prior, y, held, sigma, classical, settings.maximum)
 
 
 # ---- Ab initio (CryoFM 5.4)

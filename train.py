@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 
 import flow
+import grey_scale
 from files import own_folder
 from terminal import one_line_for_memory, run_program
 from train_config import PRESETS, TrainConfig, flag, used_by
@@ -222,6 +223,8 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
     # The first rank measures and writes, all ranks train.
     if ranks.rank == 0:
         held_out_crops = held_out_batch(held_out_set, cfg).to(device)
+        if cfg.objective == "flow":  # sampling.py compares maps with them
+            save_run = partial(save_run, references=grey_scale.references(train_set))
         log = Log(out, cfg, start, ranks.say)
     signals = StopSignals()
     tally = Tally(device)

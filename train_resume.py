@@ -232,12 +232,19 @@ def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
 
 
 def save(
-    state: State, network: torch.nn.Module, cfg: TrainConfig, out: Path, micro: int, step: int
+    state: State,
+    network: torch.nn.Module,
+    cfg: TrainConfig,
+    out: Path,
+    micro: int,
+    step: int,
+    references: torch.Tensor | None = None,
 ) -> None:
     """Write checkpoint.pt for --resume, and prior.pt, jepa.pt, ... for use, in half precision.
 
     network: from `network_for_use`; micro: crops of a micro-batch; step: how many steps the state
-    has taken. Raises ValueError if the weights are not finite; then nothing is written.
+    has taken; references: of checkpoint.py. Raises ValueError if the weights are not finite; then
+    nothing is written.
     """
     refuse_lost_weights(state, out, step)
     # What --resume needs beside the averaged weights.
@@ -254,6 +261,7 @@ def save(
 
     # Both files open as networks. CryoLVM's say which task they are for.
     shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
+    shared["references"] = references
     if cfg.objective != "flow":
         shared["task"] = cfg.objective
     checkpoint.save(out / "checkpoint.pt", network, **shared, training=training)

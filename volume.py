@@ -142,13 +142,19 @@ class Scale(NamedTuple):
 
 
 def normalise(
-    density: Tensor, mean: float, std: float, percentile: float = 99.999
+    density: Tensor,
+    mean: float,
+    std: float,
+    percentile: float = 99.999,
+    maximum: float | None = None,
 ) -> tuple[Tensor, Scale]:
     """One map of any shape in network scale (1), and the scale that `denormalise` needs.
 
+    maximum: p of (1) instead of the map's percentile.
     Raises ValueError if the percentile is not positive: dark protein, or hardly any density.
     """
-    maximum = top_value(density, percentile)
+    if maximum is None:
+        maximum = top_value(density, percentile)
     if not maximum > 0:
         raise ValueError(
             f"the map's {percentile} percentile is {maximum:g} and must be positive; "

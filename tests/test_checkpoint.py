@@ -51,6 +51,7 @@ def test_what_was_saved_comes_back(tmp_path, half):
     )
     checkpoint.save(tmp_path / "a.pt", net, **META, half=half, training=training)
     prior = checkpoint.load(tmp_path / "a.pt", kind="hdit")
+    assert prior.references is None
     assert prior.net.config == NET
     assert {key: getattr(prior, key) for key in META} == META
     assert prior.training["step"] == 7 and prior.training["flags"] == training["flags"]
@@ -65,6 +66,16 @@ def test_what_was_saved_comes_back(tmp_path, half):
     assert (
         os.path.getsize(tmp_path / "a.pt") < (0.5 if half else 1) * size + 40_000
     )  # and the archive's names
+
+
+def test_references_come_back_and_other_tensors_are_refused(tmp_path):
+    crops = torch.arange(2 * 4**3).reshape(2, 4, 4, 4).to(torch.uint8)
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(), **META, references=crops)
+    assert torch.equal(checkpoint.load(path).references, crops)
+    for wrong in (crops.float(), crops[0], [1, 2]):
+        checkpoint.save(path, make_net(), **META, references=wrong)
+        refused(path, "damaged, its references cannot be")
 
 
 def test_equal_weights_have_equal_hashes_and_others_do_not(tmp_path):

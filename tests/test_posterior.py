@@ -391,7 +391,7 @@ class Blur(nn.Module):
 def test_samples_drawn_together_equal_samples_drawn_one_by_one(settings):
     prior, y = prior_of(Blur(), 6), random((9, 8, 7)).abs()
     everywhere = torch.ones(y.shape, dtype=torch.bool)
-    observation = posterior.observe(prior, y, everywhere, torch.tensor(0.3), y)
+    observation = posterior.observe(prior, y, everywhere, torch.tensor(0.3), torch.clone)
     draw = functools.partial(
         posterior.draw_samples, prior, observation, settings | {"steps": 3}, samples=5, seed=1
     )
@@ -403,8 +403,8 @@ def test_samples_drawn_together_equal_samples_drawn_one_by_one(settings):
 def test_an_observation_goes_to_network_scale_and_back():
     prior, y = prior_of(Blur(), 8), random(SHAPE)
     start = y.clamp(min=0)
-    observation = posterior.observe(prior, y, EVERYWHERE, torch.tensor(0.3), start)
-    assert close(volume.denormalise(observation.y, observation.scale), y)
+    observation = posterior.observe(prior, y, EVERYWHERE, torch.tensor(0.3), torch.relu)
+    assert close(observation.to_map(observation.y), y)
     scale = volume.normalise(start, prior.mean, prior.std)[1]
     assert observation.scale == scale
     assert float(observation.sigma) == pytest.approx(0.3 / scale.maximum / prior.std)

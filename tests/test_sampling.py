@@ -280,9 +280,12 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, 
     power, curve = degrade.noise_power(b, a), fsc.fsc(a, b, convention="cryofm")[1:]
     excess = degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power
     signal = excess.clamp(min=0) / 2 * (curve >= 0.05).long().cumprod(0)
-    start = posterior.wiener(b, power, signal).clamp(min=0)
     sigma = (degrade.expand_shells(power, SHAPE) / b.numel()).sqrt()
     prior, everywhere = checkpoint.load(ckpt), torch.ones(SHAPE, dtype=torch.bool)
+
+    def start(y):
+        return posterior.wiener(y, power, signal).clamp(min=0)
+
     observation = posterior.observe(prior, b, everywhere, sigma, start)
     sampler = posterior.DENOISE["prior"] | {"steps": 2}
     samples = posterior.draw_samples(prior, observation, sampler, samples=2, seed=1 << 32)
@@ -516,6 +519,38 @@ def test_a_wedge_is_filled_the_same_whatever_the_grey_scale(run):
         assert close((40 - values(f"other_wedge{end}.mrc")) / 8, want)
     # A standard deviation has no background and no sign.
     assert close(values("other_wedge_std.mrc") / 8, values("in_wedge_std.mrc"))
+
+
+def test_a_given_grey_scale_is_that_of_the_network_and_of_the_report(run, halves, capsys):
+    write_mrc("in.mrc", degraded(molecule(SHAPE), wedge(SHAPE)) + 40)
+    run("wedge in.mrc --grey-scale 2.5 40")
+    report = report_of("in_wedge")
+    assert (report["maximum"], report["maximum_error"], report["spectrum"]) == (2.5, 0, None)
+    assert report["background"] == 40
+    assert "the brightest protein is 2.5 above solvent (as given)" in capsys.readouterr().out
+
+    # It changes the result. Half maps have one each.
+    given = values("in_wedge_mean.mrc")
+    run("wedge in.mrc -o other.mrc --background 40")
+    assert not close(values("other_mean.mrc"), given, 1e-3)
+    run("denoise half1.mrc half2.mrc --grey-scale 3")
+    assert report_of("half_mean_denoise")["maximum"] == [3, 3]
+
+
+def test_networks_of_one_pass_take_a_given_grey_scale(ask):
+    y = molecule((24, 24, 24), (1.0,) * 3)
+    write_mrc("in.mrc", y, (1.0,) * 3)
+    seen = Seen(lambda tiles: tiles)
+    ask("sharpen in.mrc --grey-scale 20", seen)
+    assert report_of("in_sharpen")["maximum"] == 20
+    # Nothing is clipped at 20, so the identity returns all density above 0.
+    assert close(values("in_sharpen.mrc"), y.clamp(min=0), 1e-4)
+
+
+@pytest.mark.parametrize("words", ["0", "-1", "nan", "1 2 3", "1 2 --background 2"])
+def test_a_grey_scale_that_cannot_be_is_refused(words):
+    with pytest.raises(ValueError, match="grey_scale"):
+        sampling.parse(["--task", "wedge", "in.mrc", "--grey-scale", *words.split()])
 
 
 def test_a_dark_truth_scores_as_a_bright_one(run):

@@ -1,0 +1,229 @@
+"""The grey scale and the radial spectrum of an observation, matched to those that the prior knows.
+
+    S(k) = mean over a band of |F y|^2 - P              signal power of an observation y        (1)
+    g(k) = c sqrt(T(k) / S(k)),  T: of the references   y' = F^-1[g F y] has their spectrum     (2)
+    w    = m S / (S + P)                                Wiener filter, m: what was measured     (3)
+    p(F^-1[w F y']) = p(F^-1[w (m_r h F r + g F n)])    maximum: the median of m_r              (4)
+    h    = g sqrt(S / T) / c                            what the limits of g left undone        (5)
+
+The prior knows densities whose 99.999 percentile p is 1. That of an observation is a third of that
+of the sharp density or less, because it is blurred. `references` are densities r that the prior was
+trained on. (4) sends them, times m_r, through the same filter, with noise n like that of y, and
+asks for which m_r they are as bright as the observation. The spread of m_r is the error.
+
+Maps are sharpened in many ways, and much sharpened ones have negative density, which the prior does
+not know. g brings them to the prior's spectrum. It commutes with every operator of posterior.py and
+is undone exactly afterwards. c makes g 1 at frequency 0, so that the bulk of the molecule keeps its
+brightness: between 25 and 5 Å a B-factor, a line in k^2, is fitted to log g.
+
+P: noise power as in posterior.py (1). Bands are those of the references: n = box / 2 of them, band
+i from i / 2n to (i + 1) / 2n cycles per voxel. Ours. Measurements: RESULTS.md, "Grey scale".
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+import degrade
+import fourier
+import fsc
+import volume
+
+# Numbers chosen on held-out training structures and on half of the real maps.
+COUNT = 16  # references
+LARGEST = 64  # their side in voxels, at most
+LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
+FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
+LEVEL = 1e-4  # 1/Å^4: what is added to the sum of squares of a fit, to make slopes small
+GAIN = 0.2, 1.0  # the limits of g; noise is never raised
+LEAST_GAIN = 0.03  # of the share of negative power, that g must remove
+
+
+class Match(NamedTuple):
+    """What brings an observation to the prior's grey scale and spectrum."""
+
+    maximum: float | None = None  # 99.999 percentile of the sharp density y', in the units of y
+    error: float | None = None  # its standard deviation
+    spectrum: Tensor | None = None  # g in n bands; None is 1
+
+
+def references(dataset) -> Tensor:
+    """Densities for (4) from a data set of data.py: uint8 (COUNT, D, D, D), 255 for density 1.
+
+    Deposited maps are sharpened. So of the first crops of five times as many items it takes every
+    third of the sharper 60 %, whose brightest voxels lose more when they are blurred.
+    """
+    crops = []
+    for i in range(5 * COUNT):
+        item = dataset[i]
+        if not torch.is_tensor(item):  # windows and rotations, see data.MapCrops
+            item = dataset.rotate_windows(*item)
+        x = (item[0, 0] * dataset.std + dataset.mean).clamp(0, 1)
+        crops.append(volume.center_crop(x, min(len(x), LARGEST)))
+
+    def blunt(x: Tensor) -> float:
+        return float(fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max().clamp(min=1e-6))
+
+    crops = sorted(crops, key=blunt)[: 3 * COUNT : 3]
+    return (torch.stack(crops) * 255).round().to(torch.uint8)
+
+
+# ---- Radial bands
+
+
+def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
+    """Weighted mean of values (D, H, W) in each of n bands: float64 (n,)."""
+    band = (fourier.wavenumber(values.shape) * 2 * n).long().clamp(max=n)
+    return fsc.shell_sum(values * weight, band, n) / fsc.shell_sum(weight, band, n).clamp(min=1e-9)
+
+
+def expand(spectrum: Tensor | None, shape, voxel_size=1.0) -> Tensor:
+    """A radial filter (n,), positive, on a grid: float32 (D, H, W). Its log is linear in |k|.
+
+    None is 1. voxel_size: that of the grid over the prior's, one number or (z, y, x). The values
+    lie in the middle of their bands.
+    """
+    if spectrum is None:
+        return torch.ones(tuple(shape))
+    n = len(spectrum)
+    place = (fourier.wavenumber(shape, voxel_size) * 2 * n - 0.5).clamp(0, n - 1)
+    low = place.long().clamp(max=n - 2)
+    log = spectrum.double().log()
+    return (log[low] + (place - low) * (log[low + 1] - log[low])).exp().float()
+
+
+def in_spectrum(
+    spectrum: Tensor | None, x: Tensor, task: Callable[[Tensor], Tensor], voxel_size=1.0
+) -> Tensor:
+    """What a task makes of a map x (D, H, W) in the spectrum (2), brought back to that of x."""
+    if spectrum is None:
+        return task(x)
+    gain = expand(spectrum, x.shape, voxel_size)
+    return fourier.apply_fourier(task(fourier.apply_fourier(x, gain)), 1 / gain)
+
+
+def same_frequencies(weights: Tensor, shape) -> Tensor:
+    """Weights (D, H, W), even in k, at the nearest frequencies of another grid (D', H', W')."""
+    for dim in range(3):
+        n = weights.shape[dim]
+        nearest = (torch.fft.fftfreq(shape[dim]) * n).round().long() % n
+        weights = weights.index_select(dim, nearest)
+    return (weights + fourier.mirror(weights)) / 2
+
+
+# ---- Matching
+
+
+def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int) -> Tensor:
+    """(1) in n bands, positive up to the end of the signal and 0 beyond.
+
+    noise: P, (D, H, W). Where it differs between directions, the better ones tell.
+    """
+    mean_noise = degrade.expand_shells(degrade.shell_mean(noise), y.shape)
+    seen = measured.double() * (noise <= 1.001 * mean_noise)
+    power = band_mean(fourier.fft3(y).abs().square(), seen, n)
+    excess = power - band_mean(noise, seen, n)
+    # The first band always counts.
+    held = excess > LEAST_SIGNAL * power
+    held[0] = True
+    held = held.long().cumprod(0)
+    return excess.clamp(min=LEAST_SIGNAL * power + 1e-30) * held
+
+
+def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[Tensor, Tensor]:
+    """g of (2) and h of (5) from S and T in n bands. voxel_size: the prior's, in Å."""
+    n = len(signal)
+    held = int((signal > 0).sum())
+    frequency = (torch.arange(n).double() + 0.5) / (2 * n * voxel_size)
+
+    fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (signal > 0)
+    if fitted.sum() < 3:
+        return torch.ones(n), torch.ones(n)
+
+    # log (g / c), smooth, and constant below 25 Å, where the molecule's shape sets the power.
+    log = (target.log() - signal.clamp(min=1e-30).log()) / 2
+    log[1 : held - 1] = (log[: held - 2] + 2 * log[1 : held - 1] + log[2:held]) / 4
+    first = int(fitted.long().argmax())
+    log[:first] = log[first]
+
+    # c, by a straight line in the square of the frequency. Few bands do not tell its slope, so
+    # that a steep one has a price.
+    squares = frequency[fitted] ** 2
+    deviation = squares - squares.mean()
+    slope = (deviation @ log[fitted]) / (deviation @ deviation + LEVEL)
+    log = log - (log[fitted].mean() - slope * squares.mean())
+
+    # The limits. Beyond the signal, g stays as it is.
+    low, high = GAIN
+    g = log.exp().clamp(low, high)
+    g[held:] = g[held - 1]
+    return g, (g.log() - log).exp()
+
+
+def match(
+    y: Tensor, measured: Tensor, sigma: Tensor | float, crops: Tensor, voxel_size: float
+) -> Match:
+    """The maximum (4), its error, and g, from an observation y (D, H, W) on the prior's grid.
+
+    measured, sigma: as in posterior.Observation, in the units of y. crops: `references`. voxel_size
+    of the prior in Å. g is None where it does not remove LEAST_GAIN of negative power.
+    Nothing is known (None) if there is no density above 0.
+    """
+    crops = crops.float() / 255
+    n = crops.shape[-1] // 2
+    shape, small = y.shape, crops.shape[1:]
+    noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(shape)
+
+    # S and T. T is a mean of shapes, so that all references count alike.
+    signal = signal_power(y, measured, noise, n)
+    everything = torch.ones(small)
+    powers = [band_mean(fourier.fft3(r).abs().square(), everything, n) for r in crops]
+    powers = [p / p[1 : n // 2].mean() for p in powers]
+    target = torch.stack(powers).mean(0)
+    g, h = match_spectrum(signal, target, voxel_size)
+
+    # The observation, filtered.
+    S = expand(signal.clamp(min=1e-30), shape)
+    w = measured * (S / (S + noise))  # (3)
+    filtered = fourier.apply_fourier(y, w)
+    flattened = fourier.apply_fourier(filtered, expand(g, shape))
+    if negative_share(filtered) - negative_share(flattened) < LEAST_GAIN:
+        h = h / g
+        g = None
+    else:
+        filtered = flattened
+
+    # The same for the references, which get the spectrum T first. Each says which maximum would
+    # make it, with the noise, as bright as the observation.
+    top = volume.top_value(filtered, 99.999)
+    if not top > 0:
+        return Match()
+    w = same_frequencies(w, small)
+    noise = same_frequencies(noise, small) * math.prod(small) / y.numel()
+    found = []
+    for i, (r, power) in enumerate(zip(crops, powers)):
+        flat = fourier.apply_fourier(r, expand((target / power).sqrt(), small))
+        white = torch.randn(small, generator=Generator().manual_seed(i))
+        n_r = degrade.add_spectral_noise(torch.zeros(small), noise, noise=white)
+        a = fourier.apply_fourier(flat, w * expand(h, small)) / volume.top_value(flat, 99.999)
+        b = fourier.apply_fourier(n_r, w * expand(g, small))
+        found.append(solve_maximum(top, a, b))
+    found = torch.tensor(found)
+    maximum = float(found.median())  # (4)
+    return Match(maximum, maximum * float(found.log().std()), g)
+
+
+def solve_maximum(top: float, a: Tensor, b: Tensor) -> float:
+    """The number m for which p(m a + b) = top, or top / 4 where noise b alone is as bright."""
+    m = top / volume.top_value(a, 99.999)
+    for _ in range(10):
+        m = max(m * top / volume.top_value(m * a + b, 99.999), top / 4)
+    return m
+
+
+def negative_share(x: Tensor) -> float:
+    """The share of a map's power that is negative density."""
+    return float(x.clamp(max=0).square().sum() / x.square().sum())

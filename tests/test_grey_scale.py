@@ -1,0 +1,201 @@
+"""Promises of grey_scale.py: the maximum of a sharp density from a blurred one; the spectrum."""
+
+import pytest
+import torch
+from made_maps import close
+
+import degrade
+import fourier
+import grey_scale
+import posterior
+import volume
+from checkpoint import Prior
+
+SHAPE = (24, 24, 24)
+N = 24**3
+EVERYWHERE = torch.ones(SHAPE, dtype=torch.bool)
+VOXEL_SIZE = 1.5
+
+
+def molecule(seed: int, atoms: int = 150) -> torch.Tensor:
+    """A density (D, H, W) whose 99.999 percentile is 1: a ball of Gaussian atoms."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.randn(atoms, 3, generator=generator).mul(3).clamp(-8, 8) + 12
+    density = torch.zeros(SHAPE)
+    index = place.round().long()
+    density.index_put_(tuple(index.T), torch.ones(atoms), accumulate=True)
+    s2 = fourier.wavenumber(SHAPE).square()
+    density = fourier.apply_fourier(density, torch.exp(-20 * s2)).clamp(min=0)
+    return volume.normalise(density, 0, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def crops():
+    return torch.stack([(255 * molecule(seed)).round().to(torch.uint8) for seed in range(12)])
+
+
+def match(y, crops, sigma=0.0, measured=EVERYWHERE):
+    return grey_scale.match(y, measured, sigma, crops, VOXEL_SIZE)
+
+
+def low_passed(x: torch.Tensor, b_factor: float) -> torch.Tensor:
+    s2 = fourier.wavenumber(x.shape, VOXEL_SIZE).square()
+    return fourier.apply_fourier(x, torch.exp(-b_factor * s2 / 4))
+
+
+@pytest.mark.parametrize("blur", ["none", "wedge", "B-factor", "noise"])
+def test_maximum_of_the_sharp_density_is_found_in_a_filtered_one(crops, blur):
+    errors = []
+    for seed in range(20, 24):
+        x = 5.0 * molecule(seed)
+        generator = torch.Generator().manual_seed(seed)
+        sigma, measured = 0.0, EVERYWHERE
+        if blur == "wedge":
+            measured = fourier.hermitian_part(degrade.wedge_mask(SHAPE, (-60, 60)))
+        elif blur == "B-factor":
+            x = low_passed(x, 200.0)
+        elif blur == "noise":
+            sigma = 0.5
+            x = x + sigma * torch.randn(SHAPE, generator=generator)
+        found = match(fourier.apply_fourier(x, measured), crops, sigma, measured)
+        errors.append(found.maximum / 5.0)
+        # The percentile of the map itself is far off.
+        if blur == "B-factor":
+            assert volume.top_value(x, 99.999) < 0.75 * 5.0
+    assert torch.tensor(errors).median() == pytest.approx(1.0, abs=0.1)
+    assert max(errors) < 1.3 and min(errors) > 0.75
+
+
+def test_error_of_the_maximum_is_the_spread_over_references(crops):
+    x = low_passed(molecule(30), 150.0)
+    assert match(x, crops[:1].expand(4, *SHAPE)).error == pytest.approx(0.0, abs=1e-4)
+    assert 0.02 < match(x, crops).error < 0.4
+
+
+def test_map_in_other_units_has_the_maximum_in_these_units(crops):
+    x = molecule(31) + 0.05 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    one, other = match(x, crops, 0.05), match(7.3 * x, crops, 7.3 * 0.05)
+    assert other.maximum == pytest.approx(7.3 * one.maximum, rel=1e-4)
+    assert other.error == pytest.approx(7.3 * one.error, rel=1e-3)
+
+
+def sharpened(x: torch.Tensor) -> torch.Tensor:
+    """Every frequency times a number that grows with it: much negative density."""
+    return fourier.apply_fourier(x, (1 + 200 * fourier.wavenumber(x.shape).square()).float())
+
+
+def test_sharpened_map_gets_the_spectrum_of_the_references(crops):
+    x = sharpened(molecule(32))
+    found = match(x, crops)
+    flat = fourier.apply_fourier(x, grey_scale.expand(found.spectrum, SHAPE))
+    assert grey_scale.negative_share(flat) < grey_scale.negative_share(x) - 0.06
+
+    # Its power falls as that of the references does, where g is not limited.
+    inside = slice(2, 5)
+    weight = torch.ones(SHAPE)
+    power = grey_scale.band_mean(fourier.fft3(flat).abs().square(), weight, 12)[inside]
+    targets = [
+        grey_scale.band_mean(fourier.fft3(crop.float()).abs().square(), weight, 12)
+        for crop in crops
+    ]
+    target = torch.stack([t / t[1:6].mean() for t in targets]).mean(0)[inside]
+    ratio = (power / target).log()
+    assert float(ratio.std()) < 0.25
+
+
+def test_map_of_the_spectrum_of_the_references_is_left_alone(crops):
+    # With no limit on what g must gain, it is 1 within the scatter of one molecule.
+    assert match(molecule(33), crops).spectrum is None
+    signal = torch.tensor([9.0, 7, 5, 4, 3, 2, 1.5, 1, 0.8, 0.5, 0.3, 0.2]).double()
+    g, h = grey_scale.match_spectrum(3 * signal, signal, VOXEL_SIZE)
+    assert close(g, torch.ones(12), 1e-5) and close(h, torch.ones(12), 1e-5)
+
+
+def test_spectrum_stays_within_its_limits_and_h_says_what_is_left():
+    target = torch.ones(12).double()
+    signal = torch.cat([torch.ones(9), torch.full((2,), 1e-3), torch.zeros(1)]).double()
+    g, h = grey_scale.match_spectrum(signal, target, VOXEL_SIZE)
+    low, high = grey_scale.GAIN
+    assert g.min() >= low - 1e-9 and g.max() <= high + 1e-9
+    assert close(g[:8], torch.ones(8), 1e-5)
+    assert g[11] == g[10]  # beyond the signal
+    # A reference times h has the power of the observation times g.
+    assert close(h[10] ** 2 * target[10], g[10] ** 2 * signal[10], 1e-5)
+
+
+def test_undoing_the_spectrum_is_exact(crops):
+    x = sharpened(molecule(34))
+    spectrum = match(x, crops).spectrum
+    assert spectrum is not None
+    assert close(grey_scale.in_spectrum(spectrum, x, torch.clone), x, 1e-5)
+    # On a finer grid over the same box the filter has the same frequencies.
+    fine = grey_scale.expand(spectrum, (48, 48, 48), 0.5)
+    coarse = grey_scale.expand(spectrum, SHAPE)
+    assert torch.allclose(fine[:12, :12, :12], coarse[:12, :12, :12], rtol=1e-5)
+
+
+def test_noise_in_some_directions_does_not_hide_the_signal(crops):
+    x = molecule(35)
+    measured = fourier.hermitian_part(degrade.wedge_mask(SHAPE, (-60, 60)))
+    power = torch.where(measured, 1.0, 1e4).double()
+    y = degrade.add_spectral_noise(x, power, generator=torch.Generator().manual_seed(0))
+    clean = grey_scale.signal_power(x, measured, torch.zeros(SHAPE), 12)
+    found = grey_scale.signal_power(y, EVERYWHERE, power, 12)
+    assert torch.allclose(found[:6], clean[:6], rtol=0.15)
+
+
+class Crops:
+    """A data set of density `bright` beside crops of a blurred one, in network scale."""
+
+    mean, std = 0.05, 0.13
+
+    def __getitem__(self, i):
+        x = molecule(i) if i % 2 else low_passed(molecule(i), 300.0)
+        return ((x - self.mean) / self.std)[None, None]
+
+
+def test_references_are_densities_and_the_sharper_ones():
+    found = grey_scale.references(Crops())
+    assert found.dtype == torch.uint8 and found.shape == (grey_scale.COUNT, *SHAPE)
+    sharp = [(255 * molecule(i)).round() for i in range(1, 5 * grey_scale.COUNT, 2)]
+    same = [any((crop - x).abs().max() <= 1 for x in sharp) for crop in found.float()]
+    assert sum(same) >= 0.7 * grey_scale.COUNT
+
+
+def test_observations_that_say_little_still_have_a_maximum(crops):
+    # A box of 6 voxels, and one that is no cube.
+    x = molecule(36)
+    for y in (volume.center_crop(x, 6), x[2:22, :, 4:21]):
+        everywhere = torch.ones(y.shape, dtype=torch.bool)
+        assert 0.3 < match(y, crops, 0.01, everywhere).maximum < 3
+    # Nothing but noise, and no density above 0.
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    for y in (noise, -molecule(37).clamp(min=0.1)):
+        found = match(y, crops, 1.0)
+        assert found.maximum is None or 0 < found.maximum < 20
+
+
+def prior_with(crops) -> Prior:
+    return Prior(torch.nn.Identity(), "hdit", VOXEL_SIZE, 24, 0.05, 0.13, "", references=crops)
+
+
+@pytest.mark.parametrize("change", [torch.clone, sharpened])
+def test_result_in_other_units_is_the_same_result(crops, change):
+    prior = prior_with(crops)
+    x = change(molecule(38)) + 0.05 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    one = posterior.observe(prior, x, EVERYWHERE, 0.05, torch.relu)
+    other = posterior.observe(prior, 7.3 * x, EVERYWHERE, 7.3 * 0.05, torch.relu)
+    assert (one.spectrum is None) == (change is torch.clone)
+    for name in ("y", "start", "sigma"):
+        assert close(getattr(one, name), getattr(other, name), 1e-4)
+    # And the way back is exact, whatever the spectrum.
+    sample = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    assert close(7.3 * one.to_map(sample), other.to_map(sample), 1e-3)
+    assert close(one.to_map(one.y), x, 1e-5)
+
+
+def test_given_maximum_is_used_and_has_no_error(crops):
+    observation = posterior.observe(
+        prior_with(crops), molecule(39), EVERYWHERE, 0.05, torch.relu, maximum=2.0
+    )
+    assert observation.scale.maximum == 2.0 and observation.maximum_error == 0
