@@ -37,7 +37,7 @@ COUNT = 16  # references
 LARGEST = 64  # their side in voxels, at most
 LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
 FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
-LEVEL = 1e-4  # 1/Å^4: what is added to the sum of squares of a fit, to make slopes small
+LEVEL = 3e-4  # 1/Å^4: what is added to the sum of squares of a fit, to make slopes small
 GAIN = 0.2, 1.0  # the limits of g; noise is never raised
 LEAST_GAIN = 0.03  # of the share of negative power, that g must remove
 

@@ -69,22 +69,19 @@ def to_work_scale(map: Map, settings: GreySettings, say=print) -> tuple[Map, Gre
 
 def say_scale(observation: Observation, settings: GreySettings, say=print) -> None:
     """One line on the maximum that the prior takes for 1, and one on the spectrum if it changes."""
-    maximum = observation.scale.maximum
+    maximum, error = observation.scale.maximum, observation.maximum_error
     if settings.maximum is not None:
-        words = "as given"
-    elif observation.maximum_error is None:
-        words = (
-            "of the classical answer, which is blurred: this --ckpt carries no densities to compare"
-        )
+        words = ", as given"
+    elif error is None:
+        words = " (the classical answer's, too low: no signal, or no references in --ckpt)"
     else:
-        error = observation.maximum_error / maximum
-        words = f"give or take {error:.0%}, if the map were sharp; --grey-scale sets it"
-    say(f"grey scale: the brightest protein is {maximum:.4g} above solvent ({words})")
+        words = f", give or take {error / maximum:.0%}; --grey-scale sets it"
+    say(f"grey scale: in a sharp map protein would reach {maximum:.4g} above solvent{words}")
     if observation.spectrum is not None:
-        low, high = (float(v) for v in observation.spectrum.aminmax())
+        low = float(observation.spectrum.min())
         say(
-            "sharpening: the map is sharpened in another way than what the network knows; its "
-            f"frequencies are multiplied by {low:.2g} to {high:.2g}, and divided again at the end"
+            "sharpening: this map is sharpened more than those that the network knows; fine detail "
+            f"is weakened, to {low:.2g} at most, and strengthened again at the end"
         )
 
 

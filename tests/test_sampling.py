@@ -527,7 +527,7 @@ def test_a_given_grey_scale_is_that_of_the_network_and_of_the_report(run, halves
     report = report_of("in_wedge")
     assert (report["maximum"], report["maximum_error"], report["spectrum"]) == (2.5, 0, None)
     assert report["background"] == 40
-    assert "the brightest protein is 2.5 above solvent (as given)" in capsys.readouterr().out
+    assert "protein would reach 2.5 above solvent, as given" in capsys.readouterr().out
 
     # It changes the result. Half maps have one each.
     given = values("in_wedge_mean.mrc")
