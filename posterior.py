@@ -58,14 +58,17 @@ from volume import Scale
 
 # Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
 # "prior" is Departure 1. "paper" has the numbers of 5.5. The release's scripts take 200 steps.
+PRIOR = dict(steps=20, t_start=0.5, fresh_noise=True, inner=2)
 WEDGE = {
-    "prior": dict(steps=20, t_start=0.4, fresh_noise=True, inner=2),
+    "prior": PRIOR,
     "paper": dict(steps=1000, t_start=1.0, fresh_noise=False, inner=0, turned=False),
 }
 DENOISE = {
-    "prior": dict(steps=20, t_start=0.5, fresh_noise=True, inner=2, leak=1 / 8),
+    "prior": PRIOR,
     "paper": dict(steps=1000, lambda_max=5.0, turned=False),
 }
+# The share of the network's own noise that (3) may copy from y, see `least_rho`.
+LEAK = 1 / 8
 
 
 # ---- The observation
@@ -83,6 +86,7 @@ class Observation:
     sigma: Tensor | float  # sigma_k^2 = P_k / N in (6): one number, or (D, H, W)
     start: Tensor  # the classical answer (D, H, W), where sampling begins
     scale: Scale = Scale(1.0, 0.0, 1.0)
+    classical: Callable | None = None  # made start; see `observe`
     spectrum: Tensor | None = None  # g of grey_scale.py (2), by which y was multiplied; None: 1
     maximum_error: float | None = None  # of scale.maximum, one standard deviation; None: not known
 
@@ -100,13 +104,14 @@ def observe(
     y: Tensor,
     measured: Tensor,
     sigma: Tensor | float,
-    classical: Callable[[Tensor], Tensor],
+    classical: Callable[[Tensor, Tensor, Tensor | float], Tensor],
     maximum: float | None = None,
 ) -> Observation:
     """An Observation from a map y (D, H, W) and sigma, both in the units of the map.
 
-    classical: makes `start` of y; it is called with y in the prior's spectrum. maximum: 99.999
-    percentile of the sharp density, in the units of the map (default: estimated, grey_scale.py).
+    classical: makes `start` of (y, measured, sigma), as `pocs` and `positive_wiener` do; it is called
+    with y and sigma in the prior's spectrum. maximum: 99.999 percentile of the sharp density, in the
+    units of the map (default: estimated, grey_scale.py).
     """
     # Without references to compare with, that of the classical answer is the best guess.
     found = Match()
@@ -116,7 +121,7 @@ def observe(
         gain = grey_scale.expand(found.spectrum, y.shape)
         y = fourier.apply_fourier(y, gain)
         sigma = sigma * gain
-    start = classical(y)
+    start = classical(y, measured, sigma)
     if maximum is not None:
         found = found._replace(maximum=maximum, error=0.0)
     elif found.maximum is None:
@@ -137,6 +142,7 @@ def observe(
         sigma,
         to_network(start),
         scale,
+        classical,
         found.spectrum,
         found.error,
     )
@@ -197,9 +203,14 @@ def noise_and_signal(
 
 
 def pocs(
-    y: Tensor, measured: Tensor, iterations: int = 100, support: Tensor | None = None
+    y: Tensor,
+    measured: Tensor,
+    sigma: Tensor | float = 0.0,
+    *,
+    iterations: int = 100,
+    support: Tensor | None = None,
 ) -> Tensor:
-    """(7): projections onto convex sets, starting from y itself.
+    """(7): projections onto convex sets, starting from y itself. sigma is not used.
 
     support: boolean (D, H, W) in real space; the density is 0 outside of it.
     """
@@ -220,6 +231,14 @@ def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
     powers = (noise, signal)
     P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape, voxel_size) for p in powers)
     return fourier.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
+
+
+def positive_wiener(y: Tensor, measured: Tensor, sigma: Tensor | float) -> Tensor:
+    """(8) for an observation (D, H, W) alone, without negative density. sigma as in `observe`."""
+    noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(y.shape)
+    signal = grey_scale.signal_power(y, measured, noise, min(y.shape) // 2)
+    S = grey_scale.expand(signal.clamp(min=1e-30), y.shape)
+    return wiener(y, noise, measured * S).clamp(min=0)
 
 
 # ---- The prior on a map of any size
@@ -346,16 +365,15 @@ def sample_posterior(
     t_start: float,
     fresh_noise: bool = True,
     inner: int = 0,
-    leak: float | None = None,
     turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
     """Samples (K, D, H, W) in network scale, one per generator: Algorithm 2 from t_start on.
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
-    number of non-negativity projections in every step. leak: for noise that differs between
-    coefficients, chooses V_k of (6) by `least_rho` and `missed`. With None V_k is r^2, where
-    r = t / (1 - t). turned: of `draw_tiles`. tick is called after every step.
+    number of non-negativity projections in every step. V_k of (6) is r^2 / rho with r = t / (1 - t)
+    and rho by `least_rho`, or what `missed` finds if that is more. turned: of `draw_tiles`. tick is
+    called after every step.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
 
@@ -368,8 +386,7 @@ def sample_posterior(
     times = torch.linspace(t_start, 0, steps + 1).tolist()
     ratios = [t / max(1 - t, 1e-3) for t in times[:-1]]
     r = torch.tensor(ratios, dtype=torch.float64)
-    rho = 1.0 if leak is None else least_rho(sigma, measured, r, leak)
-    variances = (r**2 / rho).tolist()
+    variances = (r**2 / least_rho(sigma, measured, r)).tolist()
 
     x = (1 - t_start) * observation.start + t_start * draw_noise()
     for t, s, variance in zip(times, times[1:], variances):
@@ -378,9 +395,8 @@ def sample_posterior(
         estimate = flow.posterior_mean(x, velocity, t)  # (2)
 
         # Trust each coefficient of y as far as its noise and the error of the estimate say.
-        if leak is not None:
-            variance = missed(estimate, y, measured, sigma).clamp(min=variance)
-        trust = measured * (variance / (variance + sigma**2))  # (6)
+        error = missed(estimate, y, measured, sigma).clamp(min=variance)
+        trust = measured * (error / (error + sigma**2))  # (6)
 
         # Put the observation back, and keep density non-negative.
         for _ in range(inner):
@@ -396,7 +412,7 @@ def sample_posterior(
     return x
 
 
-def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float) -> float:
+def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float = LEAK) -> float:
     """The smallest rho in 0.001 .. 1 with mean_k (w_k sigma_k / r)^2 <= leak * rho at all r (T,).
 
     In (6), V_k = r^2 / rho with r = t / (1 - t). Equation (3) copies part of the noise of y into

@@ -211,12 +211,9 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
     else:
         noise = posterior.estimate_noise(y, settings.measured(map)) / maximum
 
-    def classical(y: Tensor) -> Tensor:
-        return posterior.pocs(y, measured)
-
     sigma = noise * maximum * gain
     observation = posterior.observe(
-        prior, work.density, measured, sigma, classical, settings.maximum
+        prior, work.density, measured, sigma, posterior.pocs, settings.maximum
     )
     # Algorithm 2 as printed has no noise in y.
     if settings.method == "paper":
@@ -297,7 +294,7 @@ def restore_half_maps(
     spectrum = None
     if method != "wiener" or not is_coarse(half_map_1, prior):
         for half, power in zip(halves, powers):
-            observations.append(observe_half_map(half, power, signal, prior, settings))
+            observations.append(observe_half_map(half, power, prior, settings))
         spectrum = observations[0].spectrum
         say_scale(observations[0], settings, say)
 
@@ -423,9 +420,9 @@ def resolution_of(curve: Tensor, map: Map) -> float:
 
 
 def observe_half_map(
-    half: Map, power: Tensor, signal: Tensor, prior: Prior, settings: DenoiseSettings
+    half: Map, power: Tensor, prior: Prior, settings: DenoiseSettings
 ) -> Observation:
-    """The observation of a half map with its noise power and its signal's, both per shell."""
+    """The observation of a half map with its noise power per shell."""
     work = mrc.resample_map(half, prior.voxel_size)
     y = work.density
 
@@ -434,13 +431,9 @@ def observe_half_map(
     noise = settings.noise_on_grid(power * gain, work)
 
     # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
-    def classical(y: Tensor) -> Tensor:
-        # The filter commutes with that of the spectrum, so its powers are those of the map.
-        return posterior.wiener(y, noise, signal * gain, work.voxel_size).clamp(min=0)
-
     held = fourier.below_nyquist(y.shape, half.density.shape)
     sigma = (noise / y.numel()).sqrt()
-    return posterior.observe(prior, y, held, sigma, classical, settings.maximum)
+    return posterior.observe(prior, y, held, sigma, posterior.positive_wiener, settings.maximum)
 
 
 # ---- Ab initio (CryoFM 5.4)

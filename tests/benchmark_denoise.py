@@ -92,7 +92,7 @@ def restore(
     classical = posterior.wiener(sum(densities) / 2, noise, signal)
     drawn = []
     for i, (half, power) in enumerate(zip(halves, powers)):
-        observation = observe_half_map(half, power, signal, prior, settings)
+        observation = observe_half_map(half, power, prior, settings)
         drawn += posterior.draw_samples(prior, observation, sampler, samples=samples, seed=i << 32)
     return classical, torch.stack(drawn)
 

@@ -366,7 +366,7 @@ def test_noise_per_shell_reaches_the_priors_grid_by_spatial_frequency(
     shells = shape[2] // 2
     power = 1.3 ** -torch.arange(shells, dtype=torch.float64)
     prior = prior_of(nn.Identity(), 16)
-    observation = sampling_tasks.observe_half_map(half, power, power, prior, settings)
+    observation = sampling_tasks.observe_half_map(half, power, prior, settings)
 
     # Shell k begins at k / side of the x axis, whatever the voxels. n'^2 / n^2: resampling.
     work = mrc.resample_map(half, 1.5)

@@ -1,0 +1,155 @@
+"""How far a result may be from the truth: measured on densities whose truth is known.
+
+    V(r)  = a s(r)^2 + b m(r)^2 + c     predicted variance of the error at voxel r            (1)
+    (a, b, c) >= 0:  minimise  sum_r V - e^2 log V     over the voxels of the references      (2)
+    |e| <= z sqrt(V) in 90 % of the molecule's voxels of the references                       (3)
+
+s is the standard deviation of the samples and m their mean, smoothed. The samples alone are too
+sure of themselves: their spread is a half to a fifth of the error, because the network is no perfect
+prior and steps are few. So the reference densities of the checkpoint (grey_scale.py) are observed
+like the map, with its missing coefficients and its noise, and restored by the same steps. Their
+error e is known. (2) makes the mean of V that of e^2. It is the deviance of a Poisson variable, and
+its multiplicative updates are those of Lee & Seung (2001).
+
+(3) is a split conformal quantile (Vovk et al. 2005). All of it holds for a map as far as the
+references resemble it. Ours, not from the papers.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import augment
+import fourier
+import fsc
+import grey_scale
+import posterior
+from checkpoint import Prior
+from posterior import Moments, Observation
+
+COUNT = 4  # references that are restored
+SMOOTH = 1.5  # voxels: standard deviation of the Gaussian that smooths m
+MOLECULE = 0.1  # of the maximum: density above it counts as molecule
+INSIDE = 0.9  # share of (3)
+SEED = 1 << 40  # far from the seeds of the samples
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """(1) with its numbers fitted, in the units and the spectrum of the map."""
+
+    weights: Tensor  # a, b, c: (3,)
+    interval: float  # z of (3)
+    fsc: Tensor  # of restored references with their truth, shells 0 .. D/2, their mean
+    box: int  # D, voxels per side of the references
+
+    def std(self, moments: Moments) -> Tensor:
+        """sqrt(V) of a restored map, from the moments of its samples."""
+        return (features(moments) @ self.weights).sqrt().float()
+
+
+def measure(
+    prior: Prior,
+    observations: list[Observation],
+    sampler: dict,
+    samples: int,
+    region: Tensor | None = None,
+    tick=posterior.no_tick,
+) -> Uncertainty:
+    """What `samples` samples of each observation are worth; the result is the mean of them all.
+
+    observations: a map, or two half maps, of one molecule. sampler: as for posterior.draw_samples.
+    region: boolean (D, H, W) in Fourier space; the FSC is that of these coefficients.
+    The prior must have references.
+    """
+    moments, truths, curves = [], [], []
+    crops = prior.references[:: max(1, len(prior.references) // COUNT)][:COUNT]
+    for i, crop in enumerate(crops.float() / 255):
+        # Observe the reference as the map was observed, and restore it.
+        x_0 = (crop - prior.mean) / prior.std
+        found = Moments()
+        for j, observation in enumerate(observations):
+            seed = SEED + i * len(observations) + j
+            seen = observe_reference(observation, x_0, seed)
+            drawn = posterior.draw_samples(
+                prior, seen, sampler, samples=samples, seed=seed, tick=tick
+            )
+            for sample in drawn:
+                found.add(sample)
+
+        # Compare it with the truth, which has the map's grey scale and spectrum.
+        truth = observations[0].to_map(x_0)
+        curves.append(fsc_of(found.mean, truth, region))
+        moments.append(found)
+        truths.append(truth)
+    weights, interval = fit(moments, truths)
+    return Uncertainty(weights, interval, torch.stack(curves).mean(0), crops.shape[-1])
+
+
+def observe_reference(observation: Observation, x_0: Tensor, seed: int) -> Observation:
+    """A density x_0 (D, D, D) in network scale, observed like a map: with its mask and noise."""
+    # The mask and the noise, at the frequencies of the smaller grid.
+    shape = x_0.shape
+    mask = observation.measured.cpu().float()
+    measured = grey_scale.same_frequencies(mask, shape) > 0.5
+    sigma = torch.as_tensor(observation.sigma).cpu().float().expand(mask.shape)
+    sigma = grey_scale.same_frequencies(sigma, shape)
+
+    # y = A x + n. Coefficients that were not measured are 0 in a density, which is not 0 here.
+    generator = augment.item_generator(seed, 0)
+    noise = fourier.apply_fourier(torch.randn(shape, generator=generator), sigma)
+    mean, std = observation.scale.mean, observation.scale.std
+    density = (x_0 + noise) * std + mean
+    density = fourier.apply_fourier(density, measured)
+    start = observation.classical(density, measured, sigma * std)
+
+    def to_network(density: Tensor) -> Tensor:
+        return ((density - mean) / std).to(observation.y.device)
+
+    return replace(
+        observation,
+        y=to_network(density),
+        measured=measured.to(observation.y.device),
+        sigma=sigma.to(observation.y.device),
+        start=to_network(start),
+    )
+
+
+def features(moments: Moments) -> Tensor:
+    """s^2, m^2 and 1 of (1) for samples (D, H, W): float64 (D, H, W, 3)."""
+    mean = moments.mean.double()
+    k = fourier.wavenumber(mean.shape)
+    smooth = fourier.apply_fourier(mean, torch.exp(-2 * (torch.pi * SMOOTH * k) ** 2))
+    variance = moments.std().double() ** 2
+    return torch.stack([variance, smooth.clamp(min=0) ** 2, torch.ones_like(mean)], -1)
+
+
+def fit(moments: list[Moments], truths: list[Tensor]) -> tuple[Tensor, float]:
+    """(a, b, c) of (2) and z of (3) from restored references and their truths."""
+    x = torch.cat([features(found).flatten(0, -2) for found in moments])
+    error = torch.cat([(found.mean - truth).flatten() for found, truth in zip(moments, truths)])
+    squares = error.double() ** 2
+
+    # (2), by updates that keep the weights positive. Units make no difference.
+    scale = x.mean(0).clamp(min=1e-300)
+    x = x / scale
+    weights = squares.mean().expand(3) / 3
+    for _ in range(300):
+        predicted = x @ weights
+        gain = (x * (squares / predicted)[:, None]).mean(0)  # the mean of x itself is 1
+        weights = weights * gain
+
+    # (3)
+    molecule = torch.cat([(truth > MOLECULE * truth.max()).flatten() for truth in truths])
+    ratio = error.abs() / (x @ weights).sqrt()
+    interval = float(ratio[molecule].quantile(INSIDE))
+    return weights / scale, interval
+
+
+def fsc_of(x: Tensor, truth: Tensor, region: Tensor | None) -> Tensor:
+    """FSC of two maps, of the Fourier coefficients in a region (on any grid) if there is one."""
+    if region is None:
+        return fsc.fsc(x, truth)
+    kept = grey_scale.same_frequencies(region.float(), truth.shape) > 0.5
+    return fsc.fsc(fourier.apply_fourier(x, kept), fourier.apply_fourier(truth, kept))
