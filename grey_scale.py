@@ -65,7 +65,10 @@ def references(dataset) -> Tensor:
         crops.append(volume.center_crop(x, min(len(x), LARGEST)))
 
     def blunt(x: Tensor) -> float:
-        return float(fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max().clamp(min=1e-6))
+        # Crops that hardly touch a molecule come last.
+        if x.max() < 0.5:
+            return math.inf
+        return float(fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max())
 
     crops = sorted(crops, key=blunt)[: 3 * COUNT : 3]
     return (torch.stack(crops) * 255).round().to(torch.uint8)
@@ -181,7 +184,7 @@ def match(
     signal = signal_power(y, measured, noise, n)
     everything = torch.ones(small)
     powers = [band_mean(fourier.fft3(r).abs().square(), everything, n) for r in crops]
-    powers = [p / p[1 : n // 2].mean() for p in powers]
+    powers = [p.clamp(min=1e-30) / p[1 : n // 2].mean() for p in powers]
     target = torch.stack(powers).mean(0)
     g, h = match_spectrum(signal, target, voxel_size)
 

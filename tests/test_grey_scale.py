@@ -151,11 +151,13 @@ class Crops:
 
     def __getitem__(self, i):
         x = molecule(i) if i % 2 else low_passed(molecule(i), 300.0)
+        x = 0 * x if i % 10 == 0 else x
         return ((x - self.mean) / self.std)[None, None]
 
 
 def test_references_are_densities_and_the_sharper_ones():
     found = grey_scale.references(Crops())
+    assert found.flatten(1).amax(1).min() > 127  # none of the empty ones
     assert found.dtype == torch.uint8 and found.shape == (grey_scale.COUNT, *SHAPE)
     sharp = [(255 * molecule(i)).round() for i in range(1, 5 * grey_scale.COUNT, 2)]
     same = [any((crop - x).abs().max() <= 1 for x in sharp) for crop in found.float()]
