@@ -109,9 +109,9 @@ def observe(
 ) -> Observation:
     """An Observation from a map y (D, H, W) and sigma, both in the units of the map.
 
-    classical: makes `start` of (y, measured, sigma), as `pocs` and `positive_wiener` do; it is called
-    with y and sigma in the prior's spectrum. maximum: 99.999 percentile of the sharp density, in the
-    units of the map (default: estimated, grey_scale.py).
+    classical: makes `start` of (y, measured, sigma), as `pocs` and `positive_wiener` do; it is
+    called with y and sigma in the prior's spectrum. maximum: 99.999 percentile of the sharp
+    density, in the units of the map (default: estimated, grey_scale.py).
     """
     # Without references to compare with, that of the classical answer is the best guess.
     found = Match()

@@ -40,6 +40,7 @@ from files import owned, refuse_existing
 from fsc_half_maps import read_fsc
 from mrc import Map
 from report import Result
+from sampling_half_maps import restore_half_maps
 from sampling_networks import finer_grid, sharpen, super_resolve
 from sampling_prior import generate, log_likelihood
 from sampling_runs import Run, label_of, names_of_maps, plan_runs, truth_beside
@@ -54,7 +55,7 @@ from sampling_settings import (
     Settings,
     WedgeSettings,
 )
-from sampling_tasks import ab_initio, box_of_stack, fill_wedge, restore_half_maps, restore_wedge
+from sampling_tasks import ab_initio, box_of_stack, fill_wedge, restore_wedge
 from star import read_angles
 from terminal import STOPPED, one_line_for_memory, run_program, say
 

@@ -46,11 +46,11 @@ def in_work_scale(task):
             works[1] = matched(*works, given["say"])
         given |= zip(maps, works)
 
-        # Do the task, and give them back. A standard deviation has no offset and no sign.
+        # Do the task, and give them back. "_std" and "_snr" have no offset and no sign.
         result = task(*call.args, **call.kwargs)
         densities = {}
         for end, x in result.densities.items():
-            densities[end] = x if end == "_std" else greys[0].to_map(x)
+            densities[end] = x if end in ("_std", "_snr") else greys[0].to_map(x)
         return replace(result, densities=densities, report=result.report | facts_of(greys))
 
     return with_any_grey_scale

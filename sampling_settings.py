@@ -77,12 +77,14 @@ class SeedSettings(Settings):
 @dataclass(frozen=True)
 class SampleSettings(SeedSettings):
     samples: int = opt(
-        4, "samples; their mean is the result, their spread _std.mrc", Limits(1, 1000, "1 to 1000")
+        4,
+        "samples; their mean is the result, and _std.mrc its standard deviation",
+        Limits(1, 1000, "1 to 1000"),
     )
     # The default depends on the method, posterior.py.
     steps: int | None = opt(
         None,
-        "of the sampler (default: 20; method paper 200; generate 50)",
+        "of the sampler (default: 20; method paper 1000, abinitio's 200; generate 50)",
         Limits(1, 10_000, "1 to 10000"),
         type=int,
     )
@@ -189,7 +191,7 @@ DISCARD = opt(
 
 @dataclass(frozen=True)
 class WedgeSettings(SampleSettings, TiltSettings):
-    suffixes = ("", "_mean", "_std")
+    suffixes = ("", "_mean", "_std", "_snr")
     tilt_axis: str = AXIS
     discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))
@@ -205,7 +207,7 @@ class WedgeSettings(SampleSettings, TiltSettings):
 
 @dataclass(frozen=True)
 class DenoiseSettings(SampleSettings, MaskSettings):
-    suffixes = ("", "_half1", "_half2", "_std")
+    suffixes = ("", "_half1", "_half2", "_std", "_snr")
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "wiener"))
     # The noise of two half maps is estimated from them. That of one map must be given.
     noise_from_fsc: Tensor | None = opt(

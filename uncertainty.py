@@ -5,11 +5,11 @@
     |e| <= z sqrt(V) in 90 % of the molecule's voxels of the references                       (3)
 
 s is the standard deviation of the samples and m their mean, smoothed. The samples alone are too
-sure of themselves: their spread is a half to a fifth of the error, because the network is no perfect
-prior and steps are few. So the reference densities of the checkpoint (grey_scale.py) are observed
-like the map, with its missing coefficients and its noise, and restored by the same steps. Their
-error e is known. (2) makes the mean of V that of e^2. It is the deviance of a Poisson variable, and
-its multiplicative updates are those of Lee & Seung (2001).
+sure of themselves: their spread is a half to a fifth of the error, because the network is not a
+perfect prior and steps are few. So the reference densities of the checkpoint (grey_scale.py) are
+observed like the map, with its missing coefficients and its noise, and restored by the same steps.
+Their error e is known. (2) makes the mean of V that of e^2. It is the deviance of a Poisson
+variable, and its multiplicative updates are those of Lee & Seung (2001).
 
 (3) is a split conformal quantile (Vovk et al. 2005). All of it holds for a map as far as the
 references resemble it. Ours, not from the papers.

@@ -40,15 +40,14 @@ import volume
 from checkpoint import Prior
 from fsc import auc, fsc, resolution
 from mrc import Map
+from sampling_half_maps import observe_half_map
 from sampling_settings import AnisotropicSettings, DenoiseSettings
-from sampling_tasks import observe_half_map
 
 PRIOR = posterior.DENOISE["prior"]
 VARIANTS = {
     "prior": PRIOR,
     "prior, from noise": PRIOR | {"t_start": 1.0},
     "prior, deterministic": PRIOR | {"fresh_noise": False},
-    "prior, trust as for the wedge": PRIOR | {"leak": None},
 }
 
 
@@ -85,7 +84,7 @@ def restore(
     prior: Prior, halves: list[Map], settings: DenoiseSettings, sampler: dict, samples: int
 ) -> tuple[Tensor, Tensor]:
     """The Wiener filter of the average, and all samples of both halves (2 samples, D, H, W)."""
-    # As sampling_tasks.restore_half_maps does it, but all samples come back.
+    # As sampling_half_maps.restore_half_maps does it, but all samples come back.
     densities = [half.density for half in halves]
     powers, signal, _ = posterior.noise_and_signal(densities)
     noise = settings.noise_on_grid(sum(powers) / 4, halves[0])

@@ -59,8 +59,9 @@ from checkpoint import Prior
 from fsc import auc, fsc, resolution
 from mrc import Map
 from report import silent
+from sampling_half_maps import restore_half_maps
 from sampling_settings import AnisotropicSettings, DenoiseSettings, WedgeSettings
-from sampling_tasks import restore_half_maps, restore_wedge
+from sampling_tasks import restore_wedge
 
 # FSC of half maps in the authors' release (github.com/ByteDance-Seed/cryofm, Apache-2.0), rounded
 # to five places. The last shell of a 64^3 box of 1.5 Å is 1/3.

@@ -46,6 +46,7 @@ from fsc import auc, fsc
 from mrc import Map
 from report import Result, silent
 from sampling_grey_scale import to_work_scale
+from sampling_half_maps import restore_half_maps
 from sampling_networks import sharpen
 from sampling_settings import (
     DenoiseSettings,
@@ -54,7 +55,7 @@ from sampling_settings import (
     NetworkWedgeSettings,
     WedgeSettings,
 )
-from sampling_tasks import fill_wedge, restore_half_maps, restore_wedge
+from sampling_tasks import fill_wedge, restore_wedge
 
 # The two halves share no protein. Each begins with its maps of 4.5 Å or better.
 CHOOSE = (

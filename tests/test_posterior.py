@@ -40,7 +40,9 @@ def test_pocs_equals_50_iterations_of_the_oracle_inside_its_support():
     support = torch.from_numpy(bits.reshape(shape).astype(bool))
     kz, _, kx = fourier.freq_grid(shape)
     measured = (kz.abs() <= kx.abs() * math.tan(math.radians(60))).expand(shape)
-    assert close(posterior.pocs(f["degraded"], measured, iterations=50, support=support), f["pocs_50"])
+    assert close(
+        posterior.pocs(f["degraded"], measured, iterations=50, support=support), f["pocs_50"]
+    )
 
 
 def test_pocs_does_not_change_a_map_that_is_positive_and_empty_in_the_wedge():
@@ -53,7 +55,10 @@ def test_pocs_does_not_change_a_map_that_is_positive_and_empty_in_the_wedge():
 def test_every_pocs_iteration_comes_nearer_to_a_positive_truth():
     truth, measured = random((12, 12, 12)).clamp(min=0) ** 2, wedge((12, 12, 12))
     y = filtered(truth, measured)
-    error = [float((posterior.pocs(y, measured, iterations=n) - truth).norm()) for n in (0, 1, 2, 5, 10, 30)]
+    error = [
+        float((posterior.pocs(y, measured, iterations=n) - truth).norm())
+        for n in (0, 1, 2, 5, 10, 30)
+    ]
     assert all(after < 0.99 * before for before, after in zip(error, error[1:]))
 
 

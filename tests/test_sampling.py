@@ -38,6 +38,7 @@ import fsc_score
 import mrc
 import posterior
 import sampling
+import sampling_half_maps
 import sampling_tasks
 import volume
 from model_hdit import HDiT, HDiTConfig
@@ -312,7 +313,7 @@ def test_the_fsc_of_the_halves_gives_the_noise_of_their_mean_whatever_the_box(ru
     fsc_score.main(["a.mrc", "b.mrc", "-o", "curve", "--quiet"])
     mean = mrc.read_map("mean.mrc")
     settings = sampling.read_files(DenoiseSettings(noise_from_fsc="curve.csv"), mean, {})
-    (power,), _, _ = sampling_tasks.noise_of_half_maps([mean], settings)
+    (power,), _, _ = sampling_half_maps.noise_of_half_maps([mean], settings)
     # E|F n|^2 of the mean is N 0.1^2 / 2 in every shell; large shells find it within 10 %.
     assert float((power / (truth.numel() * 0.005) - 1)[8:].abs().max()) < 0.1
 
@@ -366,7 +367,7 @@ def test_noise_per_shell_reaches_the_priors_grid_by_spatial_frequency(
     shells = shape[2] // 2
     power = 1.3 ** -torch.arange(shells, dtype=torch.float64)
     prior = prior_of(nn.Identity(), 16)
-    observation = sampling_tasks.observe_half_map(half, power, prior, settings)
+    observation = sampling_half_maps.observe_half_map(half, power, prior, settings)
 
     # Shell k begins at k / side of the x axis, whatever the voxels. n'^2 / n^2: resampling.
     work = mrc.resample_map(half, 1.5)

@@ -1,0 +1,211 @@
+"""Noise out of two half maps, or out of one map whose noise is described (CryoFM 5.1, 5.2).
+
+    restored = (x_1 + x_2) / 2,   x_i: mean of the posterior's samples given half map i          (1)
+
+Each half is restored by itself, so that the FSC of x_1 and x_2 compares two results that share
+nothing but the prior. The classical answer is the Wiener filter of the average.
+
+CryoFM: arXiv:2410.08631, appendices D and E.
+Departure 1: where much of the density is negative, "auto" takes the Wiener filter.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import degrade
+import fourier
+import fsc
+import grey_scale
+import mrc
+import posterior
+from checkpoint import Prior
+from mrc import Map
+from posterior import Moments, Observation
+from report import Progress, Result, expected_auc, say_work
+from sampling_checks import (
+    NEGATIVE_TO_REFUSE,
+    keeps_every_shell,
+    negative_power,
+    without_clamps,
+)
+from sampling_grey_scale import in_work_scale, say_scale, scale_facts
+from sampling_posterior import (
+    choose_method,
+    draw,
+    is_coarse,
+    relative_voxel_size,
+    steps_of,
+    uncertainty_maps,
+)
+from sampling_settings import DenoiseSettings
+
+
+@in_work_scale
+def restore_half_maps(
+    half_map_1: Map,
+    half_map_2: Map | None,
+    prior: Prior,
+    settings: DenoiseSettings = DenoiseSettings(),
+    say=print,
+) -> Result:
+    """Take the noise out of two half maps, or out of one map whose noise the settings describe.
+
+    Each half is restored by itself with its own seeds, so that their FSC stays fair. The result ""
+    is the mean of "_half1" and "_half2". "_std" is its standard deviation (uncertainty.py), "_snr"
+    the result over it.
+    Raises ValueError if the half maps do not share one grid, or hold no signal.
+    """
+    # Noise and signal, from the difference between the halves.
+    halves = [half_map_1] if half_map_2 is None else [half_map_1, half_map_2]
+    powers, signal, curve = noise_of_half_maps(halves, settings)
+
+    # Bring the half maps to the prior's grid, grey scale and spectrum, with their noise.
+    voxel_size = half_map_1.voxel_size
+    method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
+    observations = []
+    spectrum = None
+    if method != "wiener" or not is_coarse(half_map_1, prior):
+        for half, power in zip(halves, powers):
+            observations.append(observe_half_map(half, power, prior, settings))
+        spectrum = observations[0].spectrum
+        say_scale(observations[0], settings, say)
+
+    # The classical answer is the Wiener filter of the average, which has less noise.
+    average = torch.stack([half.density for half in halves]).mean(0)
+    noise = torch.stack(powers).sum(0) / len(powers) ** 2
+    noise = settings.noise_on_grid(noise, half_map_1)
+    relative = relative_voxel_size(half_map_1, prior)
+    classical = posterior.wiener(average, noise, signal, voxel_size)
+    positive = grey_scale.in_spectrum(spectrum, classical, clamp, relative)
+    name = "average" if half_map_2 else "input"
+    shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
+
+    # The prior, and every clamp, take density for positive. In the prior's spectrum more is.
+    noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
+    densities = [half.density for half in halves]
+    filtered = [posterior.wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
+    gain = grey_scale.expand(spectrum, average.shape, relative)
+    negative = negative_power(
+        [fourier.apply_fourier(y, gain) for y in densities],
+        [p * gain**2 for p in noises],
+        degrade.expand_shells(signal, average.shape, voxel_size) * gain**2,
+        voxel_size,
+    )
+    answer = positive
+    if negative > NEGATIVE_TO_REFUSE:
+        answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
+        method = without_clamps(method, settings.method, negative, say)
+    resolution = resolution_of(curve, half_map_1)
+    facts = {
+        "method": method,
+        "fsc_of_halves": curve.tolist(),
+        "resolution_0143": resolution,
+        "negative_power": negative,
+    } | scale_facts(observations)
+    if half_map_2:
+        # What the halves say of each answer. That of the method comes last.
+        positives = [grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in filtered]
+        answers = {"average": densities, "Wiener, positive": positives}
+        if answer is not positive:
+            kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
+            pairs = zip(densities, noises, kept)
+            answers["Wiener, every shell"] = [posterior.wiener(*pair) for pair in pairs]
+        facts["expected_auc"] = expected_auc(densities, answers, voxel_size)
+    if method == "wiener":
+        restored = settings.inside_mask(answer, average)
+        return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
+
+    # Say how much work is ahead.
+    sampler = posterior.DENOISE[method] | steps_of(settings)
+    steps = sampler["steps"]
+    count = settings.samples * len(halves)
+    box = mrc.resample_map(half_map_1, prior.voxel_size).density.shape
+    facts |= {"steps": steps, "box": list(box)}
+    say_work(prior, box, count, steps, f"FSC 0.143 at {resolution:.2f} Å", say)
+
+    # Restore each half by itself.
+    tick = Progress(count * steps, say)
+    pooled = Moments()
+    restored_halves = []
+    for i, observation in enumerate(observations):
+        seed = settings.seed + (i << 32)  # far apart, so that the halves share no noise
+        moments = Moments()
+        draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
+        restored_halves.append(posterior.with_fine_detail(moments.mean, filtered[i]))
+
+    if half_map_2:
+        answers = {"restored": restored_halves}
+        facts["expected_auc"] |= expected_auc(densities, answers, voxel_size)
+
+    # The result is the mean of the restored halves.
+    restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)
+    densities = {"": restored}
+    if half_map_2:
+        # Not a gold standard: the halves share the prior, and what it adds to both correlates.
+        curve = fsc.fsc(*restored_halves, convention="cryofm", voxel_size=voxel_size)[1:]
+        facts["fsc_of_restored_halves"] = curve.tolist()
+        for i, half in enumerate(halves):
+            x = settings.inside_mask(restored_halves[i], half.density)
+            densities[f"_half{i + 1}"] = x
+    maps, spread_facts = uncertainty_maps(
+        prior, observations, sampler, settings, pooled, restored, say=say
+    )
+    densities |= maps
+    facts |= spread_facts
+    return Result(half_map_1, densities, shown | {"restored": restored}, facts)
+
+
+def clamp(x: Tensor) -> Tensor:
+    """Without negative density."""
+    return x.clamp(min=0)
+
+
+def noise_of_half_maps(
+    halves: list[Map], settings: DenoiseSettings
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`posterior.noise_and_signal` of half maps on one grid, or of one map by its settings."""
+    # Two half maps of one grid are wanted, or one map and its noise.
+    first, last = halves[0], halves[-1]
+    if settings.describes_one_map != (len(halves) == 1):
+        raise ValueError("give two half maps, or one map with noise_from_fsc or snr")
+    if first.density.shape != last.density.shape or not np.allclose(
+        first.voxel_size, last.voxel_size, rtol=1e-3
+    ):
+        raise ValueError(
+            f"{tuple(first.density.shape)} voxels of {first.voxel_size[2]:g} Å, but {last.path} "
+            f"has {tuple(last.density.shape)} of {last.voxel_size[2]:g} Å; give maps of one grid"
+        )
+    curve = None
+    if len(halves) == 1:
+        # A map that is the mean of two halves has twice their SNR, degrade.py (3).
+        snr = settings.snr or 2 / (1 / settings.noise_from_fsc - 1)
+        curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
+        curve = curve.expand(first.density.shape[-1] // 2)
+    densities = [half.density for half in halves]
+    return posterior.noise_and_signal(densities, curve, first.voxel_size)
+
+
+def resolution_of(curve: Tensor, map: Map) -> float:
+    """FSC_0.143 in Å of a curve over shells 1 .. W//2."""
+    # The curve begins with shell 1. Shell 0 is the mean, which halves share. Its shells are those
+    # of the x axis.
+    curve = torch.cat([curve.new_ones(1), curve])
+    return float(fsc.resolution(curve, map.voxel_size[2], box=map.density.shape[-1]))
+
+
+def observe_half_map(
+    half: Map, power: Tensor, prior: Prior, settings: DenoiseSettings
+) -> Observation:
+    """The observation of a half map with its noise power per shell."""
+    work = mrc.resample_map(half, prior.voxel_size)
+    y = work.density
+
+    # Resampling keeps F y / N, so |F y|^2 goes with the square of N, the number of voxels.
+    gain = (y.numel() / half.density.numel()) ** 2
+    noise = settings.noise_on_grid(power * gain, work)
+
+    # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
+    held = fourier.below_nyquist(y.shape, half.density.shape)
+    sigma = (noise / y.numel()).sqrt()
+    return posterior.observe(prior, y, held, sigma, posterior.positive_wiener, settings.maximum)
