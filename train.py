@@ -163,7 +163,7 @@ def stop_failed_run(tally: Tally, done: int, per_batch: int, ranks: Ranks, out: 
             f"the loss is not finite in micro-batch {batch}, items {first} to "
             f"{first + per_batch - 1} of the data, on rank {batch % ranks.world}"
         )
-    raise ValueError(f"step {step + 1}: {where}; {what_is_kept(out)}. Go on with a lower --lr")
+    raise ValueError(f"step {step + 1}: {where}; {what_is_kept(out)}")
 
 
 def main(argv=None) -> None:

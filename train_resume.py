@@ -416,12 +416,13 @@ def refuse_lost_weights(state: State, ranks: Ranks, out: Path, step: int) -> Non
     if ranks.reduce(torch.tensor(int(lost))):
         raise ValueError(
             f"after step {step} the weights are not finite, or beyond {limit:g}; "
-            f"{what_is_kept(out)}. Train again with a lower --lr"
+            f"{what_is_kept(out)}"
         )
 
 
 def what_is_kept(out: Path) -> str:
+    """What to do after a run that failed, for the end of a message."""
     newest = out / "checkpoint.pt"
     if newest.exists():
-        return f"{newest} is still the one of an earlier step"
-    return "nothing is saved"
+        return f"{newest} is still the one of an earlier step: --resume it with a lower --lr"
+    return "nothing is saved: start again with a lower --lr"

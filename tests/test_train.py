@@ -178,6 +178,30 @@ def test_errors_of_the_program_are_one_line_without_a_traceback(tmp_path):
     assert done.stderr.strip() == f"train.py: {missing}: no such file or folder"
 
 
+def test_a_step_never_waits_for_a_gpu():
+    # Neither reads it a number, nor does it wait for a copy; on a fake GPU, see fake_gpu.py.
+    models = ["small", "small-jepa", "small-mae", "small-sharpen"]
+    command = [sys.executable, str(ROOT / "tests/fake_gpu.py"), *models]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    stops = [line for line in done.stdout.splitlines() if line.startswith("small")]
+    assert stops == [f"{name} 0 0 0" for name in models], done.stdout + done.stderr
+
+
+def test_each_block_is_compiled_once_per_shape_and_the_weights_keep_their_names(monkeypatch):
+    compiled = []
+
+    def compile(function, dynamic):
+        compiled.append(function.__self__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    net = HDiT(TINY)
+    names = list(net.state_dict())
+    train_objectives.compile_blocks(net)
+    blocks = [*net.down_levels[0], *net.mid_level, *net.up_levels[0]]
+    assert compiled == blocks and list(net.state_dict()) == names
+
+
 CRYOFM = [name for name, cfg in train_config.PRESETS.items() if cfg.objective == "flow"]
 CRYOLVM = [name for name, cfg in train_config.PRESETS.items() if cfg.objective != "flow"]
 
