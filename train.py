@@ -134,6 +134,8 @@ def describe(net, cfg: TrainConfig, ranks, start: int, accumulate: int, micro: i
         f"{ranks.world} rank(s) x {accumulate} x {micro} crops of {cfg.crop}^3, "
         f"steps {start} to {cfg.steps}, torch {torch.__version__}"
     )
+    if cfg.compile:
+        ranks.say("the first step also compiles the blocks")
     if cfg.warmup >= cfg.steps:
         ranks.say(f"the learning rate rises to the end: --warmup {cfg.warmup} --steps {cfg.steps}")
 

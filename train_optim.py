@@ -26,8 +26,8 @@ from train_ranks import parted, whole
 class FairseqAdam(torch.optim.Optimizer):
     """AdamW whose eps is added before the bias correction (fairseq, Ott et al. 2019).
 
-    In effect eps is eps / sqrt(1 - beta2^n), which is larger in the first steps. So on a GPU it is
-    PyTorch's fused AdamW with that eps: one kernel for all weights. Elsewhere each line below is.
+    In effect eps is eps / sqrt(1 - beta2^n), which is larger in the first steps. So on a GPU
+    `fused_step` is PyTorch's AdamW with that eps.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01):
@@ -50,29 +50,14 @@ class FairseqAdam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
 
-            # Running means of the gradient and of its square.
             grads = [p.grad for p in params]
             m = [self.state[p]["m"] for p in params]
             v = [self.state[p]["v"] for p in params]
             if has_fused(params):
-                correction = (1 - beta2**n) ** 0.5
-                step_numbers = [torch.full((), n, dtype=torch.float32, device=params[0].device)]
-                torch._fused_adamw_(
-                    params,
-                    grads,
-                    m,
-                    v,
-                    [],
-                    step_numbers * len(params),
-                    lr=lr,
-                    beta1=beta1,
-                    beta2=beta2,
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"] / correction,
-                    amsgrad=False,
-                    maximize=False,
-                )
+                fused_step(params, grads, m, v, group)
                 continue
+
+            # Running means of the gradient and of its square.
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
@@ -88,6 +73,28 @@ class FairseqAdam(torch.optim.Optimizer):
 def has_fused(params: list[Tensor]) -> bool:
     """Whether one kernel steps all weights. A CPU's rounds otherwise than its older runs did."""
     return params[0].device.type == "cuda"
+
+
+def fused_step(params, grads, m, v, group: dict) -> None:
+    """The step of FairseqAdam, `group["step"]`, in one kernel for all weights. Lists of tensors."""
+    n = group["step"]
+    beta1, beta2 = group["betas"]
+    step_number = torch.full((), n, dtype=torch.float32, device=params[0].device)
+    torch._fused_adamw_(
+        params,
+        grads,
+        m,
+        v,
+        [],  # largest v, of AMSGrad
+        [step_number] * len(params),
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"] / (1 - beta2**n) ** 0.5,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class Muon(torch.optim.Optimizer):

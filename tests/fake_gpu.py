@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import flow
 import small_runs
+
+import flow
 import train
 import train_log
 import train_objectives
+import train_optim
 import train_ranks
 import train_resume
 
@@ -92,6 +94,7 @@ def stops_per_step(model: str) -> list[int]:
             stop_failed_run=lambda *_: None,
             held_out_losses=lambda *_: [1.0],
         ),
+        train_optim: dict(has_fused=lambda _: True),
         train_resume: dict(build=built_on_gpu, network_for_use=lambda *_: None),
         train_resume.Checkpoints: dict(save=lambda *_: None),
         train_log.Log: dict(write=lambda *_: None),

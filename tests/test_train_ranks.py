@@ -182,7 +182,9 @@ for flags in {runs!r}:
 def two_ranks_run(folder, data, runs):
     """Runs, each a folder's name and its flags, on two ranks."""
     common = ["--batch", "8", "--micro-batch", "2", "--decay", "0"]
-    runs = [[*common, "--data", str(data), "--out", str(folder / out), *rest] for out, *rest in runs]
+    runs = [
+        [*common, "--data", str(data), "--out", str(folder / out), *rest] for out, *rest in runs
+    ]
     script = folder / "runs.py"
     script.write_text(RUNS.format(root=str(ROOT), runs=runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
