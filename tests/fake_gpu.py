@@ -34,7 +34,7 @@ import train_resume
 
 _setup_privateuseone_for_python_backend("gpu")
 DEVICE = torch.device("gpu", 0)
-STEPS = 5
+STEPS = 3
 aten = torch.ops.aten
 
 

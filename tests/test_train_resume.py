@@ -244,7 +244,7 @@ def test_init_starts_from_averaged_weights_with_a_fresh_optimiser(tmp_path, maps
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, maps):
     says = r"after step 1 the weights are not finite, or beyond 65504; nothing is saved"
     with pytest.raises(ValueError, match=says):
-        run(tmp_path / "new", data=maps, lr=1e30, warmup=0)
+        run(tmp_path / "new", data=maps, lr=1e30, warmup=0, steps=1)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["log.csv"]
 
     # The checkpoint before stays.
@@ -252,6 +252,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, maps):
     before = (tmp_path / "a/checkpoint.pt").read_bytes()
     says = r"after step 2 the weights .*/a/checkpoint.pt is still the one of an earlier step"
     with pytest.raises(ValueError, match=says):
+        run(tmp_path / "a", "--resume", data=maps, lr=1e30, warmup=0, steps=2)
+    assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
+
+    # The next step finds its loss, before anything is saved.
+    with pytest.raises(ValueError, match="step 3: the loss is not finite .*/a/checkpoint.pt is"):
         run(tmp_path / "a", "--resume", data=maps, lr=1e30, warmup=0)
     assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
 
