@@ -195,13 +195,18 @@ def test_every_rank_evaluates_and_samples_so_that_none_waits_and_the_first_one_w
             self.rank = 1
 
     calls = []
-    for name in ("held_out_losses", "draw_samples"):
 
-        def noted(*args, name=name, function=getattr(train, name)):
+    def note(name):
+        function = getattr(train, name)
+
+        def noted(*args):
             calls.append(name)
             return function(*args)
 
         monkeypatch.setattr(train, name, noted)
+
+    note("held_out_losses")
+    note("draw_samples")
     monkeypatch.setattr(train, "Ranks", SecondRank)
     monkeypatch.setattr(train_log, "SAMPLE_STEPS", 1)
     flags = ["--steps", "2", "--eval-every", "1", "--sample-every", "2", "--save-every", "1"]
