@@ -52,7 +52,7 @@ def two_ranks(out, data, signum=0, nan=False, model="small"):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
 
 
@@ -193,7 +193,7 @@ def two_ranks_run(folder, data, runs):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
