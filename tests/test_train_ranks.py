@@ -181,7 +181,7 @@ for flags in {runs!r}:
 
 def two_ranks_run(folder, data, runs):
     """Runs, each a folder's name and its flags, on two ranks."""
-    common = ["--batch", "8", "--micro-batch", "2", "--decay", "0"]
+    common = ["--batch", "8", "--micro-batch", "2"]
     runs = [
         [*common, "--data", str(data), "--out", str(folder / out), *rest] for out, *rest in runs
     ]
