@@ -30,10 +30,10 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import contextlib
 import math
-import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,21 +43,22 @@ import flow
 import grey_scale
 from files import own_folder
 from terminal import one_line_for_memory, run_program
-from train_config import PRESETS, TrainConfig, flag, used_by
-from train_dry_run import dry_run
-from train_log import Log, Tally, write_samples
+from train_config import PRESETS, PRETRAINING, TrainConfig, flag, used_by
+from train_dry_run import dry_run, speed_of
+from train_log import Log, Tally, draw_samples, write_samples
 from train_objectives import (
+    compile_blocks,
     datasets,
     held_out_losses,
     losses,
     refuse_raw_maps,
     split_batch,
 )
-from train_optim import set_rates, update_average
+from train_optim import clip_gradient, set_rates, update_average
 from train_ranks import Ranks, StopSignals, start_loader
-from train_resume import begin, network_for_use, read_training, save
+from train_resume import Checkpoints, begin, every, read_training, what_is_kept
 
-NO_BATCH = 2**62  # larger than the number of any micro-batch
+NONE = 2**62  # larger than the number of any step or micro-batch
 
 
 def parse(argv=None) -> TrainConfig:
@@ -109,11 +110,13 @@ def to_device(batch, train_set, device: torch.device) -> torch.Tensor:
     return batch.flatten(0, 1).to(device, non_blocking=True)
 
 
-def noise_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
+def noise_generator(cfg: TrainConfig, number: int, device: torch.device) -> torch.Generator:
     """What times, noise and masks of micro-batch `number` are drawn with."""
     # Far from the streams of its crops, which augment.item_generator counts up.
-    seed = (seed * 1_000_003 + number) * 268_636_163 % 2**63
-    return torch.Generator(device).manual_seed(seed)
+    seed = (cfg.seed * 1_000_003 + number) * 268_636_163 % 2**63
+    # Masks are a few numbers and tables: made on a GPU, they would wait for it.
+    where = "cpu" if cfg.objective in PRETRAINING else device
+    return torch.Generator(where).manual_seed(seed)
 
 
 def held_out_batch(held_out_set, cfg: TrainConfig) -> torch.Tensor:
@@ -132,40 +135,38 @@ def describe(net, cfg: TrainConfig, ranks, start: int, accumulate: int, micro: i
         f"{ranks.world} rank(s) x {accumulate} x {micro} crops of {cfg.crop}^3, "
         f"steps {start} to {cfg.steps}, torch {torch.__version__}"
     )
+    if cfg.compile:
+        ranks.say("the first step also compiles the blocks")
     if cfg.warmup >= cfg.steps:
         ranks.say(f"the learning rate rises to the end: --warmup {cfg.warmup} --steps {cfg.steps}")
 
 
-def stop_failed_run(step: int, numbers: list, finite: list, per_batch: int, ranks, out, save):
-    """Save the state before this step, say which micro-batch is to blame, and end all ranks.
+def stop_failed_run(tally: Tally, done: int, per_batch: int, ranks: Ranks, out: Path) -> None:
+    """Raise ValueError on all ranks if a loss or gradient since the last log line is not finite.
 
-    numbers: of this rank's micro-batches; finite: whether the loss of each is, then the gradient.
-    Raises ValueError, always.
+    Nothing was saved since, because this comes before every checkpoint. It waits for the GPU.
     """
-    # The lowest number over all ranks.
-    bad = min((number for number, ok in zip(numbers, finite) if not ok), default=NO_BATCH)
-    bad = int(ranks.reduce(torch.tensor(bad), dist.ReduceOp.MIN))
-
-    # The weights may have gone astray some steps ago, so the checkpoint before stays, too.
-    if ranks.rank == 0:
-        if (out / "checkpoint.pt").exists():
-            shutil.copyfile(out / "checkpoint.pt", out / "checkpoint_before.pt")
-        save(step)
-    # Wait for it: the first rank to fail ends the others.
-    ranks.reduce(torch.zeros(1))
+    # The first step that failed, and the first of its micro-batches, over all ranks.
+    step = batch = NONE
+    failure = tally.first_failure()
+    if failure:
+        step = done - len(tally.norms) + failure[0]
+        if failure[1] < tally.accumulate:
+            batch = (step * tally.accumulate + failure[1]) * ranks.world + ranks.rank  # (1)
+    found = torch.tensor([step, batch])
+    step, batch = ranks.reduce(found, dist.ReduceOp.MIN).tolist()
+    if step == NONE:
+        return
 
     # Items can be made again, to look at them.
     where = "each loss is finite, the gradient is not"
-    if bad != NO_BATCH:
-        first = bad * per_batch
+    if batch != NONE:
+        first = batch * per_batch
         where = (
-            f"the loss is not finite in micro-batch {bad}, items {first} to "
-            f"{first + per_batch - 1} of the data, on rank {bad % ranks.world}"
+            f"the loss is not finite in micro-batch {batch}, items {first} to "
+            f"{first + per_batch - 1} of the data, on rank {batch % ranks.world}"
         )
-    raise ValueError(
-        f"step {step + 1}: {where}; saved as it was after step {step}, --resume it with a lower "
-        "--lr (should it fail again: checkpoint_before.pt is what was saved before)"
-    )
+    raise ValueError(f"step {step + 1}: {where}; {what_is_kept(out)}")
 
 
 def main(argv=None) -> None:
@@ -174,28 +175,31 @@ def main(argv=None) -> None:
     ranks = Ranks()
     split_batch(cfg, ranks.world)
     refuse_raw_maps(cfg, ranks.world)
+    if cfg.shard and ranks.world == 1 and not cfg.dry_run:
+        raise ValueError("--shard: one process has nobody to share with; start it with torchrun")
 
     # One rank is enough for a dry run.
     if cfg.dry_run:
         if ranks.rank == 0:
-            dry_run(cfg, ranks.say)
+            dry_run(cfg, ranks.device, ranks.world, ranks.say)
         return
 
-    # One run per folder. The first rank is the one that writes.
-    if ranks.rank == 0:
-        with own_folder(Path(cfg.out), ranks.say):
-            train(cfg, ranks)
-    else:
-        train(cfg, ranks)
+    # One run per folder, owned until its last file is written. The first rank is the one that
+    # writes, in a thread beside the training.
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0:
+            stack.enter_context(own_folder(Path(cfg.out), ranks.say))
+        writer = stack.enter_context(ThreadPoolExecutor(1))
+        train(cfg, ranks, writer)
 
 
-def train(cfg: TrainConfig, ranks: Ranks) -> None:
+def train(cfg: TrainConfig, ranks: Ranks, writer: ThreadPoolExecutor) -> None:
     """Take the steps of a run, from the first or from the one that was saved last."""
     accumulate, micro = split_batch(cfg, ranks.world)
 
     # A new run starts at step 0, a resumed one after the last step that was saved.
     out = Path(cfg.out)
-    saved = read_training(out / "checkpoint.pt", cfg, micro, ranks.say)
+    saved = read_training(out, cfg, micro, ranks.say)
     start = saved["training"]["step"] if saved else 0
     if start >= cfg.steps:
         ranks.say(f"nothing to do: step {start} of {cfg.steps}; give more --steps to go on")
@@ -204,10 +208,11 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
     # `net` is saved, `ddp` is called, `ema` is evaluated.
     ranks.join()
     device = ranks.device
-    state = begin(cfg, saved, device, ranks.say)
-    del saved
+    state = begin(cfg, saved, ranks)
     net, ema, opts = state.net, state.ema, state.optimizers
-    ddp = ranks.wrap(net, cfg.compile)
+    if cfg.compile:
+        compile_blocks(net)
+    ddp = ranks.wrap(net)
 
     # The micro-batches of this rank, by number, from the first step to the last.
     train_set, held_out_set = datasets(cfg, ranks.say)
@@ -216,46 +221,42 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
     per_batch = micro // cfg.crops_per_map
     per_step = accumulate * ranks.world
     numbers = range(start * per_step + ranks.rank, cfg.steps * per_step, ranks.world)  # (1)
-    loader = start_loader(train_set, item_numbers(numbers, per_batch), per_batch, cfg.workers)
-    save_run = partial(save, state, network_for_use(ema, cfg), cfg, out, micro)
+    items = item_numbers(numbers, per_batch)
+    loader = start_loader(train_set, items, per_batch, cfg.workers, ranks.say)
+    checkpoints = Checkpoints(state, saved, cfg, micro, ranks, writer)
+    del saved
     describe(net, cfg, ranks, start, accumulate, micro)
 
-    # The first rank measures and writes, all ranks train.
-    if ranks.rank == 0:
-        held_out_crops = held_out_batch(held_out_set, cfg).to(device)
-        if cfg.objective == "flow":  # sampling.py compares maps with them
-            save_run = partial(save_run, references=grey_scale.references(train_set))
-        log = Log(out, cfg, start, ranks.say)
+    # All ranks evaluate, so that none waits for another. The first one writes.
+    held_out_crops = held_out_batch(held_out_set, cfg).to(device)
+    speed = speed_of(net, ema, cfg, device, ranks.world)
+    log = Log(out, cfg, start, speed, ranks.say) if ranks.rank == 0 else None
+    if log and cfg.objective == "flow":  # sampling.py compares maps with them
+        checkpoints.references = grey_scale.references(train_set)
     signals = StopSignals()
-    tally = Tally(device)
+    tally = Tally(device, accumulate)
 
     for step in range(start, cfg.steps):
         lr = set_rates(opts, step, cfg)
         step_numbers = range(step * per_step + ranks.rank, (step + 1) * per_step, ranks.world)
-        finite = []
         for number in step_numbers:
             # Fetch a micro-batch, with its own random numbers.
-            x_0 = to_device(next(loader), train_set, device)
-            generator = noise_generator(cfg.seed, number, device)
+            with tally.waiting():
+                batch = next(loader)
+            x_0 = to_device(batch, train_set, device)
+            generator = noise_generator(cfg, number, device)
 
             # Forward and backward.
             with ranks.averaging(ddp, last=number == step_numbers[-1]):
                 with flow.autocast(device, cfg.bf16):
                     loss, bucket = losses(ddp, ema, x_0, cfg, generator)
                 (loss.mean() / accumulate).backward()
-            loss = loss.detach().double()  # no .item() here: it would wait for the GPU
             tally.count(loss, bucket)
-            finite.append(loss.isfinite().all())
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
-        tally.norms.append(norm)
-        finite.append(norm.isfinite())
+        tally.count_step(clip_gradient(net, cfg.clip))
 
-        # Stop or fail: a signal to one rank, or a bad loss of one rank, ends all at this step.
-        failed = not torch.stack(finite).all()
-        ends = torch.tensor([int(signals.stopping()), int(failed)])
-        stopping, failing = ranks.reduce(ends).tolist()
-        if failing:
-            stop_failed_run(step, step_numbers, finite, per_batch, ranks, out, save_run)
+        # A signal to one rank ends all, and the clock of one rank saves.
+        due = ranks.rank == 0 and checkpoints.due()
+        stopping, due = ranks.agree(signals.stopping(), due)
 
         # Update the weights and their average.
         for optimizer in opts:
@@ -264,33 +265,39 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
         done = step + 1
         update_average(ema, net, done, cfg)  # (3) of train_optim
 
-        # Evaluate, log and save.
+        # Nothing above waits for a GPU. What follows does, and every so many steps only.
         last = done == cfg.steps or stopping
-        saving = last or done % cfg.save_every == 0
-        evaluating = last or done % cfg.eval_every == 0
         first = done == start + 1  # shows at once that the run works
-        if first or saving or evaluating or done % cfg.log_every == 0:
-            ranks.reduce(tally.losses)
+        planned = every(done, cfg.save_every) or every(done, cfg.keep_every)
+        evaluating = last or every(done, cfg.eval_every)
+        logging = first or evaluating or planned or every(done, cfg.log_every)
+        saving = last or planned or due
+        if logging or saving:
+            stop_failed_run(tally, done, per_batch, ranks, out)
+        if logging:
             held_out = []
-            if evaluating and ranks.rank == 0:
+            if evaluating:
                 with tally.paused():
                     held_out = held_out_losses(net, ema, held_out_crops, cfg)
             # Not where a signal alone asked for an evaluation: an unbroken run has none there.
-            if state.plateau and done % cfg.eval_every == 0:
-                first_loss = torch.tensor(held_out[0] if held_out else 0.0, dtype=torch.float64)
-                state.plateau.step(float(ranks.reduce(first_loss)))  # the first rank's
-            if ranks.rank == 0:
+            if state.plateau and every(done, cfg.eval_every):
+                state.plateau.step(ranks.of_first(held_out[0]))
+            ranks.reduce(tally.losses)
+            if log:
                 log.write(done, tally, lr, held_out)
-                if saving:
-                    save_run(done)
-            tally = Tally(device)
-        if ranks.rank == 0 and cfg.sample_every and done % cfg.sample_every == 0:
-            with tally.paused():
-                write_samples(ema, cfg, out / "samples", done, device)
+            tally = Tally(device, accumulate)
+        with tally.paused():
+            if saving:
+                checkpoints.save(done)
+            if every(done, cfg.sample_every):
+                density = draw_samples(ema, cfg, device)
+                if log:
+                    write_samples(density, cfg, out / "samples", done)
         if stopping:
             ranks.say(f"stopped by a signal after step {done}; go on with --resume")
             break
     ranks.leave()
+    checkpoints.wait()
 
 
 def run() -> None:

@@ -130,16 +130,22 @@ class TrainConfig:
     # The machine.
     bf16: bool = opt(True, "autocast to bfloat16, where the hardware has it")  # Table 4
     activation_checkpointing: bool = opt(False, "less memory, a third slower", only=FLOW)
-    compile: bool = opt(False, "torch.compile the network")
+    compile: bool = opt(False, "torch.compile each block of the network")
+    shard: bool = opt(False, "each rank holds a part of every weight, not all (FSDP2)")
     workers: int = opt(1, "processes per rank that make the data; 0: none", "[0, 512]")
 
     # What the run writes.
     log_every: int = opt(50, "steps between log lines", "[1, inf)")
     eval_every: int = opt(500, "steps between held-out losses", "[1, inf)")
     held_out_crops: int = opt(64, "crops that the held-out losses are means of", "[1, inf)")
-    save_every: int = opt(500, "steps between checkpoints", "[1, inf)")
+    save_minutes: float = opt(20.0, "minutes between checkpoints; 0: none", "[0, inf)")
+    save_every: int = opt(0, "steps between checkpoints beside these; 0: none", "[0, inf)")
+    keep_every: int = opt(
+        50_000, "steps between checkpoints that stay, as checkpoint_STEP.pt; 0: none", "[0, inf)"
+    )
     sample_every: int = opt(5000, "steps between sample maps; 0: none", "[0, inf)", only=FLOW)
     tensorboard: bool = opt(False, "write what log.csv holds for TensorBoard too")
+    wandb: bool = opt(False, "send what log.csv holds to Weights & Biases too")
 
     def __post_init__(self):
         # Each number alone, then those that depend on each other.

@@ -1,5 +1,6 @@
 """What a training run would cost: `python train.py --model s --data maps --dry-run`."""
 
+import math
 import resource
 import sys
 import time
@@ -10,12 +11,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flow
 from model_hdit import HDiTConfig
-from train_config import TrainConfig
+from train_config import RESTORATIONS, TrainConfig
 from train_objectives import build, datasets, losses, split_batch
 from train_optim import averaged, optimizers, update_average
 from train_resume import start_from
 
 GIB = 2**30
+
+
+# FLOP/s of tensor cores in bfloat16, without sparsity, by what torch calls the GPU. NVIDIA's data
+# sheets of A100, H100, H200 and B200. The first name that fits counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+class Speed(NamedTuple):
+    """What a run's speed is measured by."""
+
+    precision: str  # of its matrix products: "bf16" or "fp32"
+    flop: float  # of a crop, forward and backward; nan where the peak is not known
+    peak: float  # FLOP/s of all ranks; nan if not known
+
+    def mfu(self, crops_per_s: float) -> float:
+        """Model FLOP utilisation, a share; nan where the peak is not known (PaLM, appendix B)."""
+        return crops_per_s * self.flop / self.peak
 
 
 class Step(NamedTuple):
@@ -52,14 +77,37 @@ def multiply_adds(net: HDiTConfig, box: int) -> int:
     return total
 
 
-def dry_run(cfg: TrainConfig, say=print) -> None:
+def peak_flops(device: torch.device) -> float:
+    """PEAK_FLOPS of a device, nan if it is not listed."""
+    if device.type != "cuda":
+        return math.nan
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.nan)
+
+
+def speed_of(net, ema, cfg: TrainConfig, device: torch.device, world: int) -> Speed:
+    """What the speed of a run on `world` such devices is measured by. All ranks call it together.
+
+    Recomputed activations are not counted: they are no work that the model asks for.
+    """
+    # The peaks are those of bfloat16.
+    bf16 = cfg.bf16 and flow.has_bf16(device)
+    peak = peak_flops(device) if bf16 else math.nan
+    flop = math.nan
+    if not math.isnan(peak):
+        maps = 2 if cfg.objective in RESTORATIONS else 1
+        x = torch.zeros(1, maps, *[cfg.crop] * 3, device=device)
+        flop = 3 * forward_flop(net, ema, x, cfg)  # a backward pass costs two forward passes
+    return Speed("bf16" if bf16 else "fp32", flop, world * peak)
+
+
+def dry_run(cfg: TrainConfig, device: torch.device, world: int, say=print) -> None:
     """Print parameters, FLOP, memory, speed and days of a run, from one step; write nothing.
 
-    On a CPU the step takes one crop, on a GPU a micro-batch.
+    world: ranks that the run would have. On a CPU the step takes one crop, on a GPU a micro-batch.
     """
     # The network as a run would begin with it.
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    cuda = device.type == "cuda"
     torch.manual_seed(cfg.seed)
     net = build(cfg).to(device)
     if cfg.init:
@@ -67,7 +115,7 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
 
     # A micro-batch of real data.
     parameters = sum(p.numel() for p in net.parameters())
-    micro = split_batch(cfg, 1)[1]
+    micro = split_batch(cfg, world)[1]
     crops = micro if cuda else 1
 
     train_set, _ = datasets(cfg, say)
@@ -75,7 +123,7 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
     x_0 = torch.cat([train_set[i] for i in range(items)])[:crops].to(device)
 
     # How much arithmetic a crop is.
-    forward = forward_flop(net, x_0, cfg)
+    forward = forward_flop(net, averaged(net, cfg), x_0, cfg)
     # A backward pass costs two forward passes, and one more where activations are recomputed.
     flop = forward * (4 if cfg.activation_checkpointing else 3)
     say(
@@ -86,6 +134,8 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
     # Take the step: memory, time and loss.
     step = measure_step(net, x_0, cfg)
     state = 20 * parameters / GIB  # weights, gradient, average, two moments: 4 bytes each
+    if cfg.shard:
+        state /= world
     kept = step.kept / crops / GIB
     say(
         f"memory: {state:.1f} GiB for weights, gradient, average and moments, {kept:.2f} GiB for "
@@ -98,10 +148,11 @@ def dry_run(cfg: TrainConfig, say=print) -> None:
         f"{step.seconds:.2f} s, peak {peak_memory(cuda):.1f} GiB"
     )
 
-    # The whole run, on this device alone.
-    seconds = step.seconds / crops * cfg.batch
+    # The whole run, without what the ranks send each other.
+    seconds = step.seconds / crops * cfg.batch / world
+    where = "here" if world == 1 else f"on {world} ranks like this one"
     say(
-        f"so a step of {cfg.batch} takes {seconds:,.1f} s here, {cfg.steps:,} steps "
+        f"so a step of {cfg.batch} takes {seconds:,.1f} s {where}, {cfg.steps:,} steps "
         f"{seconds * cfg.steps / 86400:,.1f} days "
         f"({flop * crops / step.seconds / 1e12:.3g} TFLOP/s)"
     )
@@ -113,13 +164,14 @@ def loss_of(net, ema, x: torch.Tensor, cfg: TrainConfig) -> torch.Tensor:
     return losses(net, ema, x, cfg, generator)[0].mean()
 
 
-def forward_flop(net, x: torch.Tensor, cfg: TrainConfig) -> int:
+@torch.no_grad()
+def forward_flop(net, ema, x: torch.Tensor, cfg: TrainConfig) -> int:
     """FLOP of the forward pass of one crop. Torch cannot count na3d, so HDiT has a formula."""
     if cfg.objective == "flow":
         return 2 * multiply_adds(cfg.net, cfg.crop)
     # Torch counts while it computes.
     with FlopCounterMode(display=False) as counter:
-        loss_of(net, averaged(net, cfg), x[:1], cfg)
+        loss_of(net, ema, x[:1], cfg)
     return counter.get_total_flops()
 
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import math
+import secrets
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 import flow
 import mrc
 from train_config import TrainConfig
-from train_dry_run import peak_memory
+from train_dry_run import Speed, peak_memory
 from train_objectives import TIME_BUCKETS, held_out_columns
 
 SAMPLES = 2
@@ -23,13 +26,17 @@ class Tally:
 
     They stay tensors until the line is written, because reading a number would wait for the GPU.
     Evaluations, samples and checkpoints are not steps: the clock stands still in `paused`.
+    accumulate: micro-batches of a step on this rank.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, accumulate: int = 1):
         # Sum and count of the losses in each time bucket.
         self.losses = torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=device)
         self.norms = []
+        self.accumulate = accumulate
+        self.finite = []  # of each step: is the loss of each micro-batch, then the gradient
         self.since = time.perf_counter()
+        self.waited = 0.0  # seconds, for data
 
     @contextlib.contextmanager
     def paused(self):
@@ -38,12 +45,37 @@ class Tally:
         yield
         self.since += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def waiting(self):
+        """A block that waits for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def steps_per_s(self) -> float:
         return len(self.norms) / (time.perf_counter() - self.since)
 
     def count(self, loss: torch.Tensor, bucket: torch.Tensor) -> None:
-        """loss, bucket: (n,), see `train_objectives.losses`."""
+        """A micro-batch. loss, bucket: (n,), see `train_objectives.losses`."""
+        loss = loss.detach().double()  # no .item() here: it would wait for the GPU
         self.losses.index_add_(1, bucket, torch.stack((loss, torch.ones_like(loss))))
+        self.finite.append(loss.isfinite().all())
+
+    def count_step(self, norm: torch.Tensor) -> None:
+        """A step, whose gradient had this norm."""
+        self.norms.append(norm)
+        self.finite.append(norm.isfinite())
+
+    def first_failure(self) -> tuple[int, int] | None:
+        """(step, micro-batch) of the first loss or gradient that is not finite, None without one.
+
+        Both count from 0 at the last log line, on this rank; micro-batch `accumulate` stands for
+        the gradient. It waits for the GPU.
+        """
+        finite = torch.stack(self.finite).tolist()
+        if all(finite):
+            return None
+        return divmod(finite.index(False), self.accumulate + 1)
 
 
 def time_columns(cfg: TrainConfig) -> list[str]:
@@ -57,19 +89,28 @@ def time_columns(cfg: TrainConfig) -> list[str]:
 
 def log_columns(cfg: TrainConfig) -> list[str]:
     measured = ["step", "loss", "grad_norm", "lr", "crops_per_s"]
-    return [*measured, *held_out_columns(cfg), *time_columns(cfg)]
+    machine = ["seconds", "data_wait", "mfu", "precision"]
+    return [*measured, *held_out_columns(cfg), *time_columns(cfg), *machine]
 
 
 class Log:
-    """log.csv, what is printed, and TensorBoard if asked for."""
+    """log.csv, what is printed, and TensorBoard and Weights & Biases if asked for.
 
-    def __init__(self, out: Path, cfg: TrainConfig, start: int, say=print):
+    speed: what the steps are measured by, see `train_dry_run.Speed`.
+    """
+
+    def __init__(self, out: Path, cfg: TrainConfig, start: int, speed: Speed, say=print):
         # The file is open as long as the run lives.
         self.cfg = cfg
         self.say = say
+        self.speed = speed
         self.path = out / "log.csv"
         self.file = open_log(self.path, log_columns(cfg), start)
-        self.board = tensorboard(out, start) if cfg.tensorboard else None
+        self.boards = []
+        if cfg.tensorboard:
+            self.boards.append(tensorboard(out, start))
+        if cfg.wandb:
+            self.boards.append(weights_and_biases(out, cfg))
 
     def write(self, step: int, tally: Tally, lr: float, held_out: list[float]) -> None:
         """One line. held_out: `held_out_losses`, or [] where they were not measured."""
@@ -84,6 +125,12 @@ class Log:
             "lr": lr,
             "crops_per_s": steps_per_s * cfg.batch,
         }
+        # Seconds of a step, and for how many of them it waited for data.
+        machine = {
+            "seconds": 1 / steps_per_s,
+            "data_wait": tally.waited / len(tally.norms),
+            "mfu": self.speed.mfu(values["crops_per_s"]),
+        }
         measured = dict(zip(held_out_columns(cfg), held_out))
         per_time = dict(zip(time_columns(cfg), (loss_sum / loss_count).tolist()))
 
@@ -95,22 +142,26 @@ class Log:
             f"lr {lr:.1e}  {steps_per_s:.2f} steps/s  {values['crops_per_s']:.1f} crops/s  "
             f"{memory:.1f} GiB  ETA {left}"
         )
+        if machine["data_wait"] > 0.1 * machine["seconds"]:
+            line += f"  waits for data {machine['data_wait']:.2f} s a step"
+        if not math.isnan(machine["mfu"]):
+            line += f"  MFU {machine['mfu']:.0%}"
         for name, value in measured.items():
             line += f"  {name.removeprefix('held_out_')} {value:.4f}"
         self.say(line)
 
         # What is written. A bucket that no time fell into has no loss (nan).
-        values = {**values, **measured, **per_time}
+        values = {**values, **measured, **per_time, **machine}
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         self.write_row(step, values)
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        for board in self.boards:
+            board(values, step)
 
     def write_row(self, step: int, values: dict[str, float]) -> None:
         """A row of log.csv; a column without a value stays empty."""
-        columns = log_columns(self.cfg)[1:]
+        columns = log_columns(self.cfg)[1:-1]
         cells = [f"{values[name]:.6g}" if name in values else "" for name in columns]
+        cells.append(self.speed.precision)
         # At once on the disk, so that a run can be watched and a kill loses nothing.
         try:
             print(step, *cells, sep=",", file=self.file, flush=True)
@@ -135,31 +186,57 @@ def open_log(path: Path, columns: list[str], start: int):
     return open(path, "a")
 
 
-def tensorboard(out: Path, start: int):
-    """Raises ValueError if TensorBoard is not installed."""
+def tensorboard(out: Path, start: int) -> Callable[[dict, int], None]:
+    """What writes the values of a step for TensorBoard. Raises ValueError if it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(
             "--tensorboard: pip install tensorboard, or leave it out; log.csv holds the same"
         ) from None
-    return SummaryWriter(str(out), purge_step=start + 1)
+    writer = SummaryWriter(str(out), purge_step=start + 1)
+
+    def write(values: dict, step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return write
+
+
+def weights_and_biases(out: Path, cfg: TrainConfig) -> Callable[[dict, int], None]:
+    """What sends the values of a step to Weights & Biases. Raises ValueError if it is missing.
+
+    Its own settings (WANDB_PROJECT, WANDB_MODE=offline, ...) hold. A resumed run goes on as the
+    same run, whose number is kept in OUT/wandb_id.txt.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "--wandb: pip install wandb, or leave it out; log.csv holds the same"
+        ) from None
+    # The number of this run.
+    file = out / "wandb_id.txt"
+    if not (cfg.resume and file.exists()):
+        file.write_text(secrets.token_hex(4))
+    wandb.init(id=file.read_text(), name=out.name, dir=str(out), resume="allow", config=asdict(cfg))
+    return wandb.log
 
 
 @torch.no_grad()
-def write_samples(net, cfg: TrainConfig, folder: Path, step: int, device: torch.device) -> None:
-    """Maps that the network draws, from the same noise every time, as .mrc (density on 0..1).
-
-    With matplotlib also a picture of their middle slices.
-    """
+def draw_samples(net, cfg: TrainConfig, device: torch.device) -> torch.Tensor:
+    """Densities on 0..1 that the network draws, from the same noise every time: (n, D, D, D)."""
     # From noise to network values, then to densities.
     generator = torch.Generator().manual_seed(0)
     x_1 = torch.randn(SAMPLES, 1, *[cfg.crop] * 3, generator=generator).to(device)
     with flow.autocast(device, cfg.bf16):
         parts = [flow.sample(net, part, SAMPLE_STEPS) for part in x_1.split(cfg.micro_batch)]
     x_0 = torch.cat(parts)[:, 0]
-    density = (x_0 * cfg.std + cfg.mean).float().cpu()
+    return (x_0 * cfg.std + cfg.mean).float().cpu()
 
+
+def write_samples(density: torch.Tensor, cfg: TrainConfig, folder: Path, step: int) -> None:
+    """Densities (n, D, D, D) as .mrc; with matplotlib also a picture of their middle slices."""
     # The maps.
     folder.mkdir(exist_ok=True)
     for i, x in enumerate(density):

@@ -26,12 +26,14 @@ import files
 import flow
 import jepa
 import mrc
-from model_hdit import HDiT
-from model_scunet import SCUNet
+from model_hdit import Block, HDiT
+from model_scunet import SCUNet, SwinConvBlock
 from train_config import PRETRAINING, RESTORATIONS, TrainConfig, flag
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
 MOST_RAW_MAPS = 16  # that several ranks read without data_prepare.py
+# What a network repeats: compiled once per shape, and sharded one by one.
+BLOCKS = (Block, SwinConvBlock, torch.nn.TransformerEncoderLayer)
 TIME_BUCKETS = 5  # of the training loss in log.csv: t in 0..0.2, 0.2..0.4, ...
 
 
@@ -227,6 +229,18 @@ def build(cfg: TrainConfig) -> torch.nn.Module:
     return jepa.JEPA(net.encoder, cfg.net.feature_width, token_grid(cfg), predictor)
 
 
+def blocks_of(net: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that a network repeats, in order."""
+    return [module for module in net.modules() if isinstance(module, BLOCKS)]
+
+
+def compile_blocks(net: torch.nn.Module) -> None:
+    """torch.compile each block. The blocks of a level share one program."""
+    # Static shapes: otherwise the second level would make the program of the first one general.
+    for block in blocks_of(net):
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
 def token_grid(cfg: TrainConfig) -> tuple[int, int, int]:
     """Cells of the SCUNet's innermost grid, along z, y and x."""
     return (cfg.crop // 2**cfg.net.levels,) * 3
@@ -235,7 +249,7 @@ def token_grid(cfg: TrainConfig) -> tuple[int, int, int]:
 def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Tensor]:
     """(losses, time buckets), both (n,): one per crop for "flow", else n = 1 and bucket 0.
 
-    x: (micro, 1 or 2, D, D, D); generator: of times, noise and masks.
+    x: (micro, 1 or 2, D, D, D); generator: of times, noise and masks, on any device.
     """
     # CryoFM: one loss per crop, counted at its time.
     if cfg.objective == "flow":
@@ -247,6 +261,7 @@ def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Te
     observed = x[:, :1]
     if cfg.objective in PRETRAINING:
         visible = jepa.block_masks(len(x), token_grid(cfg), generator)
+        visible = visible.to(x.device, non_blocking=True)
 
     # Pre-training guesses what is hidden, fine-tuning the map that is wanted.
     if cfg.objective == "jepa":
@@ -287,7 +302,7 @@ def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
         return restoration_losses(ema, parts, cfg)
 
     # The same masks every time.
-    generator = torch.Generator(x.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     trained = net if cfg.objective == "jepa" else ema
     loss = 0.0
     for part in parts:

@@ -20,12 +20,14 @@ from torch import Tensor
 import flow
 import jepa
 from train_config import PRETRAINING, TrainConfig
+from train_ranks import parted, whole
 
 
 class FairseqAdam(torch.optim.Optimizer):
     """AdamW whose eps is added before the bias correction (fairseq, Ott et al. 2019).
 
-    In effect eps is eps / sqrt(1 - beta2^n), which is larger in the first steps.
+    In effect eps is eps / sqrt(1 - beta2^n), which is larger in the first steps. So on a GPU
+    `fused_step` is PyTorch's AdamW with that eps.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01):
@@ -48,10 +50,14 @@ class FairseqAdam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
 
-            # Running means of the gradient and of its square.
             grads = [p.grad for p in params]
             m = [self.state[p]["m"] for p in params]
             v = [self.state[p]["v"] for p in params]
+            if has_fused(params):
+                fused_step(params, grads, m, v, group)
+                continue
+
+            # Running means of the gradient and of its square.
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
@@ -62,6 +68,33 @@ class FairseqAdam(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             rate = lr * (1 - beta2**n) ** 0.5 / (1 - beta1**n)
             torch._foreach_addcdiv_(params, m, denominator, -rate)
+
+
+def has_fused(params: list[Tensor]) -> bool:
+    """Whether one kernel steps all weights. A CPU's rounds otherwise than its older runs did."""
+    return params[0].device.type == "cuda"
+
+
+def fused_step(params, grads, m, v, group: dict) -> None:
+    """The step of FairseqAdam, `group["step"]`, in one kernel for all weights. Lists of tensors."""
+    n = group["step"]
+    beta1, beta2 = group["betas"]
+    step_number = torch.full((), n, dtype=torch.float32, device=params[0].device)
+    torch._fused_adamw_(
+        params,
+        grads,
+        m,
+        v,
+        [],  # largest v, of AMSGrad
+        [step_number] * len(params),
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"] / (1 - beta2**n) ** 0.5,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class Muon(torch.optim.Optimizer):
@@ -86,7 +119,8 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - mu)
                 # 0.2 sqrt(longest side) gives the update the size that AdamW's has.
-                direction = orthogonalised(p.grad.lerp(buffer, mu))
+                # A sharded matrix is made whole first, because all its singular values count.
+                direction = parted(orthogonalised(whole(p.grad.lerp(buffer, mu))), p)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(direction, alpha=-0.2 * lr * max(p.shape) ** 0.5)
 
@@ -119,7 +153,10 @@ def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optim
         for name, p in net.named_parameters():
             group = spared if p.ndim == 1 or "relative_position" in name else decayed
             group["params"].append(p)
-        return [torch.optim.AdamW([decayed, spared], cfg.lr, betas, weight_decay=cfg.weight_decay)]
+        fused = has_fused(decayed["params"]) or None  # None: for PyTorch to choose, as ever
+        groups = [decayed, spared]
+        settings = dict(weight_decay=cfg.weight_decay, fused=fused)
+        return [torch.optim.AdamW(groups, cfg.lr, betas, **settings)]
 
     # Muon is for what multiplies tokens.
     matrices = []
@@ -135,6 +172,14 @@ def optimizers(net: torch.nn.Module, cfg: TrainConfig) -> list[torch.optim.Optim
     if matrices:
         result.append(Muon(matrices, cfg.lr, cfg.weight_decay))
     return result
+
+
+def clip_gradient(net: torch.nn.Module, most: float) -> Tensor:
+    """Scale the gradient so that its norm is at most `most`; returns the norm before, a scalar.
+
+    The norm is nan or infinite if a number of the gradient is, on every rank.
+    """
+    return whole(torch.nn.utils.clip_grad_norm_(net.parameters(), most))
 
 
 def lr_at(step: int, cfg: TrainConfig) -> float:

@@ -1,16 +1,31 @@
-"""Where a run starts and what it leaves: fresh weights, --init, --resume, checkpoints."""
+"""Where a run starts and what it leaves: fresh weights, --init, --resume, checkpoints.
 
+    checkpoint.pt, checkpoint_before.pt    the last two, for --resume
+    checkpoint_STEP.pt                     every --keep-every steps, stays
+    prior.pt, jepa.pt, ...                 the averaged weights in half precision, for use
+
+All hold whole tensors, so a run with --shard resumes one without, and the other way round.
+"""
+
+import os
+import time
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_map_only
 
 import checkpoint
 from model_scunet import SCUNet
 from train_config import PRETRAINING, TrainConfig, flag, used_by
-from train_objectives import build
-from train_optim import averaged, optimizers
+from train_objectives import blocks_of, build
+from train_optim import averaged, has_fused, optimizers
+from train_ranks import Ranks, own_part, parted, whole
+
+# The newest first. "_new" is a whole file that a killed run had no time to rename.
+CHECKPOINTS = ("checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt")
 
 # Of a checkpoint whose archive is whole but whose content is not.
 DAMAGED = "its training state is damaged; resume from a copy, or --init another run with it"
@@ -31,21 +46,18 @@ def network_file(cfg: TrainConfig) -> str:
     return "prior.pt" if cfg.objective == "flow" else f"{cfg.objective}.pt"
 
 
-def read_training(path: Path, cfg: TrainConfig, micro: int, say=print) -> dict | None:
-    """The checkpoint to go on from, None without --resume.
+def read_training(out: Path, cfg: TrainConfig, micro: int, say=print) -> dict | None:
+    """The newest whole checkpoint in `out`, to go on from, with its `path`; None without --resume.
 
-    micro: crops of a micro-batch. Raises OSError if the checkpoint is missing, or if there is one
-    and no --resume; ValueError if it is damaged or does not fit this run.
+    micro: crops of a micro-batch. Raises OSError if there is none, or if there is one and no
+    --resume; ValueError if all are damaged, or if it does not fit this run.
     """
     if not cfg.resume:
-        refuse_existing_run(path, cfg)
+        refuse_existing_run(out, cfg)
         return None
     # --resume: read the state, and refuse what is none.
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no checkpoint to resume from; leave out --resume to start a run"
-        )
-    saved = checkpoint.read(path)
+    saved = read_newest(out, say)
+    path = saved["path"]
     training = saved.get("training")
     if not training:
         raise ValueError(
@@ -84,11 +96,31 @@ def read_training(path: Path, cfg: TrainConfig, micro: int, say=print) -> dict |
     return saved
 
 
-def refuse_existing_run(path: Path, cfg: TrainConfig) -> None:
+def read_newest(out: Path, say=print) -> dict:
+    """The newest checkpoint that is whole, with its `path`. Errors: see `read_training`."""
+    damages = []
+    for path in (out / name for name in CHECKPOINTS):
+        if not path.exists():
+            continue
+        try:
+            return checkpoint.read(path) | dict(path=path)
+        except ValueError as error:
+            say(f"not resumed: {error}")
+            damages.append(error)
+    # None is whole, or there is none.
+    if damages:
+        raise damages[0]
+    raise FileNotFoundError(
+        f"{out / 'checkpoint.pt'}: no checkpoint to resume from; leave out --resume to start a run"
+    )
+
+
+def refuse_existing_run(out: Path, cfg: TrainConfig) -> None:
     """Raise OSError if a new run would replace a network, be it the one that --init names."""
-    if path.exists():
-        raise FileExistsError(f"{path}: a run is there; --resume it, or give another --out")
-    network = path.with_name(network_file(cfg))
+    for path in (out / name for name in CHECKPOINTS):
+        if path.exists():
+            raise FileExistsError(f"{path}: a run is there; --resume it, or give another --out")
+    network = out / network_file(cfg)
     if network.exists():
         raise FileExistsError(f"{network}: exists and would be replaced; give another --out")
 
@@ -129,39 +161,66 @@ def print_change(name: str, before, now, say) -> None:
         say(f"  changed: {flag(name)} {before} -> {now}")
 
 
-def begin(cfg: TrainConfig, saved: dict | None, device: torch.device, say=print) -> State:
-    """The state before the first step: as saved, or from --init, or random."""
+def begin(cfg: TrainConfig, saved: dict | None, ranks: Ranks) -> State:
+    """The state before the first step: as saved, or from --init, or random.
+
+    Raises ValueError if what was saved does not fit.
+    """
     # The same random weights on every rank.
     torch.manual_seed(cfg.seed)
-    net = build(cfg).to(device)
+    net = build(cfg)
     if cfg.init and not saved:
-        start_from(net, cfg, say)
+        start_from(net, cfg, ranks.say)
+    ema = averaged(net, cfg)
+    try:
+        if saved:
+            restore_weights(net, ema, saved)
 
-    # Optimisers without a step, and the average of one network.
-    state = State(net, averaged(net, cfg), optimizers(net, cfg), None)
-    if cfg.patience:
-        state.plateau = ReduceLROnPlateau(state.optimizers[0], factor=0.9, patience=cfg.patience)
-    if saved:
-        try:
-            restore(state, saved)
-        except checkpoint.UNFIT as error:
-            raise ValueError(
-                f"{Path(cfg.out) / 'checkpoint.pt'}: {DAMAGED} ({type(error).__name__})"
-            ) from error
+        # On the device, whole or in parts, and then the optimisers of what is there.
+        for module in (net, ema):
+            if cfg.shard:
+                ranks.shard(module, blocks_of(module))
+            else:
+                module.to(ranks.device)
+        state = State(net, ema, optimizers(net, cfg), None)
+        if cfg.patience:
+            adam = state.optimizers[0]
+            state.plateau = ReduceLROnPlateau(adam, factor=0.9, patience=cfg.patience)
+        if saved:
+            restore_optimizers(state, saved["training"])
+    except checkpoint.UNFIT as error:
+        if not saved:
+            raise
+        raise ValueError(f"{saved['path']}: {DAMAGED} ({type(error).__name__})") from error
     return state
 
 
-def restore(state: State, saved: dict) -> None:
-    """Put a checkpoint into the state. Raises one of checkpoint.UNFIT if they do not fit."""
-    # The weights, raw and averaged.
+def restore_weights(net: torch.nn.Module, ema: torch.nn.Module, saved: dict) -> None:
+    """Raises one of checkpoint.UNFIT if a checkpoint's weights do not fit."""
     training = saved["training"]
-    state.net.load_state_dict(training["net"])
+    net.load_state_dict(training["net"])
     # Of "jepa" the checkpoint's own weights are a whole network, the target encoder is apart.
-    state.ema.load_state_dict(training.get("target", saved["weights"]))
-    # Moments, learning rates and the plateau scheduler.
+    ema.load_state_dict(training.get("target", saved["weights"]))
+
+
+def restore_optimizers(state: State, training: dict) -> None:
+    """Moments, learning rates and the plateau scheduler of a checkpoint.
+
+    Raises one of checkpoint.UNFIT if they do not fit.
+    """
     for optimizer, content in zip(state.optimizers, training["optimizers"], strict=True):
+        # Whether steps are fused depends on this machine, not on the one that saved.
+        for group in content["param_groups"]:
+            if "fused" in group:
+                group["fused"] = has_fused(optimizer.param_groups[0]["params"]) or None
         optimizer.load_state_dict(content)
         check_moments(optimizer)
+
+        # Of a sharded weight, this rank's part of the moments.
+        for p, moments in optimizer.state.items():
+            for name, moment in moments.items():
+                if torch.is_tensor(moment) and moment.ndim:
+                    moments[name] = parted(moment, p)
     if state.plateau and training["plateau"]:
         state.plateau.load_state_dict(training["plateau"])
 
@@ -231,23 +290,98 @@ def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
     return network
 
 
-def save(
-    state: State,
-    network: torch.nn.Module,
-    cfg: TrainConfig,
-    out: Path,
-    micro: int,
-    step: int,
-    references: torch.Tensor | None = None,
-) -> None:
-    """Write checkpoint.pt for --resume, and prior.pt, jepa.pt, ... for use, in half precision.
+class Checkpoints:
+    """Writes a run's files while the run goes on, from a copy of its state.
 
-    network: from `network_for_use`; micro: crops of a micro-batch; step: how many steps the state
-    has taken; references: of checkpoint.py. Raises ValueError if the weights are not finite; then
-    nothing is written.
+    saved: what the run resumed from; micro: crops of a micro-batch; writer: an Executor with one
+    thread, which has written all files when it is shut down.
     """
-    refuse_lost_weights(state, out, step)
-    # What --resume needs beside the averaged weights.
+
+    def __init__(self, state, saved: dict | None, cfg, micro: int, ranks: Ranks, writer: Executor):
+        self.state = state
+        self.network = network_for_use(state.ema, cfg)
+        self.cfg = cfg
+        self.out = Path(cfg.out)
+        self.micro = micro
+        self.ranks = ranks
+        self.writer = writer
+        self.references = None  # of checkpoint.py, set by the run
+        self.job = None
+        self.since = time.monotonic()
+        # A damaged checkpoint.pt must not replace the whole one that the run resumed from.
+        self.newest_is_whole = not saved or saved["path"].name != "checkpoint_before.pt"
+
+    def due(self) -> bool:
+        """Whether --save-minutes have passed since the last checkpoint and the writer is free.
+
+        Raises the error of a checkpoint that could not be written.
+        """
+        if self.job and not self.job.done():
+            return False
+        self.wait()
+        minutes = (time.monotonic() - self.since) / 60
+        if not 0 < self.cfg.save_minutes <= minutes:
+            return False
+        self.since = time.monotonic()  # asked for once, though several ranks save a step later
+        return True
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written. Raises OSError if it could not be."""
+        if self.job:
+            self.job.result()
+
+    def save(self, step: int) -> None:
+        """Copy the state after `step` steps, and start to write it. All ranks call it together.
+
+        Raises ValueError if the weights are not finite; then nothing is written. Waits only for an
+        earlier checkpoint that is still being written.
+        """
+        refuse_lost_weights(self.state, self.ranks, self.out, step)
+        self.since = time.monotonic()
+        writes = self.ranks.rank == 0
+        if not (writes or self.cfg.shard):
+            return
+        # Of a sharded network, every rank sends its parts, and the first one keeps the whole.
+        weights = copied(self.network.state_dict(), writes)
+        training = copied(training_state(self.state, self.cfg, self.micro, step), writes)
+        if writes:
+            self.wait()
+            self.job = self.writer.submit(self.write, weights, training, step)
+
+    def write(self, weights: dict, training: dict, step: int) -> None:
+        """Write the files. The newest checkpoint appears whole, the one before stays."""
+        cfg = self.cfg
+        # A network of these weights, without a second copy of them.
+        with torch.device("meta"):
+            network = type(self.network)(self.network.config)
+        network.load_state_dict(weights, assign=True)
+
+        # All files open as networks. CryoLVM's say which task they are for.
+        shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
+        shared["references"] = self.references
+        if cfg.objective != "flow":
+            shared["task"] = cfg.objective
+        new, newest, before = (self.out / name for name in CHECKPOINTS)
+        checkpoint.save(new, network, **shared, training=training)
+        if newest.exists() and self.newest_is_whole:
+            os.replace(newest, before)
+        os.replace(new, newest)
+        self.newest_is_whole = True
+
+        # What stays, and what sampling.py reads.
+        if every(step, cfg.keep_every):
+            kept = self.out / f"checkpoint_{step:06d}.pt"
+            checkpoint.save(kept, network, **shared, training=training)
+        checkpoint.save(self.out / network_file(cfg), network, **shared, half=True)
+
+
+def every(step: int, steps: int) -> bool:
+    """Whether a step is one of every so many; of every 0 none is."""
+    return bool(steps) and step % steps == 0
+
+
+def training_state(state: State, cfg: TrainConfig, micro: int, step: int) -> dict:
+    """What --resume needs beside the averaged weights."""
     training = dict(
         net=state.net.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in state.optimizers],
@@ -258,26 +392,39 @@ def save(
     )
     if cfg.objective == "jepa":
         training["target"] = state.ema.state_dict()
-
-    # Both files open as networks. CryoLVM's say which task they are for.
-    shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
-    shared["references"] = references
-    if cfg.objective != "flow":
-        shared["task"] = cfg.objective
-    checkpoint.save(out / "checkpoint.pt", network, **shared, training=training)
-    checkpoint.save(out / network_file(cfg), network, **shared, half=True)
+    return training
 
 
-def refuse_lost_weights(state: State, out: Path, step: int) -> None:
-    """Raise ValueError if a weight is nan, or larger than half precision holds."""
-    # One number per tensor is enough: its largest.
-    largest = torch.finfo(torch.float16).max
-    for p in (*state.net.parameters(), *state.ema.parameters()):
-        if not p.abs().max() <= largest:  # true for nan, too
-            kept = "nothing is saved"
-            if (out / "checkpoint.pt").exists():
-                kept = f"{out / 'checkpoint.pt'} is still the one of an earlier step"
-            raise ValueError(
-                f"after step {step} the weights are not finite, or beyond {largest:g}; {kept}. "
-                "Train again with a lower --lr"
-            )
+def copied(tree, keep: bool):
+    """A copy of nested dicts and lists whose tensors are whole and on the CPU.
+
+    keep: False on a rank that only sends its parts, where tensors become None.
+    """
+
+    def copy(x):
+        x = whole(x.detach())
+        return x.to("cpu", copy=True) if keep else None
+
+    return tree_map_only(torch.Tensor, copy, tree)
+
+
+def refuse_lost_weights(state: State, ranks: Ranks, out: Path, step: int) -> None:
+    """Raise ValueError on all ranks if a weight is nan, or larger than half precision holds."""
+    # One number per tensor is enough: its largest. One is read, because reading waits for a GPU.
+    weights = [own_part(p.detach()) for p in (*state.net.parameters(), *state.ema.parameters())]
+    largest = torch.stack([p.abs().max() for p in weights if p.numel()]).max()
+    limit = torch.finfo(torch.float16).max
+    lost = not largest <= limit  # true for nan, too
+    if ranks.reduce(torch.tensor(int(lost))):
+        raise ValueError(
+            f"after step {step} the weights are not finite, or beyond {limit:g}; "
+            f"{what_is_kept(out)}"
+        )
+
+
+def what_is_kept(out: Path) -> str:
+    """What to do after a run that failed, for the end of a message."""
+    newest = out / "checkpoint.pt"
+    if newest.exists():
+        return f"{newest} is still the one of an earlier step: --resume it with a lower --lr"
+    return "nothing is saved: start again with a lower --lr"

@@ -62,12 +62,13 @@ SCUNETS = {
     "small-mae": replace(SCUNET, objective="mae"),
     "small-sharpen": replace(SCUNET, objective="sharpen", patience=1, eval_every=1),
 }
+PRESETS = {"small": SMALL, **SCUNETS}
 
 
 @pytest.fixture(autouse=True)
 def small_presets(monkeypatch):
     """`--model small` and so on; afterwards the signal handlers are what they were."""
-    for name, cfg in {"small": SMALL, **SCUNETS}.items():
+    for name, cfg in PRESETS.items():
         monkeypatch.setitem(train_config.PRESETS, name, cfg)
     before = {name: signal.getsignal(name) for name in train_ranks.STOP_SIGNALS}
     yield

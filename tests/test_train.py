@@ -18,6 +18,7 @@ import train_config
 import train_log
 import train_objectives
 import train_optim
+import train_ranks
 from model_hdit import HDiT
 from model_scunet import SCUNet, SCUNetConfig
 
@@ -176,6 +177,73 @@ def test_errors_of_the_program_are_one_line_without_a_traceback(tmp_path):
     done = subprocess.run([*command, str(missing)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and not (tmp_path / "a").exists()
     assert done.stderr.strip() == f"train.py: {missing}: no such file or folder"
+
+
+def test_a_step_never_waits_for_a_gpu():
+    # Neither reads it a number, nor does it wait for a copy; on a fake GPU, see fake_gpu.py.
+    command = [sys.executable, str(ROOT / "tests/fake_gpu.py"), "small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "small 0", done.stdout + done.stderr
+
+
+def test_every_rank_evaluates_and_samples_so_that_none_waits_and_the_first_one_writes(
+    tmp_path, maps, monkeypatch
+):
+    class SecondRank(train_ranks.Ranks):
+        """Of two, but without the first one: what it would send is left out."""
+
+        def __init__(self):
+            super().__init__()
+            self.rank, self.world = 1, 2
+
+        def reduce(self, x, operation=None):
+            return x
+
+        def agree(self, *wishes):
+            return wishes
+
+        def wrap(self, net):
+            return net
+
+        def join(self):
+            pass
+
+        leave = join
+
+    calls = []
+
+    def note(name):
+        function = getattr(train, name)
+
+        def noted(*args):
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(train, name, noted)
+
+    note("held_out_losses")
+    note("draw_samples")
+    monkeypatch.setattr(train, "Ranks", SecondRank)
+    monkeypatch.setattr(train_log, "SAMPLE_STEPS", 1)
+    flags = ["--steps", "2", "--eval-every", "1", "--sample-every", "2", "--save-every", "1"]
+    train.main(["--model", "small", "--data", str(maps), "--out", str(tmp_path / "a"), *flags])
+    assert calls == ["held_out_losses", "held_out_losses", "draw_samples"]
+    assert not (tmp_path / "a").exists()
+
+
+def test_each_block_is_compiled_once_per_shape_and_the_weights_keep_their_names(monkeypatch):
+    compiled = []
+
+    def compile(function, dynamic):
+        compiled.append(function.__self__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    net = HDiT(TINY)
+    names = list(net.state_dict())
+    train_objectives.compile_blocks(net)
+    blocks = [*net.down_levels[0], *net.mid_level, *net.up_levels[0]]
+    assert compiled == blocks and list(net.state_dict()) == names
 
 
 CRYOFM = [name for name, cfg in train_config.PRESETS.items() if cfg.objective == "flow"]

@@ -40,6 +40,18 @@ def test_a_dry_run_refuses_an_init_that_is_not_there_and_a_resume():
         train.main(["--dry-run", "--resume"])
 
 
+def test_under_torchrun_a_dry_run_counts_all_ranks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    train.main(["--dry-run", "--model", "tiny", "--crop", "24"])
+    out = capsys.readouterr().out
+    step = float(re.search(r"loss [\d.]+, ([\d.]+) s, peak", out)[1])
+    took = float(re.search(r"so a step of 16 takes ([\d.]+) s on 4 ranks like this one", out)[1])
+    # Each rank takes 4 of 16 crops, and the step above was of one.
+    assert took == pytest.approx(4 * step, abs=0.1)
+    assert "with --micro-batch 4," in out
+
+
 def test_under_torchrun_one_rank_is_enough_for_a_dry_run(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

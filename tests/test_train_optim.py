@@ -41,6 +41,21 @@ def test_fairseq_adam_is_that_of_the_release(release, dtype, atol):
     assert (want[10] - release["torch_adamw_float64"][10]).abs().max() > 1e-4
 
 
+def test_a_fused_step_is_that_of_the_release(release, monkeypatch):
+    # The kernel of a GPU exists on a CPU too, where it is not used.
+    monkeypatch.setattr(train_optim, "has_fused", lambda params: True)
+    monkeypatch.delattr(torch, "_foreach_addcdiv_")
+    target, curvature = release["target"].to(f64), release["curvature"].to(f64)
+    p = torch.nn.Parameter(release["p0"].to(f64).clone())
+    optimizer = train_optim.FairseqAdam([p], 1e-4, (0.9, 0.98), weight_decay=0.01)
+    for n in range(1, 11):
+        p.grad = curvature * (p.detach() - target)
+        optimizer.step()
+        want = release["fairseq_adam_float64"][n]
+        # The step's number is a float32, and so are the bias corrections: 6e-8 of a step of 1e-4.
+        torch.testing.assert_close(p.detach(), want, rtol=0, atol=1e-10)
+
+
 # PyTorch's Muon always multiplies in bfloat16, which has three digits.
 @pytest.mark.parametrize("bf16, rtol", [(True, 1e-6), (False, 3e-2)])
 def test_muon_is_pytorchs(monkeypatch, bf16, rtol):

@@ -12,6 +12,7 @@ import torch
 from small_runs import atoms, log_rows, maps, run, small_presets, stop_after
 
 import checkpoint
+import train
 import train_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def two_ranks(out, data, signum=0, nan=False, model="small"):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
 
 
@@ -99,11 +100,12 @@ def test_two_ranks_take_the_steps_of_one_stop_together_and_are_resumed_by_one(tm
     # gloo sometimes aborts at the exit of the interpreter: what counts is what was saved.
     assert (tmp_path / "two/checkpoint.pt").exists(), done.stdout + done.stderr
     two = checkpoint.read(tmp_path / "two/checkpoint.pt")
-    assert "stopped by a signal after step 3" in done.stdout
+    # Rank 1 got it in step 3, and every rank learns of it in the next one.
+    assert "stopped by a signal after step 4" in done.stdout
     assert done.stdout.count("M parameters, cpu, 2 rank(s) x 2 x 2 crops") == 1
     settings = dict(data=maps, decay=0, batch=8, micro_batch=2)
-    one = run(tmp_path / "one", steps=3, **settings)
-    assert two["training"]["step"] == one["training"]["step"] == 3
+    one = run(tmp_path / "one", steps=4, **settings)
+    assert two["training"]["step"] == one["training"]["step"] == 4
 
     def assert_close(two, one):  # steps of 0.01; the order of a sum differs
         for key, value in one["training"]["net"].items():
@@ -123,13 +125,13 @@ def test_two_ranks_train_cryolvm_as_one_does(tmp_path, atoms, monkeypatch, model
     done = two_ranks(tmp_path / "two", atoms, signal.SIGTERM, model=model)
     assert (tmp_path / "two/checkpoint.pt").exists(), done.stdout + done.stderr
     two = checkpoint.read(tmp_path / "two/checkpoint.pt")["training"]
-    stop_after(3, monkeypatch)
+    stop_after(4, monkeypatch)
     settings = dict(model=model, data=atoms, batch=8, micro_batch=2, steps=500)
     one = run(tmp_path / "one", **settings)["training"]
-    assert two["step"] == one["step"] == 3
+    assert two["step"] == one["step"] == 4
     # The order of a sum differs, and Adam's first steps are of size lr.
     if model == "small-sharpen":
-        assert two["plateau"]["last_epoch"] == 3
+        assert two["plateau"]["last_epoch"] == 4
         assert two["plateau"]["best"] == pytest.approx(one["plateau"]["best"], rel=2e-3)
     # A small gradient may change its sign.
     for part in ("net", "target") if model == "small-jepa" else ("net",):
@@ -153,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_after_saving_and_names_the_ba
     # with one map in each.
     line = (
         "train.py: step 3: the loss is not finite in micro-batch 11, items 11 to 11 of the data, "
-        "on rank 1; saved as it was after step 2, --resume it with a lower --lr"
+        f"on rank 1; {tmp_path / 'nan/checkpoint.pt'} is still the one of an earlier step: --resume"
     )
     assert line in done.stderr and "Traceback" not in done.stderr.split(line)[0]
     saved = checkpoint.read(tmp_path / "nan/checkpoint.pt")["training"]
@@ -161,6 +163,134 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_after_saving_and_names_the_ba
     one = run(tmp_path / "one", data=maps, decay=0, batch=8, micro_batch=2, steps=2)
     for key, value in one["training"]["net"].items():
         torch.testing.assert_close(saved["net"][key], value, rtol=0, atol=1e-3)
+
+
+# Several runs of train.py, one after the other, by the same two ranks.
+RUNS = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import small_runs, train, train_ranks
+import torch.distributed as dist
+train.PRESETS.update(small_runs.PRESETS)
+dist.init_process_group("gloo")
+train_ranks.Ranks.join = train_ranks.Ranks.leave = lambda ranks: None
+for flags in {runs!r}:
+    train.main(flags)
+"""
+
+
+def two_ranks_run(folder, data, runs):
+    """Runs, each a folder's name and its flags, on two ranks."""
+    common = ["--batch", "8", "--micro-batch", "2"]
+    runs = [
+        [*common, "--data", str(data), "--out", str(folder / out), *rest] for out, *rest in runs
+    ]
+    script = folder / "runs.py"
+    script.write_text(RUNS.format(root=str(ROOT), runs=runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_sharded_run_has_the_losses_of_ddp_and_each_resumes_the_other(tmp_path, maps):
+    flags = ["--model", "small", "--decay", "0", "--steps"]
+    runs = [("ddp", *flags, "3"), ("sharded", *flags, "3", "--shard")]
+    runs += [("ddp", *flags, "5", "--resume", "--shard"), ("sharded", *flags, "5", "--resume")]
+    two_ranks_run(tmp_path, maps, runs)
+    settings = dict(data=maps, decay=0, batch=8, micro_batch=2)
+    one = run(tmp_path / "one", steps=5, **settings)["training"]
+    want = log_rows(tmp_path / "one")
+    for out in ("ddp", "sharded"):
+        two = checkpoint.read(tmp_path / out / "checkpoint.pt")["training"]
+        assert two["step"] == 5 and two["net"].keys() == one["net"].keys()
+        for key, value in one["net"].items():  # steps of 0.01; the order of a sum differs
+            torch.testing.assert_close(two["net"][key], value, rtol=0, atol=1e-3)
+        for row, other in zip(log_rows(tmp_path / out)[1:], want[1:], strict=True):
+            np.testing.assert_allclose(np.float64(row[1:3]), np.float64(other[1:3]), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "model, flags", [("small", ["--optimizer", "muon"]), ("small-jepa", ["--lr", "1e-3"])]
+)
+def test_muon_and_the_target_encoder_are_sharded_as_they_are_whole(tmp_path, atoms, model, flags):
+    flags = ["--model", model, "--steps", "3", *flags]
+    two_ranks_run(tmp_path, atoms, [("ddp", *flags), ("sharded", *flags, "--shard")])
+    ddp, sharded = (
+        checkpoint.read(tmp_path / out / "checkpoint.pt")["training"] for out in ("ddp", "sharded")
+    )
+    for part in ("net", "target") if model == "small-jepa" else ("net",):
+        for key, value in ddp[part].items():
+            close = (sharded[part][key] - value).abs() < 1e-3
+            assert close.float().mean() > 0.95, key
+    # Evaluations too: the losses on held-out crops.
+    for row, other in zip(log_rows(tmp_path / "sharded"), log_rows(tmp_path / "ddp"), strict=True):
+        if row[5].replace(".", "").isdigit():
+            assert float(row[5]) == pytest.approx(float(other[5]), rel=1e-3)
+
+
+def test_one_process_cannot_shard(tmp_path):
+    with pytest.raises(ValueError, match="--shard: one process .* start it with torchrun"):
+        train.main(["--model", "small", "--shard", "--out", str(tmp_path / "a")])
+
+
+class Work:
+    """A collective that another rank has not joined yet."""
+
+    waited = False
+
+    def wait(self):
+        self.waited = True
+
+
+def test_ranks_agree_one_step_late_and_wait_for_no_rank_in_the_step_itself(monkeypatch):
+    ranks = train_ranks.Ranks()
+    ranks.world = 2
+    works = []
+
+    def all_reduce(asked, operation, async_op):
+        assert async_op and operation == torch.distributed.ReduceOp.MAX
+        works.append(Work())
+        asked[1] = 1  # the other rank wishes the second
+        return works[-1]
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert ranks.agree(True, False) == [False, False]
+    assert ranks.agree(False, False) == [True, True]
+    assert ranks.agree(False, False) == [False, True]
+    assert [work.waited for work in works] == [True, True, False]
+
+
+def test_workers_make_as_many_batches_ahead_as_half_of_the_shared_memory_holds(
+    monkeypatch, tmp_path
+):
+    free = 1000 * 2**20
+    disk = os.statvfs_result((4096, 4096, free, free // 4096, free // 4096, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    monkeypatch.setattr(train_ranks, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    mib = 2**20
+    # 250 MiB for each of two ranks.
+    assert train_ranks.prefetched(10 * mib, workers=2) == 8
+    assert train_ranks.prefetched(25 * mib, workers=2) == 5
+    assert train_ranks.prefetched(125 * mib, workers=2) == 1
+    with pytest.raises(ValueError, match="2 rank.s. x 2 worker.s. x one batch of 126 MiB"):
+        train_ranks.prefetched(126 * mib, workers=2)
+    # Where there is no /dev/shm, as on macOS, nothing limits it.
+    monkeypatch.setattr(train_ranks, "SHARED_MEMORY", tmp_path / "none")
+    assert train_ranks.prefetched(126 * mib, workers=2) == 8
+
+
+def test_the_number_of_batches_made_ahead_is_printed(tmp_path, maps, capsys):
+    run(tmp_path / "a", data=maps, steps=1, workers=1)
+    out = capsys.readouterr().out
+    # 4 crops of 16^3 numbers of 4 bytes.
+    assert "data: 1 worker(s) per rank make up to 8 batches of 0.1 MiB ahead, 0.00 GiB of" in out
 
 
 # A run whose data worker fails at item 6.

@@ -23,7 +23,6 @@ from small_runs import (
 from test_files import OWNER
 
 import checkpoint
-import flow
 import train
 import train_objectives
 import train_optim
@@ -69,12 +68,12 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_never_stopped(
     scale = "out_norm.scale"
     assert not torch.equal(stopped["weights"][scale], unbroken["weights"][scale])
 
-    # The log is the same but for the maps per second, column 4.
+    # The log is the same but for the speed: column 4, and seconds and waiting at the end.
     rows = log_rows(tmp_path / "parts")
     assert [row[0] for row in rows] == ["step", "1", "2", "3", "4"]
     for row, other in zip(rows, log_rows(tmp_path / "unbroken"), strict=True):
-        assert row[:4] == other[:4] and row[5:] == other[5:]
-    assert all(len(row) == 15 and all(row[:5]) for row in rows)
+        assert row[:4] == other[:4] and row[5:15] == other[5:15]
+    assert all(len(row) == 19 and all(row[:5]) for row in rows)
     held_out = [all(row[5:10]) for row in rows[1:]]
     assert held_out == [False, True, False, True]
 
@@ -113,31 +112,91 @@ def test_a_run_of_an_older_version_resumes_though_flags_are_missing_or_unknown(t
     assert resumed["training"]["step"] == unbroken["training"]["step"] == 4
 
 
-def test_a_gradient_that_is_not_finite_saves_the_weights_of_the_step_before(
+def nan_in_step(step, monkeypatch, where):
+    """Make the loss ("loss") or only the gradient ("gradient") of a step nan, from 1."""
+    rates, losses = train.set_rates, train.losses
+    now = []
+
+    def set_rates(opts, n, cfg):
+        now[:] = [n + 1]
+        return rates(opts, n, cfg)
+
+    def losses_of_step(*args):
+        loss, bucket = losses(*args)
+        if now == [step]:
+            # The slope of a root at 0, times 0, is nan.
+            loss = loss * torch.nan if where == "loss" else loss + (0 * loss).sqrt()
+        return loss, bucket
+
+    monkeypatch.setattr(train, "set_rates", set_rates)
+    monkeypatch.setattr(train, "losses", losses_of_step)
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved_and_the_checkpoint_before_goes_on(
     tmp_path, maps, monkeypatch
 ):
-    lr_at, loss = train_optim.lr_at, flow.loss
-
-    def overflow(net, x, **settings):
-        value = loss(net, x, **settings)
-        return value + (0 * value).sqrt()  # the slope of a root at 0, times 0
-
-    def lr_at_and_overflow(step, cfg):  # in the backward pass alone, in the last step
-        monkeypatch.setattr(flow, "loss", overflow if step == 3 else loss)
-        return lr_at(step, cfg)
-
     unbroken = run(tmp_path / "unbroken", data=maps)
     with monkeypatch.context() as patch:
-        patch.setattr(train_optim, "lr_at", lr_at_and_overflow)
-        says = "step 4: each loss is finite, the gradient is not; saved as it was after step 3"
+        nan_in_step(4, patch, "gradient")
+        says = "step 4: each loss is finite, the gradient is not; .*parts/checkpoint.pt is still"
         with pytest.raises(ValueError, match=says):
             run(tmp_path / "parts", data=maps, save_every=2)
-    monkeypatch.setattr(flow, "loss", loss)
-
-    # The checkpoint of step 2 stays, in case step 3 had gone astray.
-    before = checkpoint.read(tmp_path / "parts/checkpoint_before.pt")
-    assert before["training"]["step"] == 2
+    assert checkpoint.read(tmp_path / "parts/checkpoint.pt")["training"]["step"] == 2
     assert_same(run(tmp_path / "parts", "--resume", data=maps), unbroken)
+
+
+@pytest.mark.parametrize("when", [dict(save_every=3), dict(save_minutes=1e-9)])
+def test_a_loss_that_is_not_finite_is_found_before_the_next_checkpoint(
+    tmp_path, maps, monkeypatch, when
+):
+    # The log would look at it after step 4 only.
+    nan_in_step(2, monkeypatch, "loss")
+    says = "step 2: the loss is not finite in micro-batch 1, items 2 to 3 of the data, on rank 0; "
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path / "a", data=maps, log_every=100, eval_every=100, **when)
+    saved = tmp_path / "a/checkpoint.pt"
+    if "save_every" in when:
+        assert not saved.exists()
+    else:
+        assert checkpoint.read(saved)["training"]["step"] == 1
+
+
+def test_the_last_two_checkpoints_and_every_so_many_steps_one_are_kept(tmp_path, maps):
+    kept = run(tmp_path / "a", data=maps, steps=5, save_every=1, keep_every=2)
+    steps = {}
+    for path in tmp_path.glob("a/checkpoint*.pt"):
+        steps[path.stem] = checkpoint.read(path)["training"]["step"]
+    names = ("checkpoint", "checkpoint_before", "checkpoint_000002", "checkpoint_000004")
+    assert steps == dict(zip(names, (5, 4, 2, 4)))
+    # A run that saves only at its end has the same.
+    assert_same(kept, run(tmp_path / "b", data=maps, steps=5))
+
+
+@pytest.mark.parametrize("resumed", ["checkpoint_new.pt", "checkpoint_before.pt"])
+def test_the_newest_whole_checkpoint_is_resumed(tmp_path, maps, capsys, resumed):
+    run(tmp_path / "a", data=maps, steps=3, decay=0, save_every=1)
+    newest, before = tmp_path / "a/checkpoint.pt", tmp_path / "a/checkpoint_before.pt"
+    if resumed == "checkpoint_new.pt":  # a kill between writing and renaming leaves this
+        os.replace(newest, tmp_path / "a" / resumed)
+    else:
+        newest.write_bytes(newest.read_bytes()[:-1000])  # as a failing disk leaves it
+    run(tmp_path / "a", "--resume", data=maps, decay=0)
+    out = capsys.readouterr().out
+    assert f"resuming {tmp_path / 'a' / resumed} after step" in out
+    assert ("not resumed: " + str(newest) in out) == (resumed == "checkpoint_before.pt")
+    # The whole one is not replaced by the damaged one.
+    assert checkpoint.read(before)["training"]["step"] == 2
+    assert checkpoint.read(newest)["training"]["step"] == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, maps, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(train_resume.checkpoint, "save", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        run(tmp_path / "a", data=maps, steps=50, save_every=1)
+    assert len(log_rows(tmp_path / "a")) < 10
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(tmp_path, maps):
@@ -185,7 +244,7 @@ def test_init_starts_from_averaged_weights_with_a_fresh_optimiser(tmp_path, maps
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, maps):
     says = r"after step 1 the weights are not finite, or beyond 65504; nothing is saved"
     with pytest.raises(ValueError, match=says):
-        run(tmp_path / "new", data=maps, lr=1e30, warmup=0)
+        run(tmp_path / "new", data=maps, lr=1e30, warmup=0, steps=1)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["log.csv"]
 
     # The checkpoint before stays.
@@ -193,6 +252,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, maps):
     before = (tmp_path / "a/checkpoint.pt").read_bytes()
     says = r"after step 2 the weights .*/a/checkpoint.pt is still the one of an earlier step"
     with pytest.raises(ValueError, match=says):
+        run(tmp_path / "a", "--resume", data=maps, lr=1e30, warmup=0, steps=2)
+    assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
+
+    # The next step finds its loss, before anything is saved.
+    with pytest.raises(ValueError, match="step 3: the loss is not finite .*/a/checkpoint.pt is"):
         run(tmp_path / "a", "--resume", data=maps, lr=1e30, warmup=0)
     assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
 
