@@ -103,6 +103,15 @@ def mirror_or_not(x: Tensor, generator: Generator) -> Tensor:
     return x.flip(-1) if reflect else x
 
 
+def flip(x: Tensor, generator: Generator) -> Tensor:
+    """x (..., D, H, W), mirrored or not along each axis (CryoLVM, appendix E).
+
+    All 8 are equally likely, and each keeps a missing wedge of a symmetric tilt range in its place.
+    """
+    mirrored = torch.rand(3, generator=generator) < 0.5
+    return x.flip([x.ndim - 3 + axis for axis in range(3) if mirrored[axis]])
+
+
 # ---- Crops -----------------------------------------------------------------------------------
 
 
