@@ -18,6 +18,9 @@ from torch import Generator, Tensor
 
 from volume import ROTATIONS_24, crop
 
+# How training crops of maps are cut and turned (CryoFM, F.1): data.MapCrops.
+AUGMENTATIONS = ("center", "random", "rot24", "so3")
+
 ENDLESS = 2**62  # the length of a data set in which every index is another crop
 COUNTED = 1_000_003  # the first items of a seed, whose streams count up from seed * COUNTED
 HELD_OUT = 2**31  # added to a seed, it gives the seed of the held-out items

@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from atoms import Structure, molmap, placed
 from augment import (
+    AUGMENTATIONS,
     RandomItems,
     random_centre,
     random_crop,
@@ -34,9 +35,6 @@ from data_prepare import SETTINGS, read_index
 from files import list_files
 from mrc import MAP_SUFFIXES, read_map, resample_map
 from volume import GreyScale, center_crop, cube, density_mask, normalise, rotate
-
-# How training crops of maps are cut and turned (F.1).
-AUGMENTATIONS = ("center", "random", "rot24", "so3")
 
 
 class Volume(NamedTuple):
