@@ -7,7 +7,7 @@
     normalisation  Fig. 9                  off: mean 0 and std 1; on is the run "so3"
     patches        Figs. 8, 15, Table 7    loss against FLOP; p4-d1 is the run "so3"
     pretraining    CryoLVM Tables 10, 11   scratch, JEPA (mask: input or embedding), MAE; sharpening
-    loss           Table 9                 composite: alpha = 0.5; 1 is the run "JEPA, mask at input"
+    loss           Table 9                 composite: alpha = 0.5; 1: the run "JEPA, mask at input"
     fusion         Table 12                Gaussian or mean, every half box; the shipped networks
 
 Flow priors are scored by the loss of maps that they have not seen and of training maps, and by
