@@ -83,7 +83,7 @@ FLOW = replace(
     held_out_crops=32,
 )
 
-# Table 7 in small: the widths are a twelfth of the paper's.
+# Table 7 in small: a twelfth of the widths (p4-d2 outside: a sixth, for heads of 64 channels).
 PATCHES = {
     "p8-d1": HDiTConfig(patch_size=8, depths=(1, 2), widths=(64, 128)),
     "p4-d2": HDiTConfig(depths=(1, 1, 2), widths=(64, 64, 128)),
