@@ -18,6 +18,9 @@ from torch import Generator, Tensor
 
 from volume import ROTATIONS_24, crop
 
+# How training crops of maps are cut and turned (CryoFM, F.1): data.MapCrops.
+AUGMENTATIONS = ("center", "random", "rot24", "so3")
+
 ENDLESS = 2**62  # the length of a data set in which every index is another crop
 COUNTED = 1_000_003  # the first items of a seed, whose streams count up from seed * COUNTED
 HELD_OUT = 2**31  # added to a seed, it gives the seed of the held-out items
@@ -101,6 +104,15 @@ def mirror_or_not(x: Tensor, generator: Generator) -> Tensor:
     # Every reflection is a rotation after one mirror.
     reflect = torch.rand((), generator=generator) < 0.5
     return x.flip(-1) if reflect else x
+
+
+def flip(x: Tensor, generator: Generator) -> Tensor:
+    """x (..., D, H, W), mirrored or not along each axis (CryoLVM, appendix E).
+
+    All 8 are equally likely, and each keeps a missing wedge of a symmetric tilt range in its place.
+    """
+    mirrored = torch.rand(3, generator=generator) < 0.5
+    return x.flip([x.ndim - 3 + axis for axis in range(3) if mirrored[axis]])
 
 
 # ---- Crops -----------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ stranger runs no code:
                  99.999 percentile of the map each was cut from; grey_scale.py compares with them
     training     None, or in train.py's own files: raw weights, optimiser states, step, flags
 
-The authors' public CryoFM weights (`model.safetensors`) load by path too. All of their config but
-the kernel size follows from the shapes.
+The authors' public CryoFM weights (`model.safetensors`) load by path too. Their sizes follow from
+the shapes. What shapes cannot tell, the precision of training, is in the `config.yaml` beside them.
 """
 
 import hashlib
 import pickle
+import re
 import reprlib
 import zipfile
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from files import atomic_write
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
+from terminal import say
 
 # kind -> the class of the network and of its config.
 NETWORKS = {"hdit": (HDiT, HDiTConfig), "scunet": (SCUNet, SCUNetConfig)}
@@ -54,6 +56,16 @@ UNFIT = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, L
 # No network of this project comes near these. Beyond, a damaged number would fill all memory.
 MOST_BLOCKS = 1000
 MOST_BOX = 1024
+
+# `precision` in the release's config.yaml, and the dtype that autocast then has.
+AUTOCAST = {
+    "16": "float16",
+    "16-mixed": "float16",  # CryoFM-S
+    "bf16": "bfloat16",  # CryoFM-L
+    "bf16-mixed": "bfloat16",
+    "32": "float32",
+    "32-true": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -116,18 +128,23 @@ def save(
         torch.save(content, file)
 
 
-def load(path, *, kind: str | None = None, device="cpu", time_phase: str = "float32") -> Prior:
+def load(
+    path, *, kind: str | None = None, device="cpu", time_phase: str | None = None, say=say
+) -> Prior:
     """Read a checkpoint, or the authors' `model.safetensors`.
 
     The network comes in eval mode, float32, without gradients. kind: the network that the caller
-    can use ("hdit", "scunet"). time_phase: only for the authors' weights (see model_hdit).
+    can use ("hdit", "scunet"). time_phase: see `read_public_hdit`; only for the authors' weights.
+    say: gets a line on what was taken for these.
     Raises OSError if the file cannot be read, and ValueError if it is no checkpoint, a damaged one,
     or one of another kind.
     """
     # Both kinds of file give the same dict.
     path = Path(path)
     public = path.suffix == ".safetensors"
-    content = read_public_hdit(path, time_phase) if public else read(path)
+    if time_phase and not public:
+        raise ValueError(f"{path}: a checkpoint has its own time phase; drop --time-phase")
+    content = read_public_hdit(path, time_phase, say) if public else read(path)
     if kind is not None and content["kind"] != kind:
         raise ValueError(
             f"{path}: holds a {content['kind']} network, this task needs {kind}; "
@@ -233,11 +250,14 @@ def check_fields(path, content: dict) -> None:
             )
 
 
-def read_public_hdit(path, time_phase: str) -> dict:
+def read_public_hdit(path: Path, time_phase: str | None, say) -> dict:
     """The authors' `model.safetensors`, as a checkpoint: config from the shapes, the rest by paper.
 
     CryoFM-S is 64^3 at 1.5 Å, CryoFM-L (three levels) 128^3 at 3 Å (section 4.1). The values are
     (x - 0.04) / 0.09 (section 4.2).
+    time_phase: dtype of the time phases and of the innermost rotary angles ("float32", "float16",
+    "bfloat16"). None takes those of training from the `config.yaml` beside the file, and float32
+    without one. say: gets a line on it.
     """
     try:
         from safetensors import SafetensorError
@@ -246,13 +266,21 @@ def read_public_hdit(path, time_phase: str) -> dict:
         raise ValueError(
             f"{path}: reading .safetensors needs one more package: pip install safetensors"
         ) from None
+    phases = time_phase, time_phase
+    source = "as asked"
+    if time_phase is None:
+        phases, source = phases_of_training(path.with_name("config.yaml"))
     try:
         weights = load_file(path)
-        config = infer_config(weights, time_phase)
+        config = infer_config(weights, *phases)
     except (SafetensorError, *UNFIT) as error:
         raise ValueError(
             f"{path}: not the weights of an HDiT, or a damaged file ({error})"
         ) from error
+    say(
+        f"{path}: time phases in {config.time_phase}, rotary angles in {config.rotary_phase} "
+        f"({source}); times are rounded to whole thousandths"
+    )
 
     # The file has nothing else, so the rest is what the paper says.
     large = len(config.widths) == 3
@@ -267,8 +295,33 @@ def read_public_hdit(path, time_phase: str) -> dict:
     )
 
 
-def infer_config(weights: dict, time_phase: str = "float32") -> HDiTConfig:
-    """HDiTConfig from the shapes of a state dict; the kernel size, which no shape shows, is 7."""
+def phases_of_training(config: Path) -> tuple[tuple[str, str], str]:
+    """((dtype of time phases, of rotary angles), where they are from), by the release's config.
+
+    Under autocast both are in half precision, unless `use_fp32_time_emb` is set. (The release
+    ignores `use_fp32_rope`.) Raises ValueError if the file does not say one precision.
+    """
+    if not config.exists():
+        return ("float32", "float32"), "no config.yaml beside it; --time-phase takes another"
+
+    # Two lines of it matter, so no YAML reader is needed.
+    text = config.read_text(errors="replace")
+    found = set(re.findall(r"^\s*precision:\s*['\"]?([\w-]+)", text, re.MULTILINE))
+    precision = found.pop() if len(found) == 1 else None
+    if precision not in AUTOCAST:
+        raise ValueError(
+            f"{config}: says no precision of {', '.join(AUTOCAST)}, or several; give --time-phase"
+        )
+    exact = re.search(r"^\s*use_fp32_time_emb:\s*true", text, re.MULTILINE | re.IGNORECASE)
+    half = AUTOCAST[precision]
+    return ("float32" if exact else half, half), f"config.yaml: precision {precision}"
+
+
+def infer_config(weights: dict, time_phase: str, rotary_phase: str) -> HDiTConfig:
+    """HDiTConfig from the shapes of a state dict; the kernel size, which no shape shows, is 7.
+
+    The release draws whole thousandths of t, for S and for L.
+    """
 
     def count(prefix):
         # How many numbers follow the prefix in the names: levels of a network, blocks of a level.
@@ -294,4 +347,6 @@ def infer_config(weights: dict, time_phase: str = "float32") -> HDiTConfig:
         mapping_width=weights["time_in_proj.weight"].shape[1],
         ff_mult=hidden // widths[-1],
         time_phase=time_phase,
+        rotary_phase=rotary_phase,
+        whole_thousandths=True,
     )

@@ -21,10 +21,12 @@ from torch import Generator, Tensor
 
 from atoms import Structure, molmap, placed
 from augment import (
+    AUGMENTATIONS,
     RandomItems,
     random_centre,
     random_crop,
     random_rotation,
+    rot24,
     uniform,
     window,
 )
@@ -119,9 +121,11 @@ class MapCrops(RandomItems):
     All crops of an item come from one map, each at an orientation of its own.
     center=False, as CryoFM-S: each crop lies around another voxel of `density_mask`.
     center=True, as CryoFM-L: each crop is the centre of the map, cut out and then rotated (F.1).
+    augmentation: "so3" turns a crop by any rotation, "rot24" to one of 24 orientations along the
+    axes, "random" not at all. "center" is the centre of the map as it is.
 
-    With rotate_later, items are (windows, rotations), the arguments of `rotate_windows`: a GPU
-    rotates a whole batch at once.
+    With rotate_later, items of "so3" are (windows, rotations), the arguments of `rotate_windows`: a
+    GPU rotates a whole batch at once.
     """
 
     crop: int
@@ -129,22 +133,36 @@ class MapCrops(RandomItems):
     mean: float
     std: float
     center: bool = False
+    augmentation: str = "so3"
     cubic: bool = False  # interpolate by B-splines (CryoFM-S), or trilinearly (CryoFM-L)
     rotate_later: bool = False
 
+    def __post_init__(self):
+        if self.augmentation not in AUGMENTATIONS:
+            names = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"augmentation {self.augmentation!r}: choose {names}")
+
     def draw(self, volume: Volume, generator: Generator) -> Tensor | tuple[Tensor, Tensor]:
         x = volume.voxels()
+        center = self.center or self.augmentation == "center"
+        turned = self.augmentation == "so3"
 
         # A rotated crop can show voxels as far as its half diagonal. 10 more voxels let the
         # coefficients of the spline settle.
-        side = self.crop if self.center else 2 * math.ceil((math.sqrt(3) * self.crop + 10) / 2)
+        side = self.crop
+        if turned and not center:
+            side = 2 * math.ceil((math.sqrt(3) * self.crop + 10) / 2)
 
         # Departure 1: cut a window for each crop out of the map, then rotate only the window.
         windows = []
         for _ in range(self.crops):
-            centre = [n // 2 for n in x.shape] if self.center else random_centre(x, generator)
+            centre = [n // 2 for n in x.shape] if center else random_centre(x, generator)
             windows.append(window(x, centre, side))
+        if self.augmentation == "rot24":
+            windows = [rot24(x, generator) for x in windows]
         windows = torch.stack(windows)[:, None]  # (crops, 1, side, side, side)
+        if not turned:
+            return self.to_network_scale(windows.float())
 
         # Each is rotated by a random rotation of its own.
         rotations = torch.stack([random_rotation(generator) for _ in range(self.crops)])
@@ -157,10 +175,12 @@ class MapCrops(RandomItems):
         # (..., 1, n, n, n) -> (all crops, 1, n, n, n)
         flat = windows.flatten(0, -5).float()
         x = rotate(flat, rotations.flatten(0, -3), self.crop, self.cubic)
-
-        # To network scale. Clamp, because a spline overshoots.
-        x = (x.clamp(0, 1) - self.mean) / self.std
+        x = self.to_network_scale(x)
         return x.view(*windows.shape[:-3], *x.shape[-3:])
+
+    def to_network_scale(self, x: Tensor) -> Tensor:
+        # Clamp, because a spline overshoots.
+        return (x.clamp(0, 1) - self.mean) / self.std
 
 
 def random_density(

@@ -2,13 +2,17 @@
 
     python data_prepare.py urls emdb.csv                           # which EMDB maps to download
     python data_prepare.py maps EMDB maps --metadata emdb.csv      # they -> a folder for train.py
+    python data_prepare.py pairs FOLDER/candidates.csv             # CryoLVM's rules -> pairs.csv
     python data_prepare.py structures structures/val.tsv           # PDB entries -> val.npz
     python data_prepare.py emdb EMD-6374 EMD-3488 maps             # a few EMDB maps
 
 `maps` curates as CryoFM (arXiv:2410.08631), section 4.1, says. A map that stays is resampled to one
 voxel size, scaled to 0..1 (volume.normalise), padded to a cube and stored as float16, emd_1234.npy.
 index.csv has a row per entry: its statistics, or why it was skipped. settings.json says how it was
-made. `structures` and `emdb` are in data_download.py. Lengths in Å.
+made. `structures` and `emdb` are in data_download.py, `pairs` in data_quality.py. Lengths in Å.
+
+CryoLVM's corpus (its section 4.1) is --voxel-size 1 --max-resolution 4 --no-half-maps.
+The 32 test maps of section 4.1 are a list by the authors (Zenodo 18013604): --held-out LIST.
 
 Departure 1: section 4.1 removes helical assemblies and "problematic cases" by eye. We go by the
 method and the title of an entry.
@@ -36,6 +40,7 @@ import numpy as np
 import torch
 
 from data_download import build_archive, fetch_maps, map_url
+from data_quality import choose_pairs, read_ids
 from files import atomic_write, refuse_existing, write_json
 from mrc import read_map, resample_map
 from terminal import one_line_for_memory, run_program, say
@@ -83,8 +88,11 @@ def read_metadata(path: str | Path) -> dict[str, dict]:
     return rows
 
 
-def rejected(row: dict | None, max_resolution: float) -> str:
-    """Why section 4.1 leaves an entry out, from its row of the metadata; "" if it stays."""
+def rejected(row: dict | None, max_resolution: float, half_maps: bool = True) -> str:
+    """Why section 4.1 leaves an entry out, from its row of the metadata; "" if it stays.
+
+    half_maps: want them, as CryoFM does.
+    """
     if row is None:
         return "not in the metadata"
 
@@ -99,7 +107,7 @@ def rejected(row: dict | None, max_resolution: float) -> str:
         return "not single particle"
 
     # With half maps.
-    if not row["half_map_filename"].strip():
+    if half_maps and not row["half_map_filename"].strip():
         return "no half maps"
 
     # Departure 1: no helical assembly, as far as the title says.
@@ -170,7 +178,7 @@ def write_index(folder: Path, rows: list[dict]) -> None:
         file.write(text.getvalue().encode())
 
 
-def begin_or_continue(folder: Path, settings: dict[str, float]) -> dict[str, dict]:
+def begin_or_continue(folder: Path, settings: dict) -> dict[str, dict]:
     """entry -> row of the maps that an earlier run prepared in this folder with these settings.
 
     Raises ValueError if it had other settings.
@@ -253,12 +261,15 @@ def prepare(
     max_resolution: float = 3.0,
     max_side: float = 576.0,
     workers: int = 1,
+    half_maps: bool = True,
+    excluded: str | Path | None = None,
     say=say,
 ) -> list[dict]:
     """EMDB's maps below `folder` -> the folder `out`, which train.py reads; returns its index.
 
     voxel_size: of all prepared maps, Å; metadata: a CSV for `rejected`, without which nothing is
-    known of an entry; max_resolution: Å; max_side: longest side of a map, Å; workers: processes.
+    known of an entry; max_resolution: Å; max_side: longest side of a map, Å; workers: processes;
+    half_maps: leave out entries without; excluded: a file that names entries to leave out.
     A run that was stopped goes on where it was, and looks again at maps that were skipped.
     Raises ValueError and OSError for bad arguments, folders and disks; a bad map stops nothing.
     """
@@ -275,13 +286,21 @@ def prepare(
 
     # Read what is known of the entries, and what an earlier run did.
     entries = read_metadata(metadata) if metadata else None
+    test_set = read_ids(excluded) if excluded else set()
+    # Folders from before these two flags go on, too.
+    if not half_maps:
+        settings["half_maps"] = False
+    if test_set:
+        settings["held_out"] = sorted(test_set)
     done = begin_or_continue(out, settings)
 
     # Sort the entries: ruled out by the metadata, prepared earlier, to prepare.
     rows = []
     todo = []
     for label, file in files.items():
-        why = rejected(entries.get(label), max_resolution) if metadata else ""
+        why = rejected(entries.get(label), max_resolution, half_maps) if metadata else ""
+        if label in test_set:
+            why = "held out by --held-out"
         if why:
             rows.append(dict(entry=label, file=file, skipped=why))
         elif label in done:
@@ -349,6 +368,12 @@ def parse(argv) -> argparse.Namespace:
     one.add_argument("--metadata", help="CSV of EMDB's search; without it only maps are judged")
     one.add_argument("--max-side", type=float, default=576.0, help="Å (default: 576)")
     one.add_argument(
+        "--held-out",
+        dest="excluded",
+        metavar="LIST",
+        help="text that names EMDB entries never to train on, such as a test set",
+    )
+    one.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count(),
@@ -365,6 +390,12 @@ def parse(argv) -> argparse.Namespace:
             default=3.0,
             help="Å (default: 3, as CryoFM; CryoLVM 4)",
         )
+        command.add_argument(
+            "--half-maps",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="leave out entries without half maps, as CryoFM; CryoLVM: --no-half-maps",
+        )
 
     # structures
     three = commands.add_parser("structures", help="PDB entries -> an archive of structures")
@@ -372,6 +403,11 @@ def parse(argv) -> argparse.Namespace:
     three.add_argument("--from", dest="folder", help="take the files of this folder, no download")
     three.add_argument("-o", "--out", help="default: the list's name with .npz")
     three.add_argument("--overwrite", action="store_true", help="replace an archive that exists")
+
+    # pairs
+    pairs = commands.add_parser("pairs", help="maps and models -> those that CryoLVM learns from")
+    pairs.add_argument("candidates", help="CSV: map, model, resolution, resolution_method")
+    pairs.add_argument("--held-out", dest="excluded", metavar="LIST", help="as for maps")
 
     # emdb
     four = commands.add_parser("emdb", help="download maps of EMDB entries")
@@ -405,9 +441,11 @@ def main(argv=None) -> None:
         build_archive(args.list, out, folder)
     elif args.command == "emdb":
         fetch_maps(args.entries, args.folder)
+    elif args.command == "pairs":
+        choose_pairs(args.candidates, args.excluded, say)
     else:
         for label, row in read_metadata(args.metadata).items():
-            if not rejected(row, args.max_resolution):
+            if not rejected(row, args.max_resolution, args.half_maps):
                 print(map_url(label.upper().replace("_", "-")))
 
 

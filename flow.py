@@ -126,9 +126,10 @@ def sample_t(
 ) -> Tensor:
     """n training times in [0, 1], float32 (n,).
 
-    law: "uniform" (CryoFM-S), or "logit-normal" (CryoFM-L), which visits the middle more often
-    (Esser et al. 2024, arXiv:2403.03206, §3.1). The paper names neither; they are in the authors'
-    release. Raises ValueError for any other law.
+    law: "uniform" over [0, 1) (CryoFM-S, but there whole thousandths from 0 to 1: Departure 4), or
+    "logit-normal" over whole thousandths (CryoFM-L), which visits the middle more often (Esser et
+    al. 2024, arXiv:2403.03206, §3.1). The paper names neither; they are in the authors' release.
+    Raises ValueError for any other law.
     """
     where = draw_device(generator, device)
     if law == "uniform":

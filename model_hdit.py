@@ -22,10 +22,13 @@ CryoFM (arXiv:2410.08631) section 4.2, Tables 4 and 7. (1)-(6) are from Crowson 
 Parameters and buffers have the names of the public weights, which load with strict=True.
 
 Departure 1: (7) is computed in float32 whatever the autocast dtype. The authors' code computes phi
-in half precision under autocast, where phi means nothing for t > 0.2. With `time_phase` "float16"
-or "bfloat16" this code does the same, for the authors' weights.
+in half precision under autocast, where phi means nothing for t > 0.2. In the innermost level it
+computes the angles of (4) so, too, which changes them by up to 0.012 (float16) or 0.11 (bfloat16).
+`time_phase` and `rotary_phase` "float16" or "bfloat16" do the same, for the authors' weights.
 Departure 2: a kernel larger than the token grid is clamped to it (NATTEN refuses it), so any map
 size works that is divisible by patch_size * 2^(levels - 1).
+Departure 3: a network that has learnt whole thousandths of t alone is asked at the nearest one,
+because (7) turns by w full circles from one to the next. The release cuts the rest off.
 """
 
 import math
@@ -53,7 +56,10 @@ class HDiTConfig:
     kernel_size: int = 7  # of the neighbourhood attention, in tokens
     mapping_width: int = 256  # of the time conditioning c
     ff_mult: int = 3
-    time_phase: str = "float32"  # dtype of (7); other values only for the authors' weights
+    # Of the authors' weights; ours have the defaults.
+    time_phase: str = "float32"  # dtype of phi in (7)
+    rotary_phase: str = "float32"  # dtype of the angles (4) in the innermost level
+    whole_thousandths: bool = False  # of t are all that the network has learnt (Departure 3)
 
     def __post_init__(self):
         if len(self.depths) != len(self.widths) or not self.depths:
@@ -66,8 +72,10 @@ class HDiTConfig:
             raise ValueError(f"d_head {self.d_head} must be at least 12, for one frequency in (4)")
         if self.mapping_width % 2:
             raise ValueError(f"mapping_width {self.mapping_width} must be even")
-        if self.time_phase not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"time_phase {self.time_phase!r}: choose float32, float16 or bfloat16")
+        for name in ("time_phase", "rotary_phase"):
+            dtype = getattr(self, name)
+            if dtype not in ("float32", "float16", "bfloat16"):
+                raise ValueError(f"{name} {dtype!r}: choose float32, float16 or bfloat16")
 
     @property
     def multiple(self) -> int:
@@ -161,10 +169,13 @@ class AxialRoPE(nn.Module):
         self.register_buffer("freqs", freqs.contiguous())  # (n, nf)
 
     def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """pos (D, H, W, 3) -> cos and sin of the angles (D, H, W, n, 3 nf), float32."""
+        """pos (D, H, W, 3) -> cos and sin of the angles (D, H, W, n, 3 nf), float32.
+
+        The angles are products in the dtype of pos.
+        """
         # Every coordinate of a token times every frequency of a head.
-        angle = pos[..., None, :, None] * self.freqs.float()[:, None, :]  # (D, H, W, n, 3, nf)
-        angle = angle.flatten(-2)
+        angle = pos[..., None, :, None] * self.freqs.to(pos.dtype)[:, None, :]
+        angle = angle.flatten(-2).float()  # (D, H, W, n, 3, nf) -> (D, H, W, n, 3 nf)
         return angle.cos(), angle.sin()
 
 
@@ -188,6 +199,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_heads = width // config.d_head
         self.kernel_size = kernel_size
+        self.phase = getattr(torch, "float32" if kernel_size else config.rotary_phase)
         self.norm = AdaRMSNorm(width, config.mapping_width)
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.scale = nn.Parameter(torch.full((self.n_heads,), 10.0))  # s_h of (3)
@@ -202,7 +214,7 @@ class SelfAttention(nn.Module):
 
         # Scale queries and keys, (3), and turn them by their positions, (4).
         length = self.scale.sqrt()[:, None]
-        cos, sin = self.pos_emb(pos)
+        cos, sin = self.pos_emb(pos.to(self.phase))  # Departure 1
         q = apply_rotary(set_length(q, length), cos, sin).to(v.dtype)
         k = apply_rotary(set_length(k, length), cos, sin).to(v.dtype)
 
@@ -329,8 +341,10 @@ class HDiT(nn.Module):
         """(7) without W_c: t (B,) in [0, 1] -> (B, mapping_width)."""
         dtype = getattr(torch, self.config.time_phase)  # Departure 1
         with torch.autocast(t.device.type, enabled=False):
-            t = 2 * math.pi * (1000 * t.float())
-            phase = t[:, None].to(dtype) * self.time_emb.weight.T.to(dtype)
+            t = 1000 * t.float()
+            if self.config.whole_thousandths:
+                t = t.round()  # Departure 3
+            phase = (2 * math.pi * t)[:, None].to(dtype) * self.time_emb.weight.T.to(dtype)
             return torch.cat((phase.cos(), phase.sin()), dim=-1).float()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

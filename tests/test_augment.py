@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import augment
+import degrade
+import fourier
 import volume
 
 
@@ -117,3 +119,17 @@ def test_random_rotations_are_uniform_over_SO3(rng):
         expected = (angle - angle.sin()) / math.pi
         gap = (expected - torch.arange(4000) / 4000).abs().max()
         assert gap < 1.63 / 4000**0.5  # Kolmogorov, 1 %
+
+
+def test_flips_are_all_eight_and_keep_the_missing_wedge_in_its_place(rng):
+    # What a tilt range of 50 degrees does not measure holds nothing, before and after.
+    shape = (8, 10, 12)
+    measured = fourier.hermitian_part(degrade.wedge_mask(shape, (-50, 50)))
+    x = fourier.apply_fourier(random(*shape), measured)
+    seen = set()
+    for _ in range(100):
+        y = augment.flip(x, rng)
+        seen.add(tuple(y.flatten().tolist()))
+        power = torch.fft.fftn(y).abs().square()
+        assert power[~measured].sum() < 1e-9 * power.sum()
+    assert len(seen) == 8

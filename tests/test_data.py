@@ -94,6 +94,34 @@ def test_centre_crops_are_the_middle_of_the_map_in_every_orientation(box, crop):
     assert (directions / want).mean(0).norm() < 0.6  # of 16 uniform directions: 0.25 +- 0.1
 
 
+@pytest.mark.parametrize(
+    "augmentation, orientations", [("center", 1), ("random", 1), ("rot24", 24)]
+)
+def test_an_augmentation_without_interpolation_gives_its_orientations(augmentation, orientations):
+    # The slopes of a ramp along z, y, x tell how a crop was turned, its values where it was cut.
+    box = 17
+    z, y, x = torch.meshgrid(*[torch.arange(box, dtype=torch.float32)] * 3, indexing="ij")
+    step = 0.8 / (21 * (box - 1))
+    ramp = 0.2 + (z + 4 * y + 16 * x) * step
+    settings = dict(crop=2, crops=20, augmentation=augmentation, mean=0.0, std=1.0)
+    items = data.MapCrops([one_map(ramp)], **settings)
+    crops = torch.cat([items[i] for i in range(20)])[:, 0]
+    inside = crops[crops.flatten(1).amin(1) > 0]
+    first = inside[:, 0, 0, 0]
+    ends = (inside[:, 1, 0, 0], inside[:, 0, 1, 0], inside[:, 0, 0, 1])
+    slopes = torch.stack([(end - first) / step for end in ends], 1).round().int()
+    found = {tuple(row) for row in slopes.tolist()}
+    assert len(found) == orientations and (1, 4, 16) in found
+    assert all(sorted(abs(s) for s in slope) == [1, 4, 16] for slope in found)
+    places = len(inside.mean((1, 2, 3)).mul(1e4).round().unique())
+    assert places == 1 if augmentation == "center" else places > 100
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="augmentation 'rot48': choose center, random, rot24, so3"):
+        data.MapCrops([], crop=8, crops=1, augmentation="rot48", **SCALE)
+
+
 def test_random_centres_are_uniform_over_the_density_mask():
     x = gaussians((17, 19, 21), (4, 0, 0), (-8, 2, 10), sigma=1.0)
     mask, count, g = (

@@ -109,6 +109,26 @@ def test_a_lower_resolution_is_accepted_if_asked_for(emdb):
     assert taken == {"emd_1001", "emd_1002", "emd_1003"}
 
 
+def test_entries_without_half_maps_are_accepted_if_asked_for(emdb, capsys):
+    rows = prepare(emdb, half_maps=False)
+    taken = {row["entry"] for row in rows if not row["skipped"]}
+    assert taken == {"emd_1001", "emd_1002", "emd_1006"}
+    data_prepare.main(["urls", str(emdb / "emdb.csv"), "--no-half-maps"])
+    assert "emd_1006.map.gz" in capsys.readouterr().out
+
+
+def test_entries_of_a_list_are_never_trained_on(emdb):
+    (emdb / "test_set.txt").write_text("EMD-1001\nEMD-9999\n")
+    rows = prepare(emdb, excluded=emdb / "test_set.txt")
+    skipped = {row["entry"]: row["skipped"] for row in rows}
+    assert skipped["emd_1001"] == "held out by --held-out" and not skipped["emd_1002"]
+    volumes, _ = data.read_volumes(emdb / "out", 1.5)
+    assert [volume.label for volume in volumes] == ["emd_1002"]
+    # The folder remembers the list.
+    with pytest.raises(ValueError, match="begun with .*emd_1001.*; give these"):
+        prepare(emdb)
+
+
 def write_mrc(path, values, axes):
     """An MRC file of 1 Å per voxel whose columns, rows and sections are the given axes."""
     with mrcfile.new(path) as file:

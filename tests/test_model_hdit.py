@@ -101,11 +101,159 @@ def test_public_weights_load_by_path_with_their_config_inferred(config, box, vox
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     prior = checkpoint.load(tmp_path / "model.safetensors", kind="hdit", time_phase="bfloat16")
 
-    # No shape shows the kernel, so it is the release's.
-    assert prior.net.config == replace(config, kernel_size=7, time_phase="bfloat16")
+    # No shape shows the kernel or the times, so they are the release's.
+    assert prior.net.config == replace(
+        config,
+        kernel_size=7,
+        time_phase="bfloat16",
+        rotary_phase="bfloat16",
+        whole_thousandths=True,
+    )
     assert (prior.box, prior.voxel_size) == (box, voxel_size)
     for key, value in net.state_dict().items():
         assert torch.equal(prior.net.state_dict()[key], value), key
+
+
+# cryofm-s and cryofm-l as they are published: (a level's prefix, its width, its layers).
+@pytest.mark.parametrize(
+    "name, tensors, levels",
+    [
+        ("s", 136, [("down_levels.0", 768, 4), ("up_levels.0", 768, 4), ("mid_level", 1536, 8)]),
+        (
+            "l",
+            171,
+            [
+                ("down_levels.0", 320, 2),
+                ("up_levels.0", 320, 2),
+                ("down_levels.1", 640, 2),
+                ("up_levels.1", 640, 2),
+                ("mid_level", 1280, 12),
+            ],
+        ),
+    ],
+)
+def test_the_names_and_shapes_of_the_published_weights_are_ours(name, tensors, levels):
+    widths = model_hdit.PRESETS[name].widths
+    published = {
+        "patch_in.proj.weight": (widths[0], 64),
+        "time_emb.weight": (128, 1),
+        "time_in_proj.weight": (256, 256),
+        "out_norm.scale": (widths[0],),
+        "patch_out.proj.weight": (64, widths[0]),
+    }
+    for i, (narrow, wide) in enumerate(zip(widths, widths[1:])):
+        published[f"merges.{i}.proj.weight"] = (wide, 8 * narrow)
+        published[f"splits.{i}.proj.weight"] = (8 * narrow, wide)
+        published[f"splits.{i}.fac"] = (1,)
+    for prefix, W, depth in levels:
+        for j in range(depth):
+            layer = {
+                "self_attn.scale": (W // 64,),
+                "self_attn.norm.linear.weight": (W, 256),
+                "self_attn.qkv_proj.weight": (3 * W, W),
+                "self_attn.pos_emb.freqs": (W // 64, 5),
+                "self_attn.out_proj.weight": (W, W),
+                "ff.norm.linear.weight": (W, 256),
+                "ff.up_proj.weight": (6 * W, W),
+                "ff.down_proj.weight": (W, 3 * W),
+            }
+            published |= {f"{prefix}.{j}.{key}": shape for key, shape in layer.items()}
+    assert len(published) == tensors
+    with torch.device("meta"):
+        ours = HDiT(model_hdit.PRESETS[name]).state_dict()
+    assert {key: tuple(value.shape) for key, value in ours.items()} == published
+
+
+def release_like(folder, config=""):
+    """A model.safetensors with the frequencies of the time features' oracle, and a config.yaml."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    fixture = np.load(ORACLES / "parity/time_features.npz")
+    net = make_net(replace(TINY, mapping_width=256))
+    net.time_emb.weight.copy_(torch.from_numpy(fixture["weight"]))
+    save_file(net.state_dict(), folder / "model.safetensors")
+    if config:
+        (folder / "config.yaml").write_text(config)
+    return folder / "model.safetensors"
+
+
+S_CONFIG = "hdit_model:\n  type: image_transformer_v2\npl_trainer:\n  precision: 16-mixed\n"
+L_CONFIG = "pl_trainer:\n  precision: bf16\n  max_steps: 300000\n"
+
+
+# cryofm_facts.md: cosine similarity to the exact time features at t = 0.2, 0.5, 1.
+@pytest.mark.parametrize(
+    "config, asked, similarity, words",
+    [
+        (S_CONFIG, None, [0.90, 0.61, 0.37], "float16 (config.yaml: precision 16-mixed)"),
+        (L_CONFIG, None, [0.26, 0.08, 0.02], "bfloat16 (config.yaml: precision bf16)"),
+        (S_CONFIG, "bfloat16", [0.26, 0.08, 0.02], "bfloat16 (as asked)"),
+        (S_CONFIG, "float32", [1, 1, 1], "float32 (as asked)"),
+        ("", None, [1, 1, 1], "no config.yaml beside it; --time-phase takes another"),
+    ],
+)
+def test_public_weights_get_the_time_phases_of_their_training(
+    config, asked, similarity, words, tmp_path
+):
+    path = release_like(tmp_path, config)
+    said = []
+    net = checkpoint.load(path, time_phase=asked, say=said.append).net
+    t = torch.tensor([0.2, 0.5, 1.0])
+    exact = HDiT(replace(net.config, time_phase="float32"))
+    exact.load_state_dict(net.state_dict())
+    found = torch.cosine_similarity(net.time_features(t), exact.time_features(t))
+    np.testing.assert_allclose(found, similarity, rtol=0, atol=0.006)
+    (line,) = said
+    assert words in line and "whole thousandths" in line
+
+
+def test_exact_time_phases_leave_the_rotary_angles_in_the_precision_of_training(tmp_path):
+    config = S_CONFIG + "  use_fp32_time_emb: true\n"
+    net = checkpoint.load(release_like(tmp_path, config), say=lambda line: None).net
+    assert (net.config.time_phase, net.config.rotary_phase) == ("float32", "float16")
+
+
+@pytest.mark.parametrize("config", ["seed: 42\n", "precision: 8\n", S_CONFIG + L_CONFIG])
+def test_a_config_without_one_known_precision_is_refused_until_asked(config, tmp_path):
+    path = release_like(tmp_path, config)
+    with pytest.raises(ValueError, match="config.yaml: says no precision .* give --time-phase"):
+        checkpoint.load(path)
+    checkpoint.load(path, time_phase="float16", say=lambda line: None)
+
+
+def test_a_time_phase_for_a_checkpoint_of_ours_is_refused(tmp_path):
+    meta = dict(voxel_size=1.5, box=16, mean=0.05, std=0.13)
+    checkpoint.save(tmp_path / "a.pt", make_net(), **meta)
+    with pytest.raises(ValueError, match="drop --time-phase"):
+        checkpoint.load(tmp_path / "a.pt", time_phase="float16")
+
+
+@pytest.mark.parametrize("dtype, spacing", [("float16", 2**-6), ("bfloat16", 2**-3)])
+def test_rotary_angles_of_the_innermost_level_alone_are_rounded(dtype, spacing):
+    # Angles reach 10 pi = 31, and so far out neighbouring numbers of the dtype lie `spacing` apart.
+    # The position, the frequency and their product are rounded, to half a spacing each.
+    config = replace(model_hdit.PRESETS["s"], rotary_phase=dtype)
+    with torch.device("meta"):
+        outer = model_hdit.SelfAttention(config, 768, 7)
+    assert outer.phase == torch.float32
+    inner = model_hdit.SelfAttention(replace(config, widths=(64,), depths=(1,)), 64, None)
+    pos = model_hdit.positions((8, 8, 8), torch.device("cpu"))
+    cos, sin = inner.pos_emb(pos)
+    rounded_cos, rounded_sin = inner.pos_emb(pos.to(inner.phase))
+    turned = torch.atan2(
+        rounded_sin * cos - rounded_cos * sin, rounded_cos * cos + rounded_sin * sin
+    )
+    assert spacing / 8 < turned.abs().max() < 1.5 * spacing
+
+
+def test_a_network_of_whole_thousandths_is_asked_at_the_nearest_one():
+    net = make_net(replace(TINY, whole_thousandths=True))
+    x, _ = inputs()
+    between = net(x, torch.tensor([0.2996, 0.3004]))
+    assert torch.equal(between, net(x, torch.tensor([0.3, 0.3])))
+    # Between two thousandths the phases turn by w full circles, which is far for a network.
+    other = make_net()
+    other.load_state_dict(net.state_dict())
+    assert not torch.allclose(other(x, torch.tensor([0.2996, 0.3004])), between, atol=1e-3)
 
 
 def test_files_that_are_not_the_weights_of_an_hdit_are_refused(tmp_path):
@@ -191,6 +339,7 @@ def test_a_box_that_does_not_divide_into_tokens_is_refused():
         ("d_head", 8),
         ("mapping_width", 15),
         ("time_phase", "float8"),
+        ("rotary_phase", "float8"),
     ],
 )
 def test_a_wrong_setting_is_named(name, value):
