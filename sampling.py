@@ -127,7 +127,8 @@ TASKS = {
 
 # Flags that every task takes.
 PROGRAM_FLAGS = {
-    "maps", "task", "model", "out", "ckpt", "device", "overwrite", "skip_existing", "quiet"
+    "maps", "task", "model", "out", "ckpt", "time_phase", "device", "overwrite", "skip_existing",
+    "quiet",
 }  # fmt: skip
 
 # Flags that name files.
@@ -158,6 +159,12 @@ def make_parser() -> argparse.ArgumentParser:
         "half_2.mrc half_mean_TASK.mrc)",
     )
     add("--ckpt", help="the network (default: weights/hdit_tiny.pt, or scunet_tiny_TASK.pt)")
+    add(
+        "--time-phase",
+        choices=("float32", "float16", "bfloat16"),
+        help="precision in which the authors' .safetensors were trained (default: as the "
+        "config.yaml beside them says)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="replace files that exist (never the input)")
     add("--skip-existing", action="store_true", help="leave out maps whose result exists")
@@ -430,7 +437,9 @@ def main(argv=None) -> int:
     halves = isinstance(settings, DenoiseSettings)
     runs = plan_runs(args.task, paths, args.out, settings.suffixes, halves, tell)
     check_names(args, task, runs, settings.suffixes)
-    prior = checkpoint.load(args.ckpt, kind=args.model, device=args.device)
+    prior = checkpoint.load(
+        args.ckpt, kind=args.model, device=args.device, time_phase=args.time_phase, say=tell
+    )
 
     # A network for another task would give a wrong map without a word.
     if task.trained_for and prior.task != task.trained_for:

@@ -971,3 +971,28 @@ def test_devices_that_give_no_numbers_are_refused(small, device):
 def test_numbers_that_would_take_all_memory_or_time_are_refused(flag):
     with pytest.raises(ValueError, match="give"):
         sampling.parse(["--task", "wedge", "in.mrc", flag])
+
+
+@pytest.mark.parametrize(
+    "asked, phase", [([], "float16"), (["--time-phase", "bfloat16"], "bfloat16")]
+)
+def test_public_weights_are_used_in_the_precision_of_their_training_or_as_asked(
+    asked, phase, tmp_path, monkeypatch, capsys
+):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    monkeypatch.chdir(tmp_path)
+    save_file(HDiT(SMALL_HDIT).state_dict(), "model.safetensors")
+    Path("config.yaml").write_text("pl_trainer:\n  precision: 16-mixed\n")
+    command = "--task generate --samples 1 --steps 1 --box 16 --ckpt model.safetensors -o out.mrc"
+    assert not sampling.main([*command.split(), *asked])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "time phases" in line]
+    assert len(lines) == 1 and f"time phases in {phase}" in lines[0]
+    Path("out.mrc").unlink()
+    sampling.main([*command.split(), *asked, "--quiet", "--overwrite"])
+    assert not capsys.readouterr().out
+
+
+def test_a_time_phase_for_a_checkpoint_of_ours_is_refused(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="drop --time-phase"):
+        sampling.main(["--task", "generate", "--ckpt", str(ckpt), "--time-phase", "float16"])
