@@ -69,6 +69,7 @@ def read_training(out: Path, cfg: TrainConfig, micro: int, say=print) -> dict | 
     # The network cannot change, other settings may. Older checkpoints lack newer flags.
     flags = training["flags"]
     settings = asdict(cfg)
+    flags = {**flags, "net": settings["net"] | flags["net"]}  # and newer fields of the network
     for name in ("net", "objective", "optimizer"):
         if flags.get(name, "flow") != settings[name]:
             raise ValueError(
