@@ -221,7 +221,9 @@ def build(cfg: TrainConfig) -> torch.nn.Module:
     """What the optimiser trains, with random weights."""
     # CryoFM's network, CryoLVM's, and around the encoder of the latter a predictor.
     if cfg.objective == "flow":
-        return HDiT(cfg.net, cfg.activation_checkpointing)
+        # The checkpoint records which times the network learns.
+        whole = cfg.time_law == "logit-normal"
+        return HDiT(replace(cfg.net, whole_thousandths=whole), cfg.activation_checkpointing)
     net = SCUNet(cfg.net)
     if cfg.objective != "jepa":
         return net

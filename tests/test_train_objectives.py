@@ -207,3 +207,10 @@ def test_a_flag_that_the_data_do_not_use_is_refused(maps, tmp_path, data, flags,
 
     # Without being typed, what the preset says is no mistake.
     train_objectives.datasets(replace(cfg, typed=()))
+
+
+def test_a_network_that_learns_whole_thousandths_says_so():
+    for law, whole in (("uniform", False), ("logit-normal", True)):
+        with torch.device("meta"):
+            net = train_objectives.build(replace(SMALL, time_law=law))
+        assert net.config.whole_thousandths is whole
