@@ -124,7 +124,8 @@ def refuse_raw_maps(cfg: TrainConfig, world: int) -> None:
 
 def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
     """The maps of --data. Raises ValueError if more than 1 % of them cannot be used."""
-    box = cfg.crop if cfg.center_crops else None
+    center = cfg.center_crops or cfg.augmentation == "center"
+    box = cfg.crop if center else None
     volumes, refused = data.read_volumes(cfg.data, cfg.voxel_size, box)
     for volume in volumes:
         for note in volume.notes:
@@ -143,7 +144,12 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
 
 
 def simulated(structures, seed: int, cfg: TrainConfig):
-    """A dataset of maps, or pairs of maps, that are simulated from atomic models."""
+    """A dataset of maps, or pairs of maps, that are simulated from atomic models.
+
+    Raises ValueError for an augmentation other than so3: each item turns its model anew.
+    """
+    if cfg.augmentation != "so3":
+        raise ValueError(f"--augmentation {cfg.augmentation}: for maps; models are always turned")
     # What maps and pairs have in common.
     common = dict(
         crop=cfg.crop,
@@ -169,6 +175,7 @@ def crops_of_maps(volumes, seed: int, cfg: TrainConfig):
         crop=cfg.crop,
         crops=cfg.crops_per_map,
         center=cfg.center_crops,
+        augmentation=cfg.augmentation,
         cubic=cfg.cubic,
         mean=cfg.mean,
         std=cfg.std,

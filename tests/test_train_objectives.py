@@ -214,3 +214,14 @@ def test_a_network_that_learns_whole_thousandths_says_so():
         with torch.device("meta"):
             net = train_objectives.build(replace(SMALL, time_law=law))
         assert net.config.whole_thousandths is whole
+
+
+def test_an_augmentation_reaches_the_crops_of_maps_and_is_refused_for_models(maps):
+    for augmentation in ("center", "random", "rot24", "so3"):
+        train, held_out = datasets(maps, augmentation=augmentation)
+        assert train.augmentation == held_out.augmentation == augmentation
+    # The only thing that is random about a centre crop is the map.
+    centre, _ = datasets(maps, augmentation="center")
+    assert len({float(centre[i].sum()) for i in range(10)}) == len(centre.entries)
+    with pytest.raises(ValueError, match="--augmentation rot24: for maps"):
+        datasets("procedural", augmentation="rot24")
