@@ -29,7 +29,7 @@ import torch
 from torch import Generator, Tensor
 
 from atoms import Structure, molmap, placed, read_model
-from augment import RandomItems, mirror_or_not, random_crop, uniform
+from augment import RandomItems, flip, mirror_or_not, random_crop, uniform
 from degrade import (
     add_spectral_noise,
     anisotropic_noise_power,
@@ -233,10 +233,11 @@ class SimulatedPairs(RandomItems):
         )
         pair = torch.stack([normalise(x, 0, 1)[0] for x in pair])
 
-        # A wedge has an orientation, so its crops keep theirs. All of them show the molecule,
-        # because the shipped weights were trained so.
+        # A wedge has an orientation, which flips keep and rotations do not. All crops show the
+        # molecule. The shipped weights were trained so, but without flips.
         if self.task == "wedge3d":
-            return torch.stack(pair_crops(pair, self.crop, self.crops, generator, anywhere=0))
+            crops = pair_crops(pair, self.crop, self.crops, generator, anywhere=0)
+            return torch.stack([flip(x, generator) for x in crops])
         crops = pair_crops(pair, self.crop, self.crops, generator)
         return torch.stack([mirror_or_not(x, generator) for x in crops])
 

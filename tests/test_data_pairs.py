@@ -180,17 +180,19 @@ def test_half_of_the_crops_are_cut_anywhere():
     assert 170 < sum(float(x.max()) > 0 for x in crops) < 235
 
 
-def test_crops_of_a_wedge_pair_keep_their_orientation(structure, monkeypatch):
-    ramp = torch.arange(1.0, 33.0)[:, None, None].expand(32, 32, 32)  # rises along z
+def test_crops_of_a_wedge_pair_are_flipped_and_never_turned(structure, monkeypatch):
+    ramp = torch.arange(1.0, 33.0)[:, None, None].expand(32, 32, 32)  # along z
     monkeypatch.setattr(data_pairs, "simulated_pair", lambda *args, **grid: (ramp, ramp))
 
-    def all_rise(task):
+    def slopes_along_z(task):
         settings = dict(crop=16, crops=4, box=32, voxel_size=4.0, resolution=(8, 9))
         pairs = data_pairs.SimulatedPairs([structure], task=task, **settings)
         slopes = torch.cat([pairs[i] for i in range(4)]).diff(dim=2)  # (16 crops, 2, 15, 16, 16)
-        return all(x.min() >= 0 and x.sum() > 0 for x in slopes)
+        return slopes.sum((1, 2, 3, 4)).sign().tolist()
 
-    assert all_rise("wedge3d") and not all_rise("sharpen")
+    # Up or down along z, but never flat, as a crop that was turned by 90 degrees.
+    assert set(slopes_along_z("wedge3d")) == {1, -1}
+    assert 0 in slopes_along_z("sharpen")
 
 
 def test_crops_come_in_all_48_orientations_of_a_cube():
