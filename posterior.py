@@ -185,7 +185,10 @@ def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
 class Tile(NamedTuple):
     """A cube of a periodic map, seen in one of the 24 orientations along the axes."""
 
-    index: tuple[Tensor, ...]  # of its voxels in (K, D, H, W)
+    number: int  # of its map
+    # Slices of the map, and where they lie in the tile: 1 pair of slices, or up to 8 where the tile
+    # goes on at the other end of the periodic map.
+    pieces: list[tuple[tuple[slice, ...], tuple[slice, ...]]]
     order: tuple[int, int, int]  # of its axes, for permute
     flips: list[int]  # axes to flip after that
 
@@ -212,8 +215,10 @@ def solvent_around(
 
 def draw_tiles(
     shape: torch.Size, box: int, generators: list[Generator], turned: bool = True
-) -> list[Tile]:
+) -> tuple[list[Tile], list[list[Tensor]]]:
     """Tiles that cover maps (D, H, W), one map per generator, with as little overlap as fits.
+
+    Also how many tiles cover each voxel: for each map three factors, along z, y and x.
 
     They begin at a random corner and have a random orientation. Both are drawn anew at every call,
     so that no seam stays in one place. Along a side shorter than the box, whose tile is that of
@@ -221,9 +226,9 @@ def draw_tiles(
     turned: False leaves a map that fits into one tile as it is.
     """
     turned = turned or max(shape) > box
-    tiles = []
-    for k, generator in enumerate(generators):
-        axes = []
+    tiles, covers = [], []
+    for number, generator in enumerate(generators):
+        axes, cover = [], []
         # The starts along each axis, spread evenly around the periodic map.
         for n in shape:
             side = max(n, box)
@@ -234,18 +239,30 @@ def draw_tiles(
                 first = before - augment.randint(box - n + 1, generator)
             elif turned:
                 first = augment.randint(n, generator)
-            starts = [first + i * n // count for i in range(count)]
-            axes.append([(start + torch.arange(box)) % side for start in starts])
+            starts = [(first + i * n // count) % side for i in range(count)]
+            axes.append([periodic_slices(start, box, side) for start in starts])
+            tokens = torch.tensor(starts)[:, None] + torch.arange(box)
+            cover.append((tokens % side).flatten().bincount(minlength=side))
 
         # One orientation for the whole map.
         order, signs = (0, 1, 2), (1, 1, 1)
         if turned:
             order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
         flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
-        for z, y, x in itertools.product(*axes):
-            index = (torch.tensor(k), z[:, None, None], y[:, None], x)
-            tiles.append(Tile(index, order, flips))
-    return tiles
+        for axis_slices in itertools.product(*axes):
+            pieces = [tuple(zip(*piece)) for piece in itertools.product(*axis_slices)]
+            tiles.append(Tile(number, pieces, order, flips))
+        covers.append(cover)
+    return tiles, covers
+
+
+def periodic_slices(start: int, length: int, side: int) -> list[tuple[slice, slice]]:
+    """Where a tile lies on a periodic axis: slices of the axis and of the tile, one pair or two."""
+    inside = min(length, side - start)
+    slices = [(slice(start, start + inside), slice(0, inside))]
+    if inside < length:
+        slices.append((slice(0, length - inside), slice(inside, length)))
+    return slices
 
 
 def tiled_velocity(
@@ -261,14 +278,13 @@ def tiled_velocity(
     x is in network scale; each map has its own generator, which draws its tiles. Around a side
     shorter than the box is solvent. turned: of `draw_tiles`.
     """
-    tiles = draw_tiles(x.shape[1:], prior.box, generators, turned)
+    tiles, covers = draw_tiles(x.shape[1:], prior.box, generators, turned)
     x, inside = solvent_around(prior, x, t, generators)
     total = torch.zeros_like(x)
-    weight = torch.zeros_like(x)
     for i in range(0, len(tiles), tiles_per_call):
         part = tiles[i : i + tiles_per_call]
         # Cut the tiles out, in their orientation, and ask the network.
-        views = [x[tile.index].permute(tile.order).flip(tile.flips) for tile in part]
+        views = [cut_tile(x, tile, prior.box) for tile in part]
         batch = torch.stack(views)[:, None]  # (tiles, 1, box, box, box)
         times = torch.full((len(part),), t, device=x.device)
         with flow.autocast(x.device):
@@ -282,9 +298,22 @@ def tiled_velocity(
         for tile, velocity in zip(part, v[:, 0]):
             inverse = [tile.order.index(axis) for axis in range(3)]
             velocity = velocity.flip(tile.flips).permute(inverse)
-            total.index_put_(tile.index, velocity, accumulate=True)
-            weight.index_put_(tile.index, torch.ones_like(velocity), accumulate=True)
-    return (total / weight)[inside]
+            for of_map, of_tile in tile.pieces:
+                total[tile.number][of_map] += velocity[of_tile]
+
+    # Take the mean where tiles overlap.
+    for velocity, (z, y, x_cover) in zip(total, covers):
+        for factor in (z[:, None, None], y[:, None], x_cover):
+            velocity /= factor.to(velocity)
+    return total[inside]
+
+
+def cut_tile(x: Tensor, tile: Tile, box: int) -> Tensor:
+    """A tile (box, box, box) of maps x (K, D, H, W), in its orientation."""
+    cube = x.new_empty(box, box, box)
+    for of_map, of_tile in tile.pieces:
+        cube[of_tile] = x[tile.number][of_map]
+    return cube.permute(tile.order).flip(tile.flips)
 
 
 # ---- Algorithm 2
@@ -482,9 +511,13 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         self.count += 1
+        if self.count == 1:
+            self.mean = x.clone()
+            return
+        # In place where it can be, because maps may be large.
         delta = x - self.mean
-        self.mean = self.mean + delta / self.count
-        self.square = self.square + delta * (x - self.mean)
+        self.mean.add_(delta, alpha=1 / self.count)
+        self.square = delta.mul_(x - self.mean).add_(self.square)
 
     def std(self) -> Tensor:
         return (self.square / (self.count - 1)).sqrt()
@@ -495,6 +528,8 @@ def with_fine_detail(mean: Tensor, classical: Tensor) -> Tensor:
 
     The prior's grid may be coarser. Detail that it cannot hold comes from the classical answer.
     """
+    if mean.shape == classical.shape:
+        return mean
     # Only the change is interpolated, so that no detail of the classical answer is lost.
     change = mean - fourier.resample(classical, mean.shape)
     return classical + fourier.resample(change, classical.shape)
