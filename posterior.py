@@ -299,12 +299,12 @@ def tiled_velocity(
             inverse = [tile.order.index(axis) for axis in range(3)]
             velocity = velocity.flip(tile.flips).permute(inverse)
             for of_map, of_tile in tile.pieces:
-                total[tile.number][of_map] += velocity[of_tile]
+                total[tile.number][of_map].add_(velocity[of_tile])
 
     # Take the mean where tiles overlap.
-    for velocity, (z, y, x_cover) in zip(total, covers):
-        for factor in (z[:, None, None], y[:, None], x_cover):
-            velocity /= factor.to(velocity)
+    for number, (along_z, along_y, along_x) in enumerate(covers):
+        for factor in (along_z[:, None, None], along_y[:, None], along_x):
+            total[number].div_(factor.to(x))
     return total[inside]
 
 
