@@ -87,7 +87,7 @@ def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=prin
     grid = " x ".join(str(n) for n in shape)
     check_memory(needed, f"sampling on {grid} voxels", "give a smaller map or fewer --samples")
 
-    # Tiles overlap as little as fits, posterior.draw_tiles.
+    # Tiles overlap as little as fits, posterior_tiles.draw_tiles.
     tiles = math.prod(math.ceil(n / prior.box) for n in shape)
     device = posterior.device_of(prior)
     work = f"{samples} sample(s) x {steps} steps x {tiles} tile(s) of {prior.box}^3"

@@ -109,8 +109,8 @@ def test_output_and_gradients_equal_masked_dense_attention(grid, kernel, backend
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_attention_over_all_pairs_keeps_the_mask(dtype, close):
     # Few pairs are hidden here, so na3d attends to all pairs instead of making tiles.
-    inputs = make_inputs((8, 8, 8), dtype=torch.float32)
-    assert_close(run_na3d(*inputs, 7, "tiled"), run_dense(*inputs, 7), 1e-5)
+    inputs = make_inputs((8, 8, 8), dtype=dtype)
+    assert_close(run_na3d(*inputs, 7, "tiled"), run_dense(*inputs, 7), close)
 
 
 def test_the_mask_over_all_pairs_is_made_once_and_serves_training_after_inference():
