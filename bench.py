@@ -326,7 +326,6 @@ RESULTS_ROWS = {
     "L: 16^3, 10": "l level 1: 1 x 16^3 x 10 x 64",
     "tiny: 8^3, 2": "tiny level 0: 1 x 8^3 x 2 x 64",
 }
-NOT_YET = "not yet run on a GPU"
 
 
 def pair(row: dict, unit: str) -> str:
@@ -340,13 +339,12 @@ def results_table(rows: list[dict]) -> str:
     found = {(row["shape"], row["who"]): row for row in rows}
     table = []
     for name, problem in RESULTS_ROWS.items():
+        # Times of na3d and of the floor in ms, those of the peers relative to na3d's.
         cells = {"tokens, heads x 64": name}
-        for who in PEERS:
-            unit = "ms" if who == "na3d" else "/ na3d"
-            cells[who + (" ms" if who == "na3d" else "")] = pair(
-                found.get((problem, who), {}), unit
-            )
-        cells["floor: FLOPs, ms"] = pair(found.get((problem, "floor: FLOPs"), {}), "ms")
+        for who in (*PEERS, "floor: FLOPs"):
+            in_ms = who in ("na3d", "floor: FLOPs")
+            column = f"{who}, ms" if in_ms else who
+            cells[column] = pair(found.get((problem, who), {}), "ms" if in_ms else "/ na3d")
         table.append(cells)
     return markdown(table)
 
@@ -356,6 +354,8 @@ def say_exponents(rows: list[dict], notes: list[str]) -> None:
     for task in bench_maps.STEPS:
         measured = [row for row in rows if row["who"].startswith(task) and "s" in row]
         sides = [int(row["who"].split()[1]) for row in measured]
+        if len(sides) < 2:
+            continue
         slope = bench_maps.exponent(sides, [row["s"] for row in measured])
         peak = bench_maps.exponent(sides, [row["peak GiB"] for row in measured])
         notes.append(f"{task}: time ~ voxels^{slope:.2f}, peak memory ~ voxels^{peak:.2f}")
@@ -429,9 +429,8 @@ def main(argv=None) -> None:
             say_exponents(rows, notes)
         notes = [textwrap.shorten(note, 200) for note in notes]
         print(f"\n{part}\n", markdown(rows), "", *notes, sep="\n", flush=True)
-        if part == "attention":
-            where = name if args.gpu else NOT_YET
-            print(f"\nfor RESULTS.md, Speed ({where})\n", results_table(rows), sep="\n", flush=True)
+        if part == "attention" and args.gpu:
+            print(f"\nfor RESULTS.md, Speed ({name})\n", results_table(rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def draw_tiles(
                 first = augment.randint(n, generator)
             starts = [(first + i * n // count) % side for i in range(count)]
             axes.append([periodic_slices(start, box, side) for start in starts])
-            tokens = torch.tensor(starts)[:, None] + torch.arange(box)
-            cover.append((tokens % side).flatten().bincount(minlength=side))
+            voxels = torch.tensor(starts)[:, None] + torch.arange(box)
+            cover.append((voxels % side).flatten().bincount(minlength=side))
 
         # One orientation for the whole map.
         order, signs = (0, 1, 2), (1, 1, 1)
