@@ -12,9 +12,10 @@ GPU times are those of the kernels alone, from a cold L2 cache. One CPU thread i
 time, which other programs disturb less. A peer that cannot run, or would take too long, is a dash,
 with the reason under the table.
 
-Networks: a training step (on a CPU of one crop for S and L), a step of posterior sampling and
-SCUNet on tiles. Each runs in a process of its own, so that its peak memory is its own. Sampling and
-SCUNet choose their dtype like sampling.py, the rest takes bfloat16 where the hardware has it.
+Networks: a training step (on a CPU of one crop for S and L), a step of posterior sampling, SCUNet
+on tiles, steps of whole tasks on maps (bench_maps.py), and calls of the shipped networks on 1 to 16
+tiles. Each runs in a process of its own, so that its peak memory is its own. Training takes
+bfloat16 where the hardware has it; the others choose their dtype like sampling.py.
 """
 
 import argparse
@@ -33,14 +34,12 @@ from pathlib import Path
 
 import torch
 
+import bench_maps
 import checkpoint
-import degrade
 import flow
-import fourier
 import model_hdit
 import model_scunet
 import natten3d
-import posterior
 import train_config
 import train_dry_run
 import train_objectives
@@ -208,26 +207,49 @@ def train_step(name: str, args) -> dict:
     }
 
 
-def sampling_step(name: str, args) -> dict:
-    """As in posterior.sample_posterior: the network on every tile, the data term, noise."""
-    # An untrained network, because speed does not depend on the weights.
+def untrained(name: str, args) -> checkpoint.Prior:
+    """An untrained prior of a preset, because speed does not depend on the weights."""
     config = train_config.PRESETS[name]
     net = model_hdit.HDiT(config.net).to(args.device).eval().requires_grad_(False)
     scale = (config.voxel_size, config.crop, config.mean, config.std)
-    prior = checkpoint.Prior(net, "hdit", *scale, sha256="")
-    side = prior.box if args.quick else max(64, prior.box)
+    return checkpoint.Prior(net, "hdit", *scale, sha256="")
 
-    # Restore a missing wedge in noise: what the numbers are does not matter.
-    y = torch.randn(side, side, side, device=args.device)
-    measured = fourier.hermitian_part(degrade.wedge_mask(y.shape)).to(args.device)
-    observation = posterior.Observation(y, measured, 0.0, y)
-    generators = [torch.Generator().manual_seed(0)]
-    settings = {"steps": 1, "t_start": 0.4, "inner": 2}
-    step = functools.partial(posterior.sample_posterior, prior, observation, generators, **settings)
+
+def sampling_step(name: str, args) -> dict:
+    """As in posterior.sample_posterior: the network on every tile, the data term, noise."""
+    prior = untrained(name, args)
+    side = prior.box if args.quick else max(64, prior.box)
+    step = bench_maps.wedge_step(prior, side, args.device)
     with torch.no_grad():
         step_seconds = median_seconds(step, args.device, args.seconds)
     tiles = f"{side}^3 in tiles of {prior.box}^3"
     return {"step": tiles, "s": step_seconds, "voxels/s": side**3 / step_seconds}
+
+
+def map_step(name: str, args) -> dict:
+    """A step of a task on a whole map, beside the network's own time: bench_maps.py."""
+    task, _, side = name.partition(" ")
+    prior = shipped(task, args)
+    net = bench_maps.Identity() if args.identity else prior.net
+    prior = replace(prior, net=bench_maps.Timed(net, args.device))
+    return bench_maps.measure_map(task, prior, int(side), args.device)
+
+
+def shipped(task: str, args) -> checkpoint.Prior:
+    """The network in weights/ that `sampling.py --task` takes."""
+    file = {"wedge": "hdit_tiny.pt", "sharpen": "scunet_tiny_sharpen.pt"}[task]
+    return checkpoint.load(Path(__file__).parent / "weights" / file, device=args.device)
+
+
+def call_of_tiles(name: str, args) -> dict:
+    """One call of a shipped network on some tiles."""
+    task, _, count = name.partition(" ")
+    prior = shipped(task, args)
+    x = torch.randn(int(count), 1, *[prior.box] * 3, device=args.device)
+    inputs = [x, torch.full((len(x),), 0.2, device=args.device)][: 2 if task == "wedge" else 1]
+    with torch.no_grad(), flow.autocast(args.device):
+        call = median_seconds(lambda: prior.net(*inputs), args.device, args.seconds)
+    return {"step": f"{count} x {prior.box}^3", "ms per tile": 1e3 * call / len(x)}
 
 
 def scunet_tile(name: str, args) -> dict:
@@ -245,7 +267,13 @@ def scunet_tile(name: str, args) -> dict:
     return {"step": tiles, "s": step_seconds, "voxels/s": x.numel() / step_seconds}
 
 
-NETWORK_PARTS = {"train": train_step, "sampling": sampling_step, "scunet": scunet_tile}
+NETWORK_PARTS = {
+    "train": train_step,
+    "sampling": sampling_step,
+    "scunet": scunet_tile,
+    "maps": map_step,
+    "tiles": call_of_tiles,
+}
 
 
 def measure_network(part: str, name: str, args) -> dict:
@@ -255,14 +283,24 @@ def measure_network(part: str, name: str, args) -> dict:
     return row | {"peak GiB": peak_memory(args.device)}
 
 
+def names_of_rows(part: str, args) -> list[str]:
+    """The networks of a part, or its tasks with sizes. Training is measured eager and compiled."""
+    if part == "maps":
+        names = [f"{task} {side}" for task in args.task for side in args.side]
+    elif part == "tiles":
+        names = [f"{task} {count}" for task in args.task for count in (1, 2, 4, 8, 16)]
+    elif part == "scunet":
+        names = ["tiny", "paper"]
+    elif part == "train" and not args.quick:
+        names = [name + suffix for name in args.model for suffix in ("", ", compiled")]
+    else:
+        names = args.model
+    return names[:1] if args.quick else names
+
+
 def network_rows(part: str, args, rate: float, notes: list[str]) -> list[dict]:
     """The rows of training, sampling or SCUNet, each from a process of its own."""
-    # List the networks. Training is measured eager and compiled.
-    names = ["tiny", "paper"] if part == "scunet" else args.model
-    if args.quick:
-        names = names[:1]
-    elif part == "train":
-        names = [name + suffix for name in names for suffix in ("", ", compiled")]
+    names = names_of_rows(part, args)
 
     # Start a process for each. If it fails, or is killed for its memory, a note says so.
     rows = []
@@ -280,6 +318,47 @@ def network_rows(part: str, args, rate: float, notes: list[str]) -> list[dict]:
 
 
 # ---- Tables and the command ----
+
+# The rows of RESULTS.md, "Speed", that lack NATTEN until a GPU has run, and their problems.
+RESULTS_ROWS = {
+    "S: 16^3, 12": "s level 0: 1 x 16^3 x 12 x 64",
+    "L: 32^3, 5": "l level 0: 1 x 32^3 x 5 x 64",
+    "L: 16^3, 10": "l level 1: 1 x 16^3 x 10 x 64",
+    "tiny: 8^3, 2": "tiny level 0: 1 x 8^3 x 2 x 64",
+}
+
+
+def pair(row: dict, unit: str) -> str:
+    """Forward / forward + backward of a row; a dash where it was not measured."""
+    cells = [row.get(f"{which} {unit}", "-") for which in PASSES]
+    return " / ".join(cell if isinstance(cell, str) else f"{cell:.3g}" for cell in cells)
+
+
+def results_table(rows: list[dict]) -> str:
+    """The rows of RESULTS_ROWS as RESULTS.md prints them, with this machine's numbers."""
+    found = {(row["shape"], row["who"]): row for row in rows}
+    table = []
+    for name, problem in RESULTS_ROWS.items():
+        # Times of na3d and of the floor in ms, those of the peers relative to na3d's.
+        cells = {"tokens, heads x 64": name}
+        for who in (*PEERS, "floor: FLOPs"):
+            in_ms = who in ("na3d", "floor: FLOPs")
+            column = f"{who}, ms" if in_ms else who
+            cells[column] = pair(found.get((problem, who), {}), "ms" if in_ms else "/ na3d")
+        table.append(cells)
+    return markdown(table)
+
+
+def say_exponents(rows: list[dict], notes: list[str]) -> None:
+    """How time and memory grow with the number of voxels, for each task, as notes."""
+    for task in bench_maps.STEPS:
+        measured = [row for row in rows if row["who"].startswith(task) and "s" in row]
+        sides = [int(row["who"].split()[1]) for row in measured]
+        if len(sides) < 2:
+            continue
+        slope = bench_maps.exponent(sides, [row["s"] for row in measured])
+        peak = bench_maps.exponent(sides, [row["peak GiB"] for row in measured])
+        notes.append(f"{task}: time ~ voxels^{slope:.2f}, peak memory ~ voxels^{peak:.2f}")
 
 
 def markdown(rows: list[dict]) -> str:
@@ -299,7 +378,15 @@ def parse(argv=None) -> argparse.Namespace:
     models = ["tiny", "s", "l"]
     cli.add_argument("--only", nargs="+", choices=parts, default=parts)
     cli.add_argument("--model", nargs="+", choices=models, default=models, help="shapes and steps")
-    cli.add_argument("--gpu", action="store_true", help="CUDA: every model, whole batches")
+    cli.add_argument(
+        "--gpu",
+        action="store_true",
+        help="CUDA: every model, whole batches, and the rows that RESULTS.md lacks",
+    )
+    tasks = list(bench_maps.STEPS)
+    cli.add_argument("--task", nargs="+", choices=tasks, default=tasks, help="of maps and tiles")
+    cli.add_argument("--side", nargs="+", type=int, default=[64, 128], help="voxels, of maps")
+    cli.add_argument("--identity", action="store_true", help="maps: leave out the network")
     cli.add_argument("--quick", action="store_true", help="small shapes, to see whether it runs")
     dtypes = ["float32", "bfloat16"]
     cli.add_argument("--dtype", choices=dtypes, help="of attention and training")
@@ -316,6 +403,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.dtype = getattr(torch, args.dtype)
     if args.quick:
         args.model = ["tiny"]
+        args.side = [64]
         args.seconds = min(args.seconds, 0.5)
     return args
 
@@ -337,8 +425,12 @@ def main(argv=None) -> None:
             rows = attention_rows(args, rate, bandwidth, notes)
         else:
             rows = network_rows(part, args, rate, notes)
+        if part == "maps":
+            say_exponents(rows, notes)
         notes = [textwrap.shorten(note, 200) for note in notes]
         print(f"\n{part}\n", markdown(rows), "", *notes, sep="\n", flush=True)
+        if part == "attention" and args.gpu:
+            print(f"\nfor RESULTS.md, Speed ({name})\n", results_table(rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ Departure 3: CryoFM 5.2 prints alpha times the noise, D.2 alpha times its power.
 the release.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourier import XYZ, fft3, freq_grid, hartley, mirror
+from fourier import XYZ, fft3, freq_grid, hartley, mirror, triple
 from fsc import fsc, shell_sum, shells
 
 # What a tilt series measures
@@ -85,10 +86,17 @@ def noise_shells(shape, device=None, voxel_size=1.0) -> Tensor:
     return shells(shape, voxel_size, rounding="down", device=device)
 
 
+@functools.lru_cache(2)
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
+def kept_shells(shape, last: int, device, voxel_size) -> Tensor:
+    """`noise_shells`, at most `last`, in int32. The sampler needs the same ones at every step."""
+    return noise_shells(shape, device, voxel_size).clamp_(max=last).int()
+
+
 def shell_mean(values: Tensor, voxel_size=1.0) -> Tensor:
     """Mean over each power shell: (..., D, H, W) in `fftfreq` layout -> (..., W//2), float64."""
     n = values.shape[-1] // 2
-    shell = noise_shells(values.shape[-3:], values.device, voxel_size).clamp_(max=n)
+    shell = kept_shells(values.shape[-3:], n, values.device, triple(voxel_size))
     count = shell.flatten().bincount(minlength=n)[:n]
     return shell_sum(values, shell, n) / count
 
@@ -104,7 +112,8 @@ def expand_shells(power: Tensor, shape, voxel_size=1.0) -> Tensor:
     The power may belong to another grid over the same box, with more or fewer shells.
     """
     last = power.shape[-1] - 1
-    return power[..., noise_shells(shape, power.device, voxel_size).clamp_(max=last)]
+    shell = kept_shells(tuple(shape), last, power.device, triple(voxel_size))
+    return power.index_select(-1, shell.flatten()).unflatten(-1, shell.shape)
 
 
 # Noise

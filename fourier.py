@@ -1,7 +1,7 @@
 """Fourier grids, operators that are diagonal in Fourier space, and resampling.
 
     A x = F^-1[w F x],  w real,  w(-k) = w(k)                                 (1)
-    put_back(x, y) = F^-1[F x + w (F y - F x)]                                (2)
+    put_back(x, y) = x + F^-1[w F(y - x)]                                     (2)
     x(r) = sum_k (F x)(k) exp(2 pi i k r),  |k| below both Nyquist limits     (3)
 
 (1) is its own transpose, A = A^T. It is a projection, A A = A, where w is a mask. This is the
@@ -119,6 +119,16 @@ def hermitian_part(mask: Tensor) -> Tensor:
     return mask & mirror(mask)  # Departure 1
 
 
+def weigh_(X: Tensor, weights: Tensor) -> Tensor:
+    """Multiply what `rfft3` stores by real weights on the full grid, in place; returns X.
+
+    The stored half of a spectrum stands for all of it, because x and A x are real.
+    """
+    # As pairs of real numbers, because torch would copy the weights to complex numbers first.
+    torch.view_as_real(X).mul_(stored_half(weights)[..., None])
+    return X
+
+
 def apply_fourier(x: Tensor, weights: Tensor) -> Tensor:
     """A x, (1), for real maps x (..., D, H, W), in float32 or wider whatever autocast says.
 
@@ -133,10 +143,7 @@ def apply_fourier(x: Tensor, weights: Tensor) -> Tensor:
         )
     if weights.dtype == torch.bool:
         weights = hermitian_part(weights)
-    # The stored half of a spectrum stands for all of it, because x and A x are real.
-    x = at_least_float32(x)
-    X = rfft3(x) * stored_half(weights).to(x.dtype)  # (1)
-    return irfft3(X, shape)
+    return irfft3(weigh_(rfft3(x), weights), shape)  # (1)
 
 
 def put_back(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -144,10 +151,9 @@ def put_back(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
 
     x: (..., D, H, W); y: (D, H, W); weights: (D, H, W), even in k (of a mask: `hermitian_part`).
     """
-    X = rfft3(x)
-    Y = rfft3(y)
-    X = X + stored_half(weights) * (Y - X)  # (2)
-    return irfft3(X, y.shape)
+    # One transform each way, because F is linear.
+    change = irfft3(weigh_(rfft3(y - x), weights), y.shape)
+    return change.add_(x)  # (2)
 
 
 def raised_cosine(distance: Tensor) -> Tensor:

@@ -164,7 +164,9 @@ class AxialRoPE(nn.Module):
 
         # The frequencies of all heads together are spaced evenly in log f, from pi to 10 pi.
         count = n_heads * n_freqs
-        log_freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), count + 1)[:-1]
+        # On the CPU, because torch imports its compiler, for 2 s, to do this on the meta device.
+        ends = math.log(math.pi), math.log(10 * math.pi)
+        log_freqs = torch.linspace(*ends, count + 1, device="cpu")[:-1]
         freqs = log_freqs.exp().view(n_freqs, n_heads).T
         self.register_buffer("freqs", freqs.contiguous())  # (n, nf)
 

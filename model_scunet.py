@@ -105,7 +105,8 @@ def join_windows(x: Tensor, w: int, shape: tuple[int, int, int]) -> Tensor:
 
 def relative_positions(w: int) -> Tensor:
     """(3, T, T): r_q - r_k of a window's voxels along z, y, x, plus w - 1 so that all are >= 0."""
-    r = torch.cartesian_prod(*[torch.arange(w)] * 3).T  # (3, T)
+    # On the CPU, because torch imports its compiler, for 2 s, to do this on the meta device.
+    r = torch.cartesian_prod(*[torch.arange(w, device="cpu")] * 3).T  # (3, T)
     return r[:, :, None] - r[:, None] + w - 1
 
 

@@ -30,18 +30,16 @@ what the release does.
 Departure 1: the method "prior" starts from (7) or (8) at t < 1, takes (5) instead of (4), weighs by
 (6) and keeps density non-negative. RESULTS.md, "Choices of the sampler", says what each gains. The
 method "paper" is as printed.
-Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles. They are
-rolled and turned at every step, but not by "paper" where the map fits into one tile.
+Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles
+(posterior_tiles.py). Maps are rolled and turned at every step, but not by "paper" where the map
+fits into one tile.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Generator, Tensor
 
 import augment
@@ -54,6 +52,7 @@ import volume
 from checkpoint import Prior
 from fourier import put_back
 from grey_scale import Match
+from posterior_tiles import tiled_velocity
 from volume import Scale
 
 # Settings of the samplers, by task and method. Those without t_start are for Algorithm 1.
@@ -241,114 +240,6 @@ def positive_wiener(y: Tensor, measured: Tensor, sigma: Tensor | float) -> Tenso
     return wiener(y, noise, measured * S).clamp(min=0)
 
 
-# ---- The prior on a map of any size
-
-
-class Tile(NamedTuple):
-    """A cube of a periodic map, seen in one of the 24 orientations along the axes."""
-
-    index: tuple[Tensor, ...]  # of its voxels in (K, D, H, W)
-    order: tuple[int, int, int]  # of its axes, for permute
-    flips: list[int]  # axes to flip after that
-
-
-def solvent_around(
-    prior: Prior, x: Tensor, t: float, generators: list[Generator]
-) -> tuple[Tensor, tuple[slice, ...]]:
-    """Maps x (K, D, H, W) at time t with every side at least the prior's box, and where x is.
-
-    Solvent at time t is around them, with fresh noise. Copies of the map would be there otherwise,
-    because tiles are periodic.
-    """
-    sides = [max(n, prior.box) for n in x.shape[1:]]
-    before = [side // 2 - n // 2 for side, n in zip(sides, x.shape[1:])]
-    inside = (slice(None), *(slice(b, b + n) for b, n in zip(before, x.shape[1:])))
-    if list(x.shape[1:]) == sides:
-        return x, inside
-
-    no_density = -prior.mean / prior.std
-    around = (1 - t) * no_density + t * flow.draw_noise(generators, sides, x.device)
-    around[inside] = x
-    return around, inside
-
-
-def draw_tiles(
-    shape: torch.Size, box: int, generators: list[Generator], turned: bool = True
-) -> list[Tile]:
-    """Tiles that cover maps (D, H, W), one map per generator, with as little overlap as fits.
-
-    They begin at a random corner and have a random orientation. Both are drawn anew at every call,
-    so that no seam stays in one place. Along a side shorter than the box, whose tile is that of
-    `solvent_around`, the tile begins where it does not cut the map in two.
-    turned: False leaves a map that fits into one tile as it is.
-    """
-    turned = turned or max(shape) > box
-    tiles = []
-    for k, generator in enumerate(generators):
-        axes = []
-        # The starts along each axis, spread evenly around the periodic map.
-        for n in shape:
-            side = max(n, box)
-            count = math.ceil(n / box)
-            first = 0
-            if turned and n < box:
-                before = box // 2 - n // 2
-                first = before - augment.randint(box - n + 1, generator)
-            elif turned:
-                first = augment.randint(n, generator)
-            starts = [first + i * n // count for i in range(count)]
-            axes.append([(start + torch.arange(box)) % side for start in starts])
-
-        # One orientation for the whole map.
-        order, signs = (0, 1, 2), (1, 1, 1)
-        if turned:
-            order, signs = volume.ROTATIONS_24[augment.randint(24, generator)]
-        flips = [axis - 3 for axis in range(3) if signs[axis] < 0]
-        for z, y, x in itertools.product(*axes):
-            index = (torch.tensor(k), z[:, None, None], y[:, None], x)
-            tiles.append(Tile(index, order, flips))
-    return tiles
-
-
-def tiled_velocity(
-    prior: Prior,
-    x: Tensor,
-    t: float,
-    generators: list[Generator],
-    tiles_per_call: int = 8,
-    turned: bool = True,
-) -> Tensor:
-    """v(x, t) for maps x (K, D, H, W) of any size, by tiles of the prior's box (Departure 2).
-
-    x is in network scale; each map has its own generator, which draws its tiles. Around a side
-    shorter than the box is solvent. turned: of `draw_tiles`.
-    """
-    tiles = draw_tiles(x.shape[1:], prior.box, generators, turned)
-    x, inside = solvent_around(prior, x, t, generators)
-    total = torch.zeros_like(x)
-    weight = torch.zeros_like(x)
-    for i in range(0, len(tiles), tiles_per_call):
-        part = tiles[i : i + tiles_per_call]
-        # Cut the tiles out, in their orientation, and ask the network.
-        views = [x[tile.index].permute(tile.order).flip(tile.flips) for tile in part]
-        batch = torch.stack(views)[:, None]  # (tiles, 1, box, box, box)
-        times = torch.full((len(part),), t, device=x.device)
-        with flow.autocast(x.device):
-            if x.requires_grad:
-                # The backward pass of (9) computes each batch again: memory for one at a time.
-                v = torch.utils.checkpoint.checkpoint(prior.net, batch, times, use_reentrant=False)
-            else:
-                v = prior.net(batch, times)
-
-        # Turn each velocity back and add it where its tile came from.
-        for tile, velocity in zip(part, v[:, 0]):
-            inverse = [tile.order.index(axis) for axis in range(3)]
-            velocity = velocity.flip(tile.flips).permute(inverse)
-            total.index_put_(tile.index, velocity, accumulate=True)
-            weight.index_put_(tile.index, torch.ones_like(velocity), accumulate=True)
-    return (total / weight)[inside]
-
-
 # ---- Algorithm 2
 
 
@@ -372,7 +263,7 @@ def sample_posterior(
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
     number of non-negativity projections in every step. V_k of (6) is r^2 / rho with r = t / (1 - t)
-    and rho by `least_rho`, or what `missed` finds if that is more. turned: of `draw_tiles`. tick is
+    and rho by `least_rho`, or what `missed` finds if that is more. turned: of `tiled_velocity`. tick is
     called after every step.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
@@ -479,7 +370,7 @@ def algorithm_1(
 
     y and sigma may hold one map for each sample, (K, D, H, W). operator_noise: A adds fresh noise
     to x_0', as in the release. per_time: multiply lambda by 200 / steps, so that the weight of y
-    does not depend on the number of steps. turned: of `draw_tiles`.
+    does not depend on the number of steps. turned: of `tiled_velocity`.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
     x = flow.draw_noise(generators, measured.shape, y.device)
@@ -541,9 +432,13 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         self.count += 1
+        if self.count == 1:
+            self.mean = x.clone()
+            return
+        # In place where it can be, because maps may be large.
         delta = x - self.mean
-        self.mean = self.mean + delta / self.count
-        self.square = self.square + delta * (x - self.mean)
+        self.mean.add_(delta, alpha=1 / self.count)
+        self.square = delta.mul_(x - self.mean).add_(self.square)
 
     def std(self) -> Tensor:
         return (self.square / (self.count - 1)).sqrt()
@@ -554,6 +449,8 @@ def with_fine_detail(mean: Tensor, classical: Tensor) -> Tensor:
 
     The prior's grid may be coarser. Detail that it cannot hold comes from the classical answer.
     """
+    if mean.shape == classical.shape:
+        return mean
     # Only the change is interpolated, so that no detail of the classical answer is lost.
     change = mean - fourier.resample(classical, mean.shape)
     return classical + fourier.resample(change, classical.shape)

@@ -95,7 +95,7 @@ def say_work(prior: Prior, shape, samples: int, steps: int, words: str, say=prin
     grid = " x ".join(str(n) for n in shape)
     check_memory(needed, f"sampling on {grid} voxels", "give a smaller map or fewer --samples")
 
-    # Tiles overlap as little as fits, posterior.draw_tiles.
+    # Tiles overlap as little as fits, posterior_tiles.draw_tiles.
     tiles = math.prod(math.ceil(n / prior.box) for n in shape)
     device = posterior.device_of(prior)
     work = f"{samples} sample(s) x {steps} steps x {tiles} tile(s) of {prior.box}^3"
@@ -116,20 +116,27 @@ def score(
     region: boolean (D, H, W) in `fftfreq` layout, coefficients that are also scored by themselves.
     voxel_size: in Å, one number or (z, y, x).
     """
+    # The shells, and the coefficients of the truth, serve all maps.
     box, voxel = fsc.shell_side(truth.shape, voxel_size)
+    n = box // 2 + 1
+    shell = fsc.shells(truth.shape, voxel_size, half=True).clamp_(max=n)
+    weights = {"whole": fsc.half_weight(truth.shape)}
+    if region is not None:
+        weights["missing"] = fsc.half_weight(truth.shape, region)
+    T = rfft3(truth)
     scores = {}
     for name, x in maps.items():
-        # Over all coefficients.
-        curve = fsc.fsc(x, truth, voxel_size=voxel_size)
-        resolution = fsc.resolution(curve, voxel, 0.5, box=box)
-        found = {"auc": float(fsc.auc(curve)), "fsc_05": float(resolution), "whole": curve.tolist()}
-
-        # Over the region alone.
+        X = rfft3(x)
+        curves = {part: fsc.correlate_shells(X, T, shell, w, n) for part, w in weights.items()}
+        resolution = fsc.resolution(curves["whole"], voxel, 0.5, box=box)
+        scores[name] = {
+            "auc": float(fsc.auc(curves["whole"])),
+            "fsc_05": float(resolution),
+            "whole": curves["whole"].tolist(),
+        }
         if region is not None:
-            missing = fsc.fsc(x, truth, region, voxel_size=voxel_size)
-            found["auc_missing"] = float(fsc.auc(missing))
-            found["missing"] = missing.tolist()
-        scores[name] = found
+            scores[name]["auc_missing"] = float(fsc.auc(curves["missing"]))
+            scores[name]["missing"] = curves["missing"].tolist()
     return scores
 
 
@@ -166,9 +173,7 @@ def compare_without_truth(result: Result, say=print) -> Result:
 
     # A missing wedge: what was put into it, and whether the measured part is still the input's.
     elif result.region is not None and "input" in shown:
-        filled, change = {}, {}
-        for name, x in shown.items():
-            filled[name], change[name] = wedge_numbers(x, shown["input"], result)
+        filled, change = wedge_numbers(shown, result)
         facts = {"wedge_power": filled, "measured_change": change}
         words = ", ".join(f"{name} {value:.2f}" for name, value in filled.items())
         say(f"power in the missing wedge (1: as much as in measured directions): {words}")
@@ -245,31 +250,44 @@ def expected_auc(
     return found
 
 
-def wedge_numbers(x: Tensor, before: Tensor, result: Result) -> tuple[float, float]:
-    """filled (1) and change (2) of x (D, H, W). nan where nothing was measured."""
-    # Power and change of every stored coefficient, and how often it counts.
+def wedge_numbers(
+    maps: dict[str, Tensor], result: Result
+) -> tuple[dict[str, float], dict[str, float]]:
+    """filled (1) and change (2) of each map (D, H, W), by name. nan where nothing was measured.
+
+    maps["input"] is the map before.
+    """
+    # How often each stored coefficient counts, apart for the missing and the measured ones.
     grid = result.grid
-    box, _ = fsc.shell_side(x.shape, grid.voxel_size)
+    shape = result.region.shape
+    box, _ = fsc.shell_side(shape, grid.voxel_size)
     n = box // 2 + 1
-    shell = fsc.shells(x.shape, grid.voxel_size, half=True).clamp_(max=n)
-    weight = fsc.half_weight(x.shape).expand(shell.shape)
-    X, Y = rfft3(x), rfft3(before)
-
-    # Sums over the shells, apart for the missing and the measured coefficients.
+    shell = fsc.shells(shape, grid.voxel_size, half=True).clamp_(max=n)
     missing = stored_half(result.region)
-    sums = {}
-    for name, part in {"missing": weight * missing, "measured": weight * ~missing}.items():
-        columns = [part, part * X.abs().square(), part * (X - Y).abs().square()]
-        columns.append(part * Y.abs().square())
-        sums[name] = fsc.shell_sum(torch.stack(columns), shell, n)[:, 1:]
+    weight = fsc.half_weight(shape)
+    parts = {"missing": weight * missing, "measured": weight * ~missing}
 
-    count, power, _, _ = sums["missing"]
-    measured_count, measured_power, difference, before_power = sums["measured"]
+    def shell_sums(part: str, power: Tensor | None = None) -> Tensor:
+        """Sums over the shells 1 .. n-1: of the power, or the number of coefficients."""
+        values = parts[part] if power is None else parts[part] * power
+        return fsc.shell_sum(values, shell, n)[1:]
+
+    # What was measured, and how many coefficients each shell has.
+    Y = rfft3(maps["input"])
+    before_power = shell_sums("measured", Y.abs().square()).sum()
+    count = shell_sums("missing")
+    measured_count = shell_sums("measured")
     both = (count > 0) & (measured_count > 0)
-    expected = (count * measured_power / measured_count)[both].sum()
-    filled = power[both].sum() / expected  # (1)
-    change = (difference.sum() / before_power.sum()).sqrt()  # (2)
-    return float(filled), float(change)
+
+    filled, change = {}, {}
+    for name, x in maps.items():
+        X = rfft3(x)
+        power = X.abs().square()
+        expected = (count * shell_sums("measured", power) / measured_count)[both].sum()
+        filled[name] = float(shell_sums("missing", power)[both].sum() / expected)  # (1)
+        difference = shell_sums("measured", (X - Y).abs().square()).sum()
+        change[name] = float((difference / before_power).sqrt())  # (2)
+    return filled, change
 
 
 # ---- Files

@@ -1,6 +1,7 @@
 """What bench.py promises: it reports what it measured, and why it could not. No speed is tested."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -73,3 +74,34 @@ def test_what_the_hardware_cannot_do_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="--dtype bfloat16"):
         bench.parse(["--dtype", "bfloat16"])
     assert bench.parse([]).dtype == torch.float32
+
+
+def test_a_run_on_a_gpu_fills_every_row_of_results_md_that_has_a_dash(monkeypatch, capsys):
+    # Rows of the table of attentions whose NATTEN column is empty.
+    text = (Path(bench.__file__).parent / "RESULTS.md").read_text()
+    table = text.split("| NATTEN |")[1].split("\n\n")[0]
+    lacking = [line.split("|")[1].strip() for line in table.splitlines() if "| - |" in line]
+    names = list(bench.RESULTS_ROWS)
+    assert len(lacking) == len(names)
+    assert all(row.startswith(name) for row, name in zip(lacking, names))
+
+    # A run with --gpu measures all of them. The device "meta" makes no numbers.
+    args = dict(gpu=True, quick=False, model=["tiny", "s", "l"], device="meta")
+    problems = bench.problems(SimpleNamespace(**args, dtype=torch.bfloat16))
+    assert set(bench.RESULTS_ROWS.values()) <= {problem.name for problem in problems}
+
+    # What it prints: times of na3d, ratios of the peers, a dash for what could not run.
+    shape = bench.RESULTS_ROWS[names[0]]
+    ours = {"shape": shape, "who": "na3d", "forward ms": 2.0, "forward+backward ms": 7.0}
+    natten = {"shape": shape, "who": "NATTEN", "forward / na3d": 1.5}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(bench.flow, "has_bf16", lambda device: True)
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype, budget: (1e12, 1e10))
+    monkeypatch.setattr(bench, "attention_rows", lambda *_: [ours, natten])
+    bench.main(["--gpu", "--only", "attention"])
+    text = capsys.readouterr().out.split("for RESULTS.md, Speed (a GPU)")[1]
+    lines = text.strip().splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == [names[0], "2 / 7", "- / -", "- / -", "- / -", "1.5 / -", "- / -"]
+    assert len(lines) == 2 + len(names)

@@ -106,10 +106,11 @@ def test_output_and_gradients_equal_masked_dense_attention(grid, kernel, backend
     assert_close(run_na3d(*inputs, kernel, backend), run_dense(*inputs, kernel), 1e-13)
 
 
-def test_float32_attention_over_all_pairs_keeps_the_mask():
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_over_all_pairs_keeps_the_mask(dtype, close):
     # Few pairs are hidden here, so na3d attends to all pairs instead of making tiles.
-    inputs = make_inputs((8, 8, 8), dtype=torch.float32)
-    assert_close(run_na3d(*inputs, 7, "tiled"), run_dense(*inputs, 7), 1e-5)
+    inputs = make_inputs((8, 8, 8), dtype=dtype)
+    assert_close(run_na3d(*inputs, 7, "tiled"), run_dense(*inputs, 7), close)
 
 
 def test_the_mask_over_all_pairs_is_made_once_and_serves_training_after_inference():
@@ -156,7 +157,8 @@ def test_output_equals_natten(case, backend):
 
 
 @pytest.mark.parametrize("std", [1, 4])
-def test_bfloat16_errors_stay_within_what_rounding_explains(std):
+@pytest.mark.parametrize("kernel", [5, 7])  # by tiles, and over all pairs
+def test_bfloat16_errors_stay_within_what_rounding_explains(std, kernel):
     """Scores, probabilities, sum and output are each rounded once, by at most u relative.
 
     With |S| <= S_max the probabilities are off by 2 u S_max + 2 u, the output by u more, to first
@@ -164,11 +166,11 @@ def test_bfloat16_errors_stay_within_what_rounding_explains(std):
     """
     q, k, v, _ = make_inputs((8, 8, 8), B=1, d=32, dtype=torch.bfloat16)
     q = (q * std).detach()  # std is the standard deviation of the logits
-    out = na3d(q, k, v, 7, backend="tiled")
+    out = na3d(q, k, v, kernel, backend="tiled")
 
     # The exact output, and the bound.
     u = 2.0**-8
-    scores = masked_scores(q.double(), k.double(), (8, 8, 8), 7, 32**-0.5)
+    scores = masked_scores(q.double(), k.double(), (8, 8, 8), kernel, 32**-0.5)
     p = scores.softmax(-1)
     values = v.double().flatten(1, 3)
     expected = torch.einsum("bnij,bjnd->bind", p, values).view(v.shape)

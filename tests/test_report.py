@@ -111,16 +111,18 @@ def test_the_power_in_the_wedge_is_relative_to_the_measured_directions(result):
     half = before + (white - before) / 2  # a quarter of the power in the wedge
     for x, filled in ((before, 0), (half, 0.25), (white, 1)):
         found = Result(mrc.Map(x, 1.5), {"": x}, {}, {}, ~measured)
-        power, change = report.wedge_numbers(x, before, found)
-        assert power == pytest.approx(filled, abs=0.05)
-        assert change == pytest.approx(0, abs=1e-6)
+        power, change = report.wedge_numbers({"input": before, "restored": x}, found)
+        assert power["input"] == pytest.approx(0, abs=1e-6)
+        assert power["restored"] == pytest.approx(filled, abs=0.05)
+        assert change["restored"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_change_of_the_measured_coefficients_is_their_relative_distance(result):
     x = random(SHAPE)
     found = Result(mrc.Map(x, 1.5), {"": x}, {}, {}, ~wedge(SHAPE))
     # A background changes nothing.
-    assert report.wedge_numbers(1.3 * x + 5, x, found)[1] == pytest.approx(0.3, abs=1e-5)
+    change = report.wedge_numbers({"input": x, "restored": 1.3 * x + 5}, found)[1]
+    assert change["restored"] == pytest.approx(0.3, abs=1e-5)
 
 
 def test_half_maps_are_compared_before_and_after_where_there_is_no_truth(result, capsys):
