@@ -29,7 +29,6 @@ Not stated: c. F.4 writes one number per cell, kl-f4 has 3 and kl-f8 has 4. We u
     that VAE-8 compresses 8 times as much, as F.4.2 says.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +53,15 @@ def pre_norm_layer(width: int, heads: int) -> nn.Module:
         batch_first=True,
         norm_first=True,
     )
+
+
+def refuse_unfit(x: Tensor, multiple: int) -> None:
+    """Raise ValueError if x is no batch of maps whose sides are multiples of a number."""
+    if x.ndim != 5 or x.shape[1] != 1 or any(n % multiple for n in x.shape[2:]):
+        raise ValueError(
+            f"map of shape {tuple(x.shape)}: want (B, 1, D, H, W) with sides that are "
+            f"multiples of {multiple}"
+        )
 
 
 # ---- ViT
@@ -97,6 +105,7 @@ class ViTEncoder(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
+        # P is a convolution whose stride is its kernel.
         width = config.feature_width
         patch = 2**config.levels
         self.patches = nn.Conv3d(1, width, patch, stride=patch)
@@ -108,16 +117,14 @@ class ViTEncoder(nn.Module):
 
         Raises ValueError if a side is no multiple of config.multiple.
         """
-        wrong = [n for n in x.shape[2:] if n % self.config.multiple]
-        if x.ndim != 5 or x.shape[1] != 1 or wrong:
-            raise ValueError(
-                f"map of shape {tuple(x.shape)}: want (B, 1, D, H, W) with sides that are "
-                f"multiples of {self.config.multiple}"
-            )
+        refuse_unfit(x, self.config.multiple)
+        # Patches become tokens that know their places.
         x = self.patches(x)
         grid = x.shape[2:]
         z = positions(tuple(grid), x.shape[1]).to(x)
         s = x.flatten(2).transpose(1, 2) + z  # (B, L, C)
+
+        # Tokens look at each other, and go back to the grid.
         return self.layers(s).transpose(1, 2).unflatten(2, grid)
 
     def pyramid(self, x: Tensor) -> list:
@@ -129,7 +136,7 @@ class ViT(SCUNet):
     """A SCUNet whose encoder is a ViT: called, pre-trained and fine-tuned as a SCUNet is."""
 
     def __init__(self, config: ViTConfig):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not SCUNet's, which would build its own encoder
         self.config = config
         self.encoder = ViTEncoder(config)
         self.decoder = Decoder(config)
@@ -194,6 +201,7 @@ class VoxelAttention(nn.Module):
         self.out = nn.Conv3d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Attention wants tokens, the rest of the network a grid.
         tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, L, 3 C)
         q, k, v = tokens.chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q, k, v)
@@ -232,12 +240,15 @@ def vae_encoder(config: VAEConfig) -> nn.Sequential:
     """E of (2): (B, 1, D, D, D) -> (B, 2 c, d, d, d)."""
     width = config.widths[0]
     layers = [nn.Conv3d(1, width, 3, padding=1)]
+    # Blocks on each grid, of which the first sets the width. Every grid but the last is halved.
     for level, (depth, wider) in enumerate(zip(config.depths, config.widths)):
         for _ in range(depth):
             layers.append(ResidualBlock(width, wider, config.groups))
             width = wider
         if level < len(config.widths) - 1:
             layers.append(Halve(width))
+
+    # The coarsest grid, then mu and log sigma^2.
     layers += middle(width, config.groups)
     layers += ending(width, 2 * config.channels, config.groups)
     layers.append(nn.Conv3d(2 * config.channels, 2 * config.channels, 1))
@@ -246,10 +257,12 @@ def vae_encoder(config: VAEConfig) -> nn.Sequential:
 
 def vae_decoder(config: VAEConfig) -> nn.Sequential:
     """D of (2): (B, c, d, d, d) -> (B, 1, D, D, D)."""
+    # The coarsest grid first.
     width = config.widths[-1]
     layers = [nn.Conv3d(config.channels, config.channels, 1)]
     layers.append(nn.Conv3d(config.channels, width, 3, padding=1))
     layers += middle(width, config.groups)
+    # Then the encoder's grids from the coarsest to the finest.
     for level in reversed(range(len(config.widths))):
         for _ in range(config.depths[level] + 1):
             layers.append(ResidualBlock(width, config.widths[level], config.groups))
@@ -273,13 +286,9 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and log sigma^2 of maps (B, 1, D, D, D), float32 (B, c, d, d, d) each.
 
-        Raises ValueError if a side is no multiple of config.multiple.
+        Raises ValueError if a side is no multiple of config.factor.
         """
-        if x.ndim != 5 or x.shape[1] != 1 or any(n % self.config.multiple for n in x.shape[2:]):
-            raise ValueError(
-                f"map of shape {tuple(x.shape)}: want (B, 1, D, H, W) with sides that are "
-                f"multiples of {self.config.multiple}"
-            )
+        refuse_unfit(x, self.config.factor)
         mu, log_variance = self.encoder(x).float().chunk(2, dim=1)
         return mu, log_variance.clamp(-30, 20)
 
@@ -289,11 +298,14 @@ class VAE(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """x^ of (2), and the sum of (3), (B,). e: noise (B, c, d, d, d)."""
+        # Draw a code.
         mu, log_variance = self.encode(x)
         variance = log_variance.exp()
         z = mu + variance.sqrt() * e  # (2)
         if self.training:
             self.code_std.lerp_(z.detach().std(), 0.02)  # (5)
+
+        # How far its law is from N(0, I), and what the decoder makes of it.
         kl = (mu.square() + variance - 1 - log_variance).flatten(1).sum(1) / 2  # (3)
         return self.decode(z), kl
 
@@ -340,12 +352,15 @@ class DiTBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (
-            self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)  # (B, 1, C) each
-        )
+        # One vector per map, for all its tokens.
+        modulation = self.modulation(F.silu(c))[:, None]  # (B, 1, 6 C)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=-1)
+
+        # Tokens exchange information, then each one is processed by itself.
         h = modulated(x, shift_1, scale_1)
         x = x + gate_1 * self.attention(h, h, h, need_weights=False)[0]
-        return x + gate_2 * self.mlp(modulated(x, shift_2, scale_2))
+        h = modulated(x, shift_2, scale_2)
+        return x + gate_2 * self.mlp(h)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -365,6 +380,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, config.heads) for _ in range(config.layers))
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.ConvTranspose3d(width, config.channels, p, stride=p)
+        # An untrained network predicts a velocity of 0.
         for layer in (self.modulation, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -380,6 +396,8 @@ class DiT(nn.Module):
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)  # (B, L, C)
         x = x + positions(tuple(grid), x.shape[-1]).to(x)
+
+        # Attention and MLP, conditioned on the time.
         for block in self.blocks:
             x = block(x, c)
 
@@ -418,6 +436,7 @@ class LatentFlow(nn.Module):
 
 def frozen(net: nn.Module) -> nn.Module:
     """net with its parameters turned into buffers, which are saved with it but never trained."""
+    # Parameters that get no gradient would stop DDP, and --resume, which wants their moments.
     for module in net.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             delattr(module, name)

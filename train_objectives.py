@@ -230,10 +230,11 @@ def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Te
 
     x: (micro, 1 or 2, D, D, D); generator: of times, noise and masks.
     """
-    # CryoFM: one loss per crop, counted at its time.
     if cfg.objective == "vae":
         loss, _ = vae_loss(net, x, code_noise(x, cfg, generator), cfg.beta)
         return loss, torch.zeros_like(loss, dtype=torch.long)
+
+    # Flows, of maps or of codes: one loss per crop, counted at its time.
     if cfg.objective == "lfm":
         x = ema.encode(x)  # `ema` has the same frozen VAE as `net`
     if cfg.objective in FLOWS:

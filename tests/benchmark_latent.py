@@ -91,7 +91,7 @@ def windowed(x: Tensor) -> Tensor:
 
 
 def band_of(box: int) -> Tensor:
-    """The band 0 .. BANDS-1 of each coefficient, (D, D, D); BANDS beyond Nyquist and for shell 0."""
+    """The band 0 .. BANDS-1 of each coefficient (D, D, D), BANDS if it is in none."""
     shell = fsc.shells((box,) * 3)
     width = box // 2 // BANDS
     band = (shell - 1) // width

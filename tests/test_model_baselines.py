@@ -148,7 +148,8 @@ def test_a_cell_of_d_voxels_becomes_a_code_at_its_place():
     x = torch.zeros(1, 1, 96, 8, 8)
     changed = x.clone()
     changed[:, :, 49] = 1.0
-    change = (net(changed) - net(x)).abs().amax((0, 1, 3, 4))
+    with torch.no_grad():
+        change = (net(changed) - net(x)).abs().amax((0, 1, 3, 4))
     reached = change.nonzero()
     assert len(change) == 24 and 0 < reached.min() < 12 < reached.max() < 23  # voxel 49: cell 12
     assert abs(float((change * torch.arange(24)).sum() / change.sum()) - 12) < 1
@@ -156,15 +157,15 @@ def test_a_cell_of_d_voxels_becomes_a_code_at_its_place():
 
 def test_codes_are_divided_by_their_running_standard_deviation():
     vae = randomised(VAE(SMALL_VAE)).train()
-    x, e = noise(8, 1, 8, 8, 8), noise(8, 2, 2, 2, 2)
+    x, e = noise(2, 1, 8, 8, 8), noise(2, 2, 2, 2, 2)
     mu, log_variance = vae.encode(x)
-    want = (mu + (log_variance / 2).exp() * e).std()
-    with torch.no_grad():
-        for _ in range(400):
-            vae(x, e)
-    torch.testing.assert_close(vae.code_std, want, rtol=1e-3, atol=0)
+    std = (mu + (log_variance / 2).exp() * e).std()
+    for _ in range(3):
+        vae(x, e)
+    want = std + 0.98**3 * (1 - std)  # from 1 on, a fiftieth of the way in each step
+    torch.testing.assert_close(vae.code_std, want)
     vae.eval()(2 * x, e)
-    torch.testing.assert_close(vae.code_std, want, rtol=1e-3, atol=0)
+    torch.testing.assert_close(vae.code_std, want)
 
     net = LatentFlow(SMALL_LFM)
     net.vae.load_state_dict(vae.state_dict())
