@@ -5,7 +5,7 @@
     python train.py --model tiny-lfm-4 --data structures/train.npz --init runs/vae-4/vae.pt \\
         --out runs/lfm-4
     python train.py --model tiny-vae-8 ...                        # and tiny-lfm-8
-    python train.py --model tiny --crop 16 --crops-per-map 8 --steps 300 --batch 16 --warmup 20 \\
+    python train.py --model tiny --crop 16 --steps 500 --batch 8 --warmup 20 \\
         --ema-decay 0.99 --data structures/train.npz --out runs/voxel
     python tests/benchmark_latent.py structures/val.npz \\
         --ckpt runs/vae-4/vae.pt runs/vae-8/vae.pt runs/voxel/prior.pt runs/lfm-4/lfm.pt ...
