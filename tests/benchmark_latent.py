@@ -16,7 +16,7 @@ four bands of shells: what a code can hold of each.
 
 Of a flow: the power of its unconditional samples over that of the data, in the same bands. 1 is
 right, above 1 there is noise, below 1 detail is missing. The kurtosis of the band-passed samples
-tells noise from signal of the same power, because Gaussian noise has 3.
+tells noise from signal of the same power: it is between that of white noise and that of the data.
 
 Bands are of crops times a Hann window, because a crop's faces would add power to every band.
 """
