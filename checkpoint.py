@@ -9,7 +9,7 @@ stranger runs no code:
     voxel_size   Å, the sampling the network was trained at
     box          voxels per side of its training crops: the tile that sampling.py evaluates
     mean, std    network value = (density / 99.999 percentile - mean) / std; 0 and 1 for "scunet"
-    task         "scunet" only: "jepa", "mae", "sharpen", "superres" or "wedge3d"
+    task         not of "hdit": the objective, such as "jepa", "mae", "sharpen", "vae"
     references   "hdit" only: densities it was trained on, uint8 (n, box, box, box), 255 for the
                  99.999 percentile of the map each was cut from; grey_scale.py compares with them
     training     None, or in train.py's own files: raw weights, optimiser states, step, flags
@@ -30,12 +30,19 @@ import torch
 from torch import Tensor, nn
 
 from files import atomic_write
+from model_baselines import VAE, LatentFlow, LatentFlowConfig, VAEConfig, ViT, ViTConfig
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 from terminal import say
 
 # kind -> the class of the network and of its config.
-NETWORKS = {"hdit": (HDiT, HDiTConfig), "scunet": (SCUNet, SCUNetConfig)}
+NETWORKS = {
+    "hdit": (HDiT, HDiTConfig),
+    "scunet": (SCUNet, SCUNetConfig),
+    "vit": (ViT, ViTConfig),
+    "vae": (VAE, VAEConfig),
+    "lfm": (LatentFlow, LatentFlowConfig),
+}
 # What every checkpoint has. Files from before "task", "training" and "references" lack these.
 KEYS = {"kind", "config", "weights", "voxel_size", "box", "mean", "std"}
 
@@ -84,6 +91,11 @@ class Prior:
     references: Tensor | None = None
 
 
+def kind_of(config) -> str:
+    """The key of NETWORKS whose config this is."""
+    return next(kind for kind, (_, sizes) in NETWORKS.items() if type(config) is sizes)
+
+
 def save(
     path,
     net: nn.Module,
@@ -102,8 +114,6 @@ def save(
     half: store the weights as float16 (half the size, loaded back as float32), for files that ship.
     Raises OSError if it cannot be written: no such folder, a full disk.
     """
-    kind = "hdit" if isinstance(net, HDiT) else "scunet"
-
     # On the CPU, so that the file opens on a machine without a GPU.
     weights = {key: value.detach().cpu() for key, value in net.state_dict().items()}
     if half:
@@ -111,7 +121,7 @@ def save(
 
     # Plain numbers, strings, dicts and tensors: what weights_only=True accepts.
     content = dict(
-        kind=kind,
+        kind=kind_of(net.config),
         config=asdict(net.config),
         weights=weights,
         voxel_size=float(voxel_size),
@@ -170,7 +180,8 @@ def build(path, content: dict) -> nn.Module:
     try:
         config = config_class(**content["config"])
         # Each block costs time to build, also on the meta device.
-        if sum(config.depths) + len(config.depths) > MOST_BLOCKS:
+        layers = getattr(config, "layers", 0)  # "lfm" only
+        if sum(config.depths) + len(config.depths) + layers > MOST_BLOCKS:
             raise ValueError(f"more than {MOST_BLOCKS} blocks and levels")
         # Try on the meta device first, which takes no memory however wide a damaged config is.
         with torch.device("meta"):

@@ -263,8 +263,8 @@ def sample_posterior(
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
     number of non-negativity projections in every step. V_k of (6) is r^2 / rho with r = t / (1 - t)
-    and rho by `least_rho`, or what `missed` finds if that is more. turned: of `tiled_velocity`. tick is
-    called after every step.
+    and rho by `least_rho`, or what `missed` finds if that is more. turned: of `tiled_velocity`.
+    tick is called after every step.
     """
     y, measured, sigma = observation.y, observation.measured, observation.sigma
 

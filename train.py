@@ -6,7 +6,8 @@
 CryoFM's priors ("tiny", "s", "l", ...) learn by flow matching. CryoLVM's SCUNet learns to predict
 what is hidden ("jepa", or "mae" to compare), and then a task from pairs of observed and wanted
 maps: `--model sharpen --init jepa.pt`, "superres", "wedge3d". Presets and departures:
-train_config.py. Losses: train_objectives.py. Optimisers: train_optim.py.
+train_config.py; of the networks the papers compare against, train_baselines.py. Losses:
+train_objectives.py. Optimisers: train_optim.py.
 
 A step takes `batch` crops, in micro-batches. World size W, accumulation A:
 
@@ -43,6 +44,7 @@ import flow
 import grey_scale
 from files import own_folder
 from terminal import one_line_for_memory, run_program
+from train_baselines import BASELINES
 from train_config import PRESETS, PRETRAINING, TrainConfig, flag, used_by
 from train_dry_run import dry_run, speed_of
 from train_log import Log, Tally, draw_samples, write_samples
@@ -69,7 +71,8 @@ def parse(argv=None) -> TrainConfig:
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cli.add_argument("--model", choices=PRESETS, default="tiny")
+    presets = PRESETS | BASELINES
+    cli.add_argument("--model", choices=presets, default="tiny")
     options = {option.name: option for option in fields(TrainConfig) if option.metadata}
     for name, option in options.items():
         help = option.metadata["help"]
@@ -83,7 +86,7 @@ def parse(argv=None) -> TrainConfig:
     # What was not typed is None.
     typed = vars(cli.parse_args(argv))
     model = typed.pop("model")
-    preset = PRESETS[model]
+    preset = presets[model]
 
     # The preset must use every flag that was.
     changes = {name: value for name, value in typed.items() if value is not None}

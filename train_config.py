@@ -26,6 +26,7 @@ import model_hdit
 import model_scunet
 from augment import AUGMENTATIONS
 from jepa import JEPAConfig
+from model_baselines import LatentFlowConfig, VAEConfig, ViTConfig
 from model_hdit import HDiTConfig
 from model_scunet import SCUNetConfig
 
@@ -34,9 +35,11 @@ RESTORATIONS = ("sharpen", "superres", "wedge3d")
 
 # Which objectives use a flag: `only` of opt.
 FLOW = ("flow",)
-ON_MAPS = ("flow", *PRETRAINING)
-SCHEDULED = ("flow", *RESTORATIONS)
-AVERAGED = ("flow", "mae", *RESTORATIONS)
+FLOWS = ("flow", "lfm")
+GENERATIVE = (*FLOWS, "vae")
+ON_MAPS = (*GENERATIVE, *PRETRAINING)
+SCHEDULED = (*GENERATIVE, *RESTORATIONS)
+AVERAGED = (*GENERATIVE, "mae", *RESTORATIONS)
 
 
 def opt(default, help, within="", choices=(), only=()):
@@ -56,8 +59,8 @@ class TrainConfig:
     Raises ValueError if a number is outside its interval, or if two settings contradict each other.
     """
 
-    net: HDiTConfig | SCUNetConfig = HDiTConfig()
-    objective: str = "flow"  # or one of PRETRAINING, RESTORATIONS
+    net: HDiTConfig | SCUNetConfig | ViTConfig | VAEConfig | LatentFlowConfig = HDiTConfig()
+    objective: str = "flow"  # or one of GENERATIVE, PRETRAINING, RESTORATIONS
     predictor: JEPAConfig = JEPAConfig()  # of "jepa"
 
     # Where the run reads and writes.
@@ -90,11 +93,12 @@ class TrainConfig:
     resolution_max: float = opt(4.0, "Å, worst resolution of simulated maps", "(0, inf)")
 
     # The grey scale: network value = (clipped density - mean) / std.            section 4.2
-    mean: float = opt(0.04, "of the clipped density", "(-inf, inf)", only=FLOW)
-    std: float = opt(0.09, "of the clipped density", "(0, inf)", only=FLOW)
+    mean: float = opt(0.04, "of the clipped density", "(-inf, inf)", only=GENERATIVE)
+    std: float = opt(0.09, "of the clipped density", "(0, inf)", only=GENERATIVE)
 
     # The objective.
-    time_law: str = opt("uniform", "of times", choices=("uniform", "logit-normal"), only=FLOW)
+    time_law: str = opt("uniform", "of times", choices=("uniform", "logit-normal"), only=FLOWS)
+    beta: float = opt(1e-6, "weight of the KL divergence", "[0, inf)", only=("vae",))  # kl-f4
     mask_at: str = opt(
         "input",
         "hide cells of the map (input), or tokens after the encoder (embedding)",

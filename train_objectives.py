@@ -3,6 +3,9 @@
     flow                        HDiT     the flow-matching loss, (3) of flow.py
     jepa, mae                   SCUNet   predict what is hidden, (3) and (5) of jepa.py
     sharpen, superres, wedge3d  SCUNet   from pairs of observed and wanted maps, (9) of jepa.py
+    vae, lfm                    VAE, DiT reconstruct maps; flow matching of their codes
+
+SCUNet or ViT. vae and lfm: (3) and (5) of model_baselines.py.
 
 `net` is what the optimiser trains, `ema` its average; for "jepa" `ema` is the target encoder.
 Batches x are (micro, 1, D, D, D) maps, or (micro, 2, D, D, D) pairs: observed, wanted.
@@ -26,9 +29,11 @@ import files
 import flow
 import jepa
 import mrc
+from checkpoint import NETWORKS, kind_of
+from model_baselines import vae_loss
 from model_hdit import Block, HDiT
-from model_scunet import SCUNet, SwinConvBlock
-from train_config import PRETRAINING, RESTORATIONS, TrainConfig, flag
+from model_scunet import SwinConvBlock
+from train_config import FLOWS, GENERATIVE, PRETRAINING, RESTORATIONS, TrainConfig, flag
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
 MOST_RAW_MAPS = 16  # that several ranks read without data_prepare.py
@@ -158,7 +163,7 @@ def simulated(structures, seed: int, cfg: TrainConfig):
         resolution=(cfg.resolution_min, cfg.resolution_max),
         seed=seed,
     )
-    if cfg.objective == "flow":
+    if cfg.objective in GENERATIVE:
         # Crops are cut from anywhere in a box of twice their side.
         box = cfg.crop if cfg.center_crops else 2 * cfg.crop
         return data.SimulatedCrops(structures, box=box, mean=cfg.mean, std=cfg.std, **common)
@@ -231,7 +236,7 @@ def build(cfg: TrainConfig) -> torch.nn.Module:
         # The checkpoint records which times the network learns.
         whole = cfg.time_law == "logit-normal"
         return HDiT(replace(cfg.net, whole_thousandths=whole), cfg.activation_checkpointing)
-    net = SCUNet(cfg.net)
+    net = new_network(cfg)
     if cfg.objective != "jepa":
         return net
     predictor = replace(cfg.predictor, mask_at=cfg.mask_at)
@@ -250,18 +255,30 @@ def compile_blocks(net: torch.nn.Module) -> None:
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
+def new_network(cfg: TrainConfig) -> torch.nn.Module:
+    """A network of the sizes in cfg.net, of the kind that a checkpoint of it holds."""
+    network, _ = NETWORKS[kind_of(cfg.net)]
+    return network(cfg.net)
+
+
 def token_grid(cfg: TrainConfig) -> tuple[int, int, int]:
-    """Cells of the SCUNet's innermost grid, along z, y and x."""
+    """Cells of the SCUNet's innermost grid, or the ViT's, along z, y and x."""
     return (cfg.crop // 2**cfg.net.levels,) * 3
 
 
 def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Tensor]:
-    """(losses, time buckets), both (n,): one per crop for "flow", else n = 1 and bucket 0.
+    """(losses, time buckets), both (n,): one per crop for GENERATIVE, else n = 1 and bucket 0.
 
     x: (micro, 1 or 2, D, D, D); generator: of times, noise and masks, on any device.
     """
-    # CryoFM: one loss per crop, counted at its time.
-    if cfg.objective == "flow":
+    if cfg.objective == "vae":
+        loss, _ = vae_loss(net, x, code_noise(x, cfg, generator), cfg.beta)
+        return loss, torch.zeros_like(loss, dtype=torch.long)
+
+    # Flows, of maps or of codes: one loss per crop, counted at its time.
+    if cfg.objective == "lfm":
+        x = ema.encode(x)  # `ema` has the same frozen VAE as `net`
+    if cfg.objective in FLOWS:
         t = flow.sample_t(len(x), cfg.time_law, generator, x.device)
         bucket = (t * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
         return flow.loss(net, x, t=t, generator=generator, per_sample=True), bucket
@@ -283,13 +300,22 @@ def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Te
     return loss[None], bucket
 
 
+def code_noise(x: Tensor, cfg: TrainConfig, generator) -> Tensor:
+    """e of (2) of model_baselines.py for maps x (B, 1, D, D, D)."""
+    cells = [n // cfg.net.factor for n in x.shape[2:]]
+    e = torch.randn(len(x), cfg.net.channels, *cells, generator=generator, device=generator.device)
+    return e.to(x.device)
+
+
 # ---- Held-out losses -------------------------------------------------------------------------
 
 
 def held_out_columns(cfg: TrainConfig) -> list[str]:
     """What `held_out_losses` returns, as names of columns of log.csv."""
-    if cfg.objective == "flow":
+    if cfg.objective in FLOWS:
         return [f"held_out_t{t}" for t in HELD_OUT_TIMES]
+    if cfg.objective == "vae":
+        return ["held_out", "l1"]
     if cfg.objective == "jepa":
         return ["held_out", "constant", "std", "rank", "maps"]
     if cfg.objective == "mae":
@@ -305,7 +331,11 @@ def held_out_losses(net, ema, x: Tensor, cfg: TrainConfig) -> list[float]:
     """
     # As many crops at once as in training.
     parts = x.split(cfg.micro_batch)
-    if cfg.objective == "flow":
+    if cfg.objective == "lfm":
+        parts = [ema.encode(part) for part in parts]
+    if cfg.objective == "vae":
+        return reconstruction_losses(ema, parts, cfg)
+    if cfg.objective in FLOWS:
         return [held_out_at(t, ema, parts, cfg) for t in HELD_OUT_TIMES]
     if cfg.objective in RESTORATIONS:
         return restoration_losses(ema, parts, cfg)
@@ -335,6 +365,13 @@ def held_out_at(t: float, ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> f
         with flow.autocast(part.device, cfg.bf16):
             values.append(flow.loss(ema, part, t=times, x_1=x_1, per_sample=True))
     return float(torch.cat(values).mean())
+
+
+def reconstruction_losses(ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> list[float]:
+    """The loss (3) of model_baselines.py and its first term, with the same noise every time."""
+    generator = torch.Generator(parts[0].device).manual_seed(0)
+    found = [vae_loss(ema, part, code_noise(part, cfg, generator), cfg.beta) for part in parts]
+    return [float(torch.cat(values).mean()) for values in zip(*found)]
 
 
 def restoration_losses(ema, parts: tuple[Tensor, ...], cfg: TrainConfig) -> list[float]:

@@ -18,9 +18,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map_only
 
 import checkpoint
-from model_scunet import SCUNet
 from train_config import PRETRAINING, TrainConfig, flag, used_by
-from train_objectives import blocks_of, build
+from train_objectives import blocks_of, build, new_network
 from train_optim import averaged, has_fused, optimizers
 from train_ranks import Ranks, own_part, parted, whole
 
@@ -172,6 +171,10 @@ def begin(cfg: TrainConfig, saved: dict | None, ranks: Ranks) -> State:
     net = build(cfg)
     if cfg.init and not saved:
         start_from(net, cfg, ranks.say)
+    elif cfg.objective == "lfm" and not saved:
+        raise ValueError(
+            "this model learns the codes of a trained VAE; give its file: --init runs/vae/vae.pt"
+        )
     ema = averaged(net, cfg)
     try:
         if saved:
@@ -250,8 +253,16 @@ def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
     Raises OSError without the file, ValueError if its network is another, or was fine-tuned for
     another task.
     """
+    # A latent flow starts from a VAE, or from a latent flow.
+    kind = checkpoint.kind_of(cfg.net)
+    if kind == "lfm":
+        prior = checkpoint.load(cfg.init)
+        if prior.kind == "vae":
+            start_from_vae(net, prior, cfg, say)
+            return
+
     # Must be the same kind of network, of the same sizes.
-    prior = checkpoint.load(cfg.init, kind="hdit" if cfg.objective == "flow" else "scunet")
+    prior = checkpoint.load(cfg.init, kind=kind)
     if prior.net.config != cfg.net:
         raise ValueError(
             f"{cfg.init}: another network, {prior.net.config}; give the --model it was trained as"
@@ -271,6 +282,21 @@ def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
             "give a pre-trained network"
         )
 
+    print_new_scales(prior, cfg, say)
+
+
+def start_from_vae(net, prior: checkpoint.Prior, cfg: TrainConfig, say=print) -> None:
+    """Put the VAE of --init into a latent flow; ValueError if it has other sizes."""
+    sizes = asdict(prior.net.config)
+    wanted = {name: value for name, value in asdict(cfg.net).items() if name in sizes}
+    if sizes != wanted:
+        raise ValueError(f"{cfg.init}: another VAE, {prior.net.config}; give one of {wanted}")
+    say(f"learning the codes of {cfg.init}")
+    net.vae.load_state_dict(prior.net.state_dict())
+    print_new_scales(prior, cfg, say)
+
+
+def print_new_scales(prior: checkpoint.Prior, cfg: TrainConfig, say=print) -> None:
     # The grey scale and the sampling may change, but not unseen.
     print_change("voxel_size", prior.voxel_size, cfg.voxel_size, say)
     print_change("crop", prior.box, cfg.crop, say)
@@ -285,8 +311,8 @@ def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
     """
     if cfg.objective != "jepa":
         return ema
-    # A fresh decoder around the encoder, so that the file opens like any other SCUNet.
-    network = SCUNet(cfg.net)
+    # A fresh decoder around the encoder, so that the file opens like any other SCUNet or ViT.
+    network = new_network(cfg)
     network.encoder = ema.encoder
     return network
 

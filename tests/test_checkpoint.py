@@ -246,7 +246,7 @@ def test_another_kind_of_network_is_refused_in_one_line(tmp_path, monkeypatch):
         (dict(config={**content["config"], "depth": 3}), "depth"),
         (dict(config={**content["config"], "widths": (24, 96)}), "size mismatch"),
         (dict(weights={}), "Missing key"),
-        (dict(kind="vae"), "not a checkpoint of this project"),
+        (dict(kind="unet"), "not a checkpoint of this project"),
     ):
         torch.save({**content, **change}, path)
         refused(path, match)
