@@ -266,7 +266,8 @@ def sample_posterior(
     and rho by `least_rho`, or what `missed` finds if that is more. turned: of `tiled_velocity`.
     tick is called after every step.
     """
-    y, measured, sigma = observation.y, observation.measured, observation.sigma
+    y, measured = observation.y, observation.measured
+    sigma = torch.as_tensor(observation.sigma, dtype=y.dtype, device=y.device)
 
     def draw_noise() -> Tensor:
         return flow.draw_noise(generators, y.shape, y.device)

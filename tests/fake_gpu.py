@@ -93,6 +93,7 @@ def stops_per_step(model: str) -> list[int]:
             speed_of=lambda *_: None,
             stop_failed_run=lambda *_: None,
             held_out_losses=lambda *_: [1.0],
+            grey_scale=mock.Mock(),
         ),
         train_optim: dict(has_fused=lambda _: True),
         train_resume: dict(build=built_on_gpu, network_for_use=lambda *_: None),

@@ -211,7 +211,8 @@ def test_entries_are_downloaded_once_and_kept(tmp_path, server):
     server.files[url] = gzip.compress("\n".join(chain("A")).encode())
     (tmp_path / "list.tsv").write_text(COLUMNS + "1ABC\t1abc\t\tval\tsmall\t9\n")
     for _ in range(2):
-        assert data_prepare.main(["structures", str(tmp_path / "list.tsv")]) is None
+        args = ["structures", str(tmp_path / "list.tsv"), "--overwrite"]
+        assert data_prepare.main(args) is None
         (structure,) = atoms.read_structures(tmp_path / "list.npz")
         assert structure.label == "1ABC" and len(structure.xyz) == 9
     assert server.asked == [url]

@@ -17,6 +17,10 @@ EVERYWHERE = torch.ones(SHAPE, dtype=torch.bool)
 VOXEL_SIZE = 1.5
 
 
+def positive(y, *_):
+    return y.relu()
+
+
 def molecule(seed: int, atoms: int = 150) -> torch.Tensor:
     """A density (D, H, W) whose 99.999 percentile is 1: a ball of Gaussian atoms."""
     generator = torch.Generator().manual_seed(seed)
@@ -185,8 +189,8 @@ def prior_with(crops) -> Prior:
 def test_result_in_other_units_is_the_same_result(crops, change):
     prior = prior_with(crops)
     x = change(molecule(38)) + 0.05 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    one = posterior.observe(prior, x, EVERYWHERE, 0.05, torch.relu)
-    other = posterior.observe(prior, 7.3 * x, EVERYWHERE, 7.3 * 0.05, torch.relu)
+    one = posterior.observe(prior, x, EVERYWHERE, 0.05, positive)
+    other = posterior.observe(prior, 7.3 * x, EVERYWHERE, 7.3 * 0.05, positive)
     assert (one.spectrum is None) == (change is torch.clone)
     for name in ("y", "start", "sigma"):
         assert close(getattr(one, name), getattr(other, name), 1e-4)
@@ -198,6 +202,6 @@ def test_result_in_other_units_is_the_same_result(crops, change):
 
 def test_given_maximum_is_used_and_has_no_error(crops):
     observation = posterior.observe(
-        prior_with(crops), molecule(39), EVERYWHERE, 0.05, torch.relu, maximum=2.0
+        prior_with(crops), molecule(39), EVERYWHERE, 0.05, positive, maximum=2.0
     )
     assert observation.scale.maximum == 2.0 and observation.maximum_error == 0

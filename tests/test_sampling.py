@@ -276,18 +276,13 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, 
     restored = [values(f"half_mean_denoise_half{i}.mrc") for i in (1, 2)]
     assert close((restored[0] + restored[1]) / 2, values("half_mean_denoise.mrc"))
 
-    # Nothing of half 1 is in half 2 but its share of the FSC and of the signal.
+    # Of half 1, half 2 knows nothing but its noise.
     a, b = halves
-    power, curve = degrade.noise_power(b, a), fsc.fsc(a, b, convention="cryofm")[1:]
-    excess = degrade.radial_power(a) - degrade.noise_power(a, b) + degrade.radial_power(b) - power
-    signal = excess.clamp(min=0) / 2 * (curve >= 0.05).long().cumprod(0)
+    power = degrade.noise_power(b, a)
     sigma = (degrade.expand_shells(power, SHAPE) / b.numel()).sqrt()
     prior, everywhere = checkpoint.load(ckpt), torch.ones(SHAPE, dtype=torch.bool)
 
-    def start(y):
-        return posterior.wiener(y, power, signal).clamp(min=0)
-
-    observation = posterior.observe(prior, b, everywhere, sigma, start)
+    observation = posterior.observe(prior, b, everywhere, sigma, posterior.positive_wiener)
     sampler = posterior.DENOISE["prior"] | {"steps": 2}
     samples = posterior.draw_samples(prior, observation, sampler, samples=2, seed=1 << 32)
     assert close(torch.stack(list(samples)).mean(0), restored[1], 1e-4)
@@ -746,7 +741,7 @@ def test_a_folder_is_restored_from_its_inputs_alone(small, run):
         run("wedge . --overwrite")
     maps = [name for name in names(Path()) if name.endswith(".mrc")]
     assert maps == ["in.mrc", "in_truth.mrc"] + [
-        f"in_wedge{end}.mrc" for end in ("", "_mean", "_std")
+        f"in_wedge{end}.mrc" for end in ("", "_mean", "_snr", "_std")
     ]
 
 

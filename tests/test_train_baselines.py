@@ -14,6 +14,7 @@ import train_objectives
 import train_resume
 from model_baselines import LatentFlowConfig, VAEConfig, ViTConfig, vae_loss
 from train_baselines import BASELINES
+from train_ranks import Ranks
 
 SMALL_VIT = ViTConfig(width=8, depths=(1, 1), heads=2, d_head=4)
 SMALL_VAE = VAEConfig(widths=(4, 8, 8), depths=(1, 1, 1), channels=2, groups=2)
@@ -101,7 +102,7 @@ def test_a_latent_flow_carries_its_vae_unchanged(tmp_path, maps, vae):
 
 def test_the_loss_of_a_latent_flow_is_that_of_codes(vae, maps, tmp_path):
     cfg = replace(SMALLS["small-lfm"], init=str(vae), data=str(maps), out=str(tmp_path))
-    state = train_resume.begin(cfg, None, torch.device("cpu"), lambda line: None)
+    state = train_resume.begin(cfg, None, Ranks())
     with torch.no_grad():
         state.net.dit.out.weight.normal_()
     x = torch.randn(3, 1, 16, 16, 16)

@@ -39,7 +39,9 @@ def test_cryolvms_numbers_are_those_of_table_4():
 def test_flags_override_the_preset():
     flags = ["--model", "s", "--steps", "7", "--no-bf16", "--data", "maps", "--std", "0.2"]
     want = replace(train_config.PRESETS["s"], steps=7, bf16=False, data="maps", std=0.2)
-    assert train.parse(flags) == want
+    cfg = train.parse(flags)
+    assert cfg.typed == ("data", "steps", "std", "bf16")
+    assert replace(cfg, typed=()) == want
 
 
 @pytest.mark.parametrize(
