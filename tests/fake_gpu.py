@@ -67,7 +67,12 @@ class OnGpu(train_ranks.Ranks):
 
 def built_on_gpu(cfg):
     with DEVICE:
-        return train_objectives.build(cfg)
+        net = train_objectives.build(cfg)
+    # Tables that were made on the CPU go along.
+    for module in net.modules():
+        for name, table in module.named_buffers(recurse=False):
+            setattr(module, name, table.to(DEVICE))
+    return net
 
 
 def stops_per_step(model: str) -> list[int]:
