@@ -48,6 +48,7 @@ class Match(NamedTuple):
     maximum: float | None = None  # 99.999 percentile of the sharp density y', in the units of y
     error: float | None = None  # its standard deviation
     spectrum: Tensor | None = None  # g in n bands; None is 1
+    blur: Tensor | None = None  # h in n bands: what makes a reference as blurred as y'
 
 
 def references(dataset) -> Tensor:
@@ -159,6 +160,10 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     slope = (deviation @ log[fitted]) / (deviation @ deviation + LEVEL)
     log = log - (log[fitted].mean() - slope * squares.mean())
 
+    # Beyond the signal, the line goes on, but no density gets sharper there.
+    rise = frequency[held:] ** 2 - frequency[held - 1] ** 2
+    log[held:] = log[held - 1] + max(float(slope), 0.0) * rise
+
     # The limits. Beyond the signal, g stays as it is.
     low, high = GAIN
     g = log.exp().clamp(low, high)
@@ -216,7 +221,7 @@ def match(
         found.append(solve_maximum(top, a, b))
     found = torch.tensor(found)
     maximum = float(found.median())  # (4)
-    return Match(maximum, maximum * float(found.log().std()), g)
+    return Match(maximum, maximum * float(found.log().std()), g, h)
 
 
 def solve_maximum(top: float, a: Tensor, b: Tensor) -> float:

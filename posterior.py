@@ -88,6 +88,7 @@ class Observation:
     classical: Callable | None = None  # made start; see `observe`
     spectrum: Tensor | None = None  # g of grey_scale.py (2), by which y was multiplied; None: 1
     maximum_error: float | None = None  # of scale.maximum, one standard deviation; None: not known
+    blur: Tensor | None = None  # h of grey_scale.py (5), of densities that look like y; None: 1
 
     def to_map(self, x: Tensor) -> Tensor:
         """Samples (..., D, H, W) in network scale, in the grey scale and spectrum of the map."""
@@ -144,6 +145,7 @@ def observe(
         classical,
         found.spectrum,
         found.error,
+        found.blur,
     )
 
 

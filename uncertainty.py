@@ -6,9 +6,9 @@
 
 s is the standard deviation of the samples and m their mean, smoothed. The samples alone are too
 sure of themselves: their spread is a half to a fifth of the error, because the network is not a
-perfect prior and steps are few. So the reference densities of the checkpoint (grey_scale.py) are
-observed like the map, with its missing coefficients and its noise, and restored by the same steps.
-Their error e is known. (2) makes the mean of V that of e^2. It is the deviance of a Poisson
+perfect prior and steps are few. So the reference densities of the checkpoint (grey_scale.py) get
+the map's blur, its missing coefficients and its noise, and are restored by the same steps. Their
+error e is known. (2) makes the mean of V that of e^2. It is the deviance of a Poisson
 variable, and its multiplicative updates are those of Lee & Seung (2001).
 
 (3) is a split conformal quantile (Vovk et al. 2005). All of it holds for a map as far as the
@@ -66,8 +66,9 @@ def measure(
     moments, truths, curves = [], [], []
     crops = prior.references[:: max(1, len(prior.references) // COUNT)][:COUNT]
     for i, crop in enumerate(crops.float() / 255):
-        # Observe the reference as the map was observed, and restore it.
-        x_0 = (crop - prior.mean) / prior.std
+        # Blur the reference like the map, observe it likewise, and restore it.
+        blur = grey_scale.expand(observations[0].blur, crop.shape)
+        x_0 = (fourier.apply_fourier(crop, blur) - prior.mean) / prior.std
         found = Moments()
         for j, observation in enumerate(observations):
             seed = SEED + i * len(observations) + j
