@@ -60,7 +60,9 @@ from volume import Scale
 PRIOR = dict(steps=20, t_start=0.5, fresh_noise=True, inner=2)
 WEDGE = {
     "prior": PRIOR,
-    "paper": dict(steps=1000, t_start=1.0, fresh_noise=False, inner=0, turned=False),
+    "paper": dict(
+        steps=1000, t_start=1.0, fresh_noise=False, inner=0, noise_aware=False, turned=False
+    ),
 }
 DENOISE = {
     "prior": PRIOR,
@@ -258,6 +260,7 @@ def sample_posterior(
     t_start: float,
     fresh_noise: bool = True,
     inner: int = 0,
+    noise_aware: bool = True,
     turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
@@ -265,11 +268,14 @@ def sample_posterior(
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
     number of non-negativity projections in every step. V_k of (6) is r^2 / rho with r = t / (1 - t)
-    and rho by `least_rho`, or what `missed` finds if that is more. turned: of `tiled_velocity`.
-    tick is called after every step.
+    and rho by `least_rho`, or what `missed` finds if that is more. noise_aware: False takes w = m
+    in (6), because Algorithm 2 as printed knows no noise. turned: of `tiled_velocity`. tick is
+    called after every step.
     """
     y, measured = observation.y, observation.measured
     sigma = torch.as_tensor(observation.sigma, dtype=y.dtype, device=y.device)
+    if not noise_aware:
+        sigma = torch.zeros_like(sigma)
 
     def draw_noise() -> Tensor:
         return flow.draw_noise(generators, y.shape, y.device)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import augment
 import degrade
 import fourier
 import fsc
@@ -120,7 +121,7 @@ def restore_half_maps(
     sampler = posterior.DENOISE[method] | steps_of(settings)
     steps = sampler["steps"]
     count = settings.samples * len(halves)
-    box = mrc.resample_map(half_map_1, prior.voxel_size).density.shape
+    box = observations[0].y.shape
     facts |= {"steps": steps, "box": list(box)}
     say_work(prior, box, count, steps, f"FSC 0.143 at {resolution:.2f} Å", say)
 
@@ -129,7 +130,7 @@ def restore_half_maps(
     pooled = Moments()
     restored_halves = []
     for i, observation in enumerate(observations):
-        seed = settings.seed + (i << 32)  # far apart, so that the halves share no noise
+        seed = settings.seed + i * augment.HELD_OUT  # streams that the halves do not share
         moments = Moments()
         draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered[i]))

@@ -193,9 +193,6 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
     observation = posterior.observe(
         prior, work.density, measured, sigma, posterior.pocs, settings.maximum
     )
-    # Algorithm 2 as printed has no noise in y.
-    if settings.method == "paper":
-        observation = replace(observation, sigma=torch.zeros_like(observation.sigma))
     return observation, noise
 
 

@@ -4,15 +4,16 @@
     (a, b, c) >= 0:  minimise  sum_r V - e^2 log V     over the voxels of the references      (2)
     |e| <= z sqrt(V) in 90 % of the molecule's voxels of the references                       (3)
 
-s is the standard deviation of the samples and m their mean, smoothed. The samples alone are too
-sure of themselves: their spread is a half to a fifth of the error, because the network is not a
-perfect prior and steps are few. So the reference densities of the checkpoint (grey_scale.py) get
-the map's blur, its missing coefficients and its noise, and are restored by the same steps. Their
-error e is known. (2) makes the mean of V that of e^2. It is the deviance of a Poisson
-variable, and its multiplicative updates are those of Lee & Seung (2001).
+s is the standard deviation of the samples and m their smoothed mean, 0 where negative. The samples
+alone are too sure of themselves: their spread is a half to a fifth of the error, because the
+network is not a perfect prior and steps are few. So the reference densities of the checkpoint
+(grey_scale.py) get the map's blur, its missing coefficients and its noise, and are restored by the
+same steps. Their error e is known. (2) makes the mean of V that of e^2. It is the deviance of a
+Poisson variable, and its multiplicative updates are those of Lee & Seung (2001).
 
-(3) is a split conformal quantile (Vovk et al. 2005). All of it holds for a map as far as the
-references resemble it. Ours, not from the papers.
+(3) is an empirical quantile, as in conformal prediction (Vovk et al. 2005). We do not split: z
+comes from the voxels that (2) was fitted to, so it may be a little too small. All of it holds for a
+map as far as the references resemble it. Ours, not from the papers.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +33,6 @@ COUNT = 4  # references that are restored
 SMOOTH = 1.5  # voxels: standard deviation of the Gaussian that smooths m
 MOLECULE = 0.1  # of the maximum: density above it counts as molecule
 INSIDE = 0.9  # share of (3)
-SEED = 1 << 40  # far from the seeds of the samples
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Uncertainty:
 
     def std(self, moments: Moments) -> Tensor:
         """sqrt(V) of a restored map, from the moments of its samples."""
-        return (features(moments) @ self.weights).sqrt().float()
+        return (features(moments) @ self.weights).sqrt().float()  # (1)
 
 
 def measure(
@@ -57,30 +57,35 @@ def measure(
     region: Tensor | None = None,
     tick=posterior.no_tick,
 ) -> Uncertainty:
-    """What `samples` samples of each observation are worth; the result is the mean of them all.
+    """(1) to (3), from references that are restored with as many samples as the map.
 
-    observations: a map, or two half maps, of one molecule. sampler: as for posterior.draw_samples.
+    observations: a map, or two half maps. The result is the mean of the samples of them all.
+    sampler: as for posterior.draw_samples.
     region: boolean (D, H, W) in Fourier space; the FSC is that of these coefficients.
     The prior must have references.
     """
+    # Half maps have one truth, that of the first: its blur, grey scale and spectrum.
+    first = observations[0]
     moments, truths, curves = [], [], []
     crops = prior.references[:: max(1, len(prior.references) // COUNT)][:COUNT]
     for i, crop in enumerate(crops.float() / 255):
         # Blur the reference like the map, observe it likewise, and restore it.
-        blur = grey_scale.expand(observations[0].blur, crop.shape)
+        blur = grey_scale.expand(first.blur, crop.shape)
         x_0 = (fourier.apply_fourier(crop, blur) - prior.mean) / prior.std
         found = Moments()
         for j, observation in enumerate(observations):
-            seed = SEED + i * len(observations) + j
+            # Two seeds below 0, which no map has: of the noise in y, and of the samples.
+            seed = -1 - 2 * (i * len(observations) + j)
             seen = observe_reference(observation, x_0, seed)
+            seen = replace(seen, scale=first.scale, spectrum=first.spectrum)
             drawn = posterior.draw_samples(
-                prior, seen, sampler, samples=samples, seed=seed, tick=tick
+                prior, seen, sampler, samples=samples, seed=seed - 1, tick=tick
             )
             for sample in drawn:
                 found.add(sample)
 
         # Compare it with the truth, which has the map's grey scale and spectrum.
-        truth = observations[0].to_map(x_0)
+        truth = first.to_map(x_0)
         curves.append(fsc_of(found.mean, truth, region))
         moments.append(found)
         truths.append(truth)
@@ -97,7 +102,7 @@ def observe_reference(observation: Observation, x_0: Tensor, seed: int) -> Obser
     sigma = torch.as_tensor(observation.sigma).cpu().float().expand(mask.shape)
     sigma = grey_scale.same_frequencies(sigma, shape)
 
-    # y = A x + n. Coefficients that were not measured are 0 in a density, which is not 0 here.
+    # y = A x + n. Missing coefficients are 0 in density, not in network scale.
     generator = augment.item_generator(seed, 0)
     noise = fourier.apply_fourier(torch.randn(shape, generator=generator), sigma)
     mean, std = observation.scale.mean, observation.scale.std
@@ -132,7 +137,7 @@ def fit(moments: list[Moments], truths: list[Tensor]) -> tuple[Tensor, float]:
     error = torch.cat([(found.mean - truth).flatten() for found, truth in zip(moments, truths)])
     squares = error.double() ** 2
 
-    # (2), by updates that keep the weights positive. Units make no difference.
+    # Updates that keep the weights positive. Units make no difference.                        (2)
     scale = x.mean(0).clamp(min=1e-300)
     x = x / scale
     weights = squares.mean().expand(3) / 3
@@ -141,7 +146,7 @@ def fit(moments: list[Moments], truths: list[Tensor]) -> tuple[Tensor, float]:
         gain = (x * (squares / predicted)[:, None]).mean(0)  # the mean of x itself is 1
         weights = weights * gain
 
-    # (3)
+    # z: 90 % of the molecule's voxels lie within it.                                          (3)
     molecule = torch.cat([(truth > MOLECULE * truth.max()).flatten() for truth in truths])
     ratio = error.abs() / (x @ weights).sqrt()
     interval = float(ratio[molecule].quantile(INSIDE))
@@ -153,4 +158,4 @@ def fsc_of(x: Tensor, truth: Tensor, region: Tensor | None) -> Tensor:
     if region is None:
         return fsc.fsc(x, truth)
     kept = grey_scale.same_frequencies(region.float(), truth.shape) > 0.5
-    return fsc.fsc(fourier.apply_fourier(x, kept), fourier.apply_fourier(truth, kept))
+    return fsc.fsc(x, truth, kept)

@@ -31,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from benchmark_wedge import BOX, VOXEL_SIZE, WEIGHTS, say_machine, truth_of, write_rows
 
 import atoms
+import augment
 import checkpoint
 import degrade
 import fourier
@@ -92,7 +93,8 @@ def restore(
     drawn = []
     for i, (half, power) in enumerate(zip(halves, powers)):
         observation = observe_half_map(half, power, prior, settings)
-        drawn += posterior.draw_samples(prior, observation, sampler, samples=samples, seed=i << 32)
+        seed = i * augment.HELD_OUT
+        drawn += posterior.draw_samples(prior, observation, sampler, samples=samples, seed=seed)
     return classical, torch.stack(drawn)
 
 

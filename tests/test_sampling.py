@@ -30,6 +30,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from test_sliding_windows import Uneven, dense
 from torch import nn
 
+import augment
 import checkpoint
 import degrade
 import fourier
@@ -284,8 +285,21 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, 
 
     observation = posterior.observe(prior, b, everywhere, sigma, posterior.positive_wiener)
     sampler = posterior.DENOISE["prior"] | {"steps": 2}
-    samples = posterior.draw_samples(prior, observation, sampler, samples=2, seed=1 << 32)
+    samples = posterior.draw_samples(prior, observation, sampler, samples=2, seed=augment.HELD_OUT)
     assert close(torch.stack(list(samples)).mean(0), restored[1], 1e-4)
+
+
+def test_half_maps_share_no_noise_of_the_sampler(run, halves, monkeypatch):
+    seeds = []
+
+    def draw_samples(prior, observation, settings, *, seed, **_):
+        seeds.append(seed)
+        yield torch.zeros(SHAPE)
+
+    monkeypatch.setattr(posterior, "draw_samples", draw_samples)
+    run("denoise half1.mrc half2.mrc --samples 1")
+    first, second = (torch.randn(9, generator=augment.item_generator(seed, 0)) for seed in seeds)
+    assert not torch.equal(first, second)
 
 
 def test_one_map_is_denoised_by_a_curve_of_fsc_py_or_by_a_ratio(run, halves):
