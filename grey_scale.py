@@ -3,18 +3,19 @@
     S(k) = mean over a band of |F y|^2 - P              signal power of an observation y        (1)
     g(k) = c sqrt(T(k) / S(k)),  T: of the references   y' = F^-1[g F y] has their spectrum     (2)
     w    = m S / (S + P)                                Wiener filter, m: what was measured     (3)
-    p(F^-1[w F y']) = p(F^-1[w (m_r h F r + g F n)])    maximum: the median of m_r              (4)
-    h    = g sqrt(S / T) / c                            what the limits of g left undone        (5)
+    p(F^-1[w F y']) = p(F^-1[w (a h F r + g F n)])      maximum: the median of a                (4)
+    h    = g sqrt(S / T) / c                            the blur that is left after g           (5)
 
-The prior knows densities whose 99.999 percentile p is 1. That of an observation is a third of that
-of the sharp density or less, because it is blurred. `references` are densities r that the prior was
-trained on. (4) sends them, times m_r, through the same filter, with noise n like that of y, and
-asks for which m_r they are as bright as the observation. The spread of m_r is the error.
+The prior knows densities whose 99.999 percentile p is 1. An observation is blurred, so that its
+percentile is a half to a fifth of the sharp density's. `references` are densities r that the prior
+was trained on. (4) sends them, times a number a, through the same filter, with noise n like that of
+y, and asks for which a they are as bright as the observation. The spread of log a gives the error.
 
 Maps are sharpened in many ways, and much sharpened ones have negative density, which the prior does
 not know. g brings them to the prior's spectrum. It commutes with every operator of posterior.py and
-is undone exactly afterwards. c makes g 1 at frequency 0, so that the bulk of the molecule keeps its
-brightness: between 25 and 5 Å a B-factor, a line in k^2, is fitted to log g.
+is undone exactly afterwards. c makes a B-factor, a line in k^2 that is fitted to log g between 25
+and 5 Å, 1 at frequency 0. So the bulk of the molecule keeps its brightness. We smooth log g, and
+keep it constant below 25 Å.
 
 P: noise power as in posterior.py (1). Bands are those of the references: n = box / 2 of them, band
 i from i / 2n to (i + 1) / 2n cycles per voxel. Ours. Measurements: RESULTS.md, "Grey scale".
@@ -37,9 +38,9 @@ COUNT = 16  # references
 LARGEST = 64  # their side in voxels, at most
 LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
 FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
-LEVEL = 3e-4  # 1/Å^4: what is added to the sum of squares of a fit, to make slopes small
+LEVEL = 3e-4  # 1/Å^4: ridge term of the fit, keeps slopes small
 GAIN = 0.2, 1.0  # the limits of g; noise is never raised
-LEAST_GAIN = 0.03  # of the share of negative power, that g must remove
+LEAST_REMOVED = 0.03  # g is used only if it lowers `negative_share` by this
 
 
 class Match(NamedTuple):
@@ -124,12 +125,13 @@ def same_frequencies(weights: Tensor, shape) -> Tensor:
 def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int) -> Tensor:
     """(1) in n bands, positive up to the end of the signal and 0 beyond.
 
-    noise: P, (D, H, W). Where it differs between directions, the better ones tell.
+    noise: P, (D, H, W). Where it differs between directions, only coefficients of at most
+    average noise are used.
     """
     mean_noise = degrade.expand_shells(degrade.shell_mean(noise), y.shape)
     seen = measured.double() * (noise <= 1.001 * mean_noise)
     power = band_mean(fourier.fft3(y).abs().square(), seen, n)
-    excess = power - band_mean(noise, seen, n)
+    excess = power - band_mean(noise, seen, n)  # (1)
     # The first band always counts.
     held = excess > LEAST_SIGNAL * power
     held[0] = True
@@ -160,15 +162,16 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     slope = (deviation @ log[fitted]) / (deviation @ deviation + LEVEL)
     log = log - (log[fitted].mean() - slope * squares.mean())
 
-    # Beyond the signal, the line goes on, but no density gets sharper there.
+    # Beyond the signal S is unknown. For h, the line goes on where it rises, so that references are
+    # blurred there, too.
     rise = frequency[held:] ** 2 - frequency[held - 1] ** 2
     log[held:] = log[held - 1] + max(float(slope), 0.0) * rise
 
-    # The limits. Beyond the signal, g stays as it is.
+    # g is limited, and constant beyond the signal.                                            (2)
     low, high = GAIN
     g = log.exp().clamp(low, high)
     g[held:] = g[held - 1]
-    return g, (g.log() - log).exp()
+    return g, (g.log() - log).exp()  # (5)
 
 
 def match(
@@ -177,7 +180,7 @@ def match(
     """The maximum (4), its error, and g, from an observation y (D, H, W) on the prior's grid.
 
     measured, sigma: as in posterior.Observation, in the units of y. crops: `references`. voxel_size
-    of the prior in Å. g is None where it does not remove LEAST_GAIN of negative power.
+    of the prior in Å. g is None where it does not remove LEAST_REMOVED of negative power.
     Nothing is known (None) if there is no density above 0.
     """
     crops = crops.float() / 255
@@ -198,7 +201,7 @@ def match(
     w = measured * (S / (S + noise))  # (3)
     filtered = fourier.apply_fourier(y, w)
     flattened = fourier.apply_fourier(filtered, expand(g, shape))
-    if negative_share(filtered) - negative_share(flattened) < LEAST_GAIN:
+    if negative_share(filtered) - negative_share(flattened) < LEAST_REMOVED:
         h = h / g
         g = None
     else:
@@ -218,9 +221,9 @@ def match(
         n_r = degrade.add_spectral_noise(torch.zeros(small), noise, noise=white)
         a = fourier.apply_fourier(flat, w * expand(h, small)) / volume.top_value(flat, 99.999)
         b = fourier.apply_fourier(n_r, w * expand(g, small))
-        found.append(solve_maximum(top, a, b))
+        found.append(solve_maximum(top, a, b))  # (4)
     found = torch.tensor(found)
-    maximum = float(found.median())  # (4)
+    maximum = float(found.median())
     return Match(maximum, maximum * float(found.log().std()), g, h)
 
 

@@ -53,8 +53,8 @@ def restore_half_maps(
     """Take the noise out of two half maps, or out of one map whose noise the settings describe.
 
     Each half is restored by itself with its own seeds, so that their FSC stays fair. The result ""
-    is the mean of "_half1" and "_half2". "_std" is its standard deviation (uncertainty.py), "_snr"
-    the result over it.
+    is the mean of "_half1" and "_half2". "_std" is the standard deviation that we expect
+    of its error (uncertainty.py), "_snr" the result over it.
     Raises ValueError if the half maps do not share one grid, or hold no signal.
     """
     # Noise and signal, from the difference between the halves.
@@ -82,7 +82,8 @@ def restore_half_maps(
     name = "average" if half_map_2 else "input"
     shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
 
-    # The prior, and every clamp, take density for positive. In the prior's spectrum more is.
+    # The prior and every clamp expect density above 0. Measure how far that fails in the prior's
+    # spectrum.
     noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
     densities = [half.density for half in halves]
     filtered = [posterior.wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
@@ -105,7 +106,7 @@ def restore_half_maps(
         "negative_power": negative,
     } | scale_facts(observations)
     if half_map_2:
-        # What the halves say of each answer. That of the method comes last.
+        # The score that the halves expect of each answer. The chosen one comes last.
         positives = [grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in filtered]
         answers = {"average": densities, "Wiener, positive": positives}
         if answer is not positive:

@@ -97,7 +97,7 @@ def uncertainty_maps(
             f"the molecule's voxels within {found.interval:.2f} _std of the truth"
         )
 
-    # Voxels whose density exceeds three of its standard deviations are there for sure.
+    # Density far above its expected error (_snr over 3) is unlikely to be an error.
     std = fourier.resample(std, mean.shape).clamp(min=0)
     snr = torch.where(std > 0, mean / std.clamp(min=1e-30), 0)
     maps = {"_std": settings.inside_mask(std, 0), "_snr": settings.inside_mask(snr, 0)}

@@ -67,8 +67,8 @@ def restore_wedge(
     """Fill in what a limited tilt range left out.
 
     The result "" keeps every measured coefficient. "_mean" is the posterior mean, where measured
-    coefficients lose their noise too. "_std" is its standard deviation (uncertainty.py), "_snr" the
-    mean over it.
+    coefficients lose their noise too. "_std" is the standard deviation that we expect of
+    the error of "_mean" (uncertainty.py), "_snr" the mean over it.
     """
     # Refuse what cannot work.
     y = map.density
@@ -96,7 +96,7 @@ def restore_wedge(
     words = f"noise {noise:.3f} of the map's maximum" + (" (estimated)" if estimated else "")
     say_work(prior, observation.y.shape, settings.samples, steps, words, say)
 
-    # The prior takes density for positive. Do the measured data?
+    # The prior expects density above 0. Check that the measured data allow it.
     sigma = noise * volume.top_value(y, 99.999)
     misfit = check_positivity(answer.shown["POCS"], y, measured, sigma, say)
 
