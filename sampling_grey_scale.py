@@ -76,7 +76,12 @@ def say_scale(observation: Observation, settings: GreySettings, say=print) -> No
         words = " (the classical answer's, too low: no signal, or no references in --ckpt)"
     else:
         words = f", give or take {error / maximum:.0%}; --grey-scale sets it"
-    say(f"grey scale: in a sharp map protein would reach {maximum:.4g} above solvent{words}")
+    kind = "a sharp map"
+    if observation.spectrum is not None:
+        kind = "a sharp map with detail weakened as follows"
+    say(f"grey scale: in {kind} protein would reach {maximum:.4g} above solvent{words}")
+    if error is not None and error > maximum / 2:
+        say("warning: the brightness of protein cannot be told; this map may hold noise alone")
     if observation.spectrum is not None:
         low = float(observation.spectrum.min())
         say(

@@ -92,7 +92,7 @@ def log_likelihood(
     # The prior knows bright protein above solvent at 0. Voxels near 0 are clipped, so that log p
     # feels a background of less than a hundredth of the top. Subtract what is found, however small:
     # then a constant offset of the map changes nothing.
-    if settings.background is None:
+    if settings.solvent is None:
         settings = replace(settings, background=volume.find_background(map.density))
     work, grey = to_work_scale(map, settings, say)
 

@@ -35,7 +35,7 @@ POSITIVE = Limits(math.ulp(0.0), sys.float_info.max, "a positive number")
 NOT_NEGATIVE = Limits(0, sys.float_info.max, "0 or more")
 ONE_OR_MORE = Limits(1, sys.float_info.max, "1 or more")
 # Each probe is a backward pass in every evaluation of the ODE.
-PROBES = Limits(1, 10_000, "1 to 10,000")
+PROBES = Limits(2, 10_000, "2 to 10,000")
 
 
 def opt(default, help: str, limits: Limits | None = None, choices=(), **flag):
@@ -107,7 +107,8 @@ class GreySettings(Settings):
     grey_scale: tuple[float, ...] | None = opt(
         None,
         "how far the brightest protein of the sharp density would be from solvent, in the map's "
-        "units, and the value of solvent (default: estimated, grey_scale.py)",
+        "units, and the value of solvent (default: estimated by wedge, denoise and anisotropic; "
+        "for the others the map's own percentile)",
         type=float,
         nargs="+",
         metavar=("MAX", "BACKGROUND"),

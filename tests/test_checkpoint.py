@@ -69,11 +69,11 @@ def test_what_was_saved_comes_back(tmp_path, half):
 
 
 def test_references_come_back_and_other_tensors_are_refused(tmp_path):
-    crops = torch.arange(2 * 4**3).reshape(2, 4, 4, 4).to(torch.uint8)
+    crops = torch.arange(2 * 8**3).reshape(2, 8, 8, 8).to(torch.uint8)
     path = tmp_path / "a.pt"
     checkpoint.save(path, make_net(), **META, references=crops)
     assert torch.equal(checkpoint.load(path).references, crops)
-    for wrong in (crops.float(), crops[0], [1, 2]):
+    for wrong in (crops.float(), crops[0], [1, 2], crops[:1], crops[:, :4], 0 * crops):
         checkpoint.save(path, make_net(), **META, references=wrong)
         refused(path, "damaged, its references cannot be")
 

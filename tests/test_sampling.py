@@ -289,6 +289,16 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, 
     assert close(torch.stack(list(samples)).mean(0), restored[1], 1e-4)
 
 
+def test_likelihood_takes_a_given_background(small, run):
+    write_mrc("offset.mrc", values(small) + 3)
+    top = float(volume.top_value(values(small), 99.999))
+    run(f"likelihood in.mrc --grey-scale {top} 0 --probes 2")
+    run(f"likelihood offset.mrc --grey-scale {top} 3 --probes 2")
+    first, second = (report_of(f"{name}_likelihood") for name in ("in", "offset"))
+    # To what the solver tolerates.
+    assert first["nats_per_voxel"] == pytest.approx(second["nats_per_voxel"], rel=0.05)
+
+
 def test_half_maps_share_no_noise_of_the_sampler(run, halves, monkeypatch):
     seeds = []
 
