@@ -43,7 +43,7 @@ def test_settings_that_need_too_much_are_refused_before_the_work(monkeypatch):
         generate(prior, GenerateSettings(box=100_000))
     with pytest.raises(ValueError, match="samples is 1e\\+09; give 1 to 1000"):
         GenerateSettings(samples=10**9)
-    with pytest.raises(ValueError, match="probes is 10001; give 1 to 10,000"):
+    with pytest.raises(ValueError, match="probes is 10001; give 2 to 10,000"):
         LikelihoodSettings(probes=10_001)
     with pytest.raises(ValueError, match="images of 48 Å show no particle that is off by"):
         ab_initio(mrc.Map(torch.ones(9, 32, 32), 1.5), prior, AbInitioSettings(max_shift=25))
