@@ -13,6 +13,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,6 +74,10 @@ class Ranks:
         if self.vote:
             self.vote[1].wait()
         if self.world > 1:
+            # Gloo's threads drop their last tensors, for which they need Python's lock. The end of
+            # the group waits for these threads and keeps the lock. So let them have it before.
+            dist.barrier()
+            time.sleep(0.2)
             dist.destroy_process_group()
 
     def reduce(self, x: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
