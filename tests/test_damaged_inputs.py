@@ -255,7 +255,9 @@ def test_a_damaged_input_ends_in_one_line_and_in_no_half_file(
     after = content_of(folder)
     goes_on = {"train": "run", "prepare": "prepared"}.get(program)
     for path, content in before.items():
-        if failed or folder / str(goes_on) not in path.parents:
+        # The log of a run has the steps that it took before it failed.
+        logged = program == "train" and path.name == "log.csv"
+        if (failed and not logged) or folder / str(goes_on) not in path.parents:
             assert after.get(path) == content, f"{case}: {path.name} changed ({message})"
     new = sorted(after.keys() - before.keys())
     assert not [path for path in new if path.suffix in (".tmp", ".lock")], case
@@ -265,6 +267,9 @@ def test_a_damaged_input_ends_in_one_line_and_in_no_half_file(
 
     changed = [path for path in after if after[path] != before.get(path)]
     for path in changed:
+        # One tile has one likelihood, so that its map is constant.
+        if "likelihood" in words and path.suffix == ".mrc":
+            continue
         try:
             check_output(path)
         except (ValueError, OSError, AssertionError) as error:
