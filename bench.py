@@ -21,8 +21,8 @@ bfloat16 where the hardware has it; the others choose their dtype like sampling.
 import argparse
 import functools
 import itertools
+import math
 import multiprocessing
-import re
 import statistics
 import sys
 import textwrap
@@ -153,12 +153,11 @@ def attention_rows(args, rate: float, bandwidth: float, notes: list[str]) -> lis
 
 def peak_memory(device: torch.device) -> float:
     """GiB of this process alone."""
-    status = Path("/proc/self/status")
-    if device.type == "cuda" or not status.exists():
-        return train_dry_run.peak_memory(device.type == "cuda")
     # ru_maxrss of a new process begins with what its parent held. Linux's VmHWM does not.
-    kibibytes = re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]
-    return int(kibibytes) / 2**20
+    peak = bench_maps.memory_of_process("VmHWM")
+    if device.type == "cuda" or math.isnan(peak):
+        return train_dry_run.peak_memory(device.type == "cuda")
+    return peak
 
 
 def train_step(name: str, args) -> dict:

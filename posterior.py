@@ -115,7 +115,6 @@ def observe(
     called with y and sigma in the prior's spectrum. maximum: 99.999 percentile of the sharp
     density, in the units of the map (default: estimated, grey_scale.py).
     """
-    # Without references to compare with, that of the classical answer is the best guess.
     found = Match()
     if prior.references is not None:
         found = grey_scale.match(y, measured, sigma, prior.references, prior.voxel_size)
@@ -127,6 +126,7 @@ def observe(
     if maximum is not None:
         found = found._replace(maximum=maximum, error=0.0)
     elif found.maximum is None:
+        # Nothing to compare with, so take the maximum of the classical answer.
         found = found._replace(maximum=volume.normalise(start, 0, 1)[1].maximum)
 
     scale = Scale(found.maximum, prior.mean, prior.std)
@@ -451,6 +451,15 @@ class Moments:
 
     def std(self) -> Tensor:
         return (self.square / (self.count - 1)).sqrt()
+
+
+def add_samples(
+    prior: Prior, observation: Observation, settings: dict, *moments: Moments, **numbers
+) -> None:
+    """Add samples of the posterior to all moments. numbers: arguments of `draw_samples`."""
+    for x in draw_samples(prior, observation, settings, **numbers):
+        for moment in moments:
+            moment.add(x)
 
 
 def with_fine_detail(mean: Tensor, classical: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ from sampling_checks import (
 from sampling_grey_scale import in_work_scale, say_scale, scale_facts
 from sampling_posterior import (
     choose_method,
-    draw,
     is_coarse,
     relative_voxel_size,
     steps_of,
@@ -133,7 +132,8 @@ def restore_half_maps(
     for i, observation in enumerate(observations):
         seed = settings.seed + i * augment.HELD_OUT  # streams that the halves do not share
         moments = Moments()
-        draw(prior, observation, sampler, settings.samples, seed, tick, moments, pooled)
+        numbers = dict(samples=settings.samples, seed=seed, tick=tick)
+        posterior.add_samples(prior, observation, sampler, moments, pooled, **numbers)
         restored_halves.append(posterior.with_fine_detail(moments.mean, filtered[i]))
 
     if half_map_2:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import fourier
 import fsc
-import posterior
 import uncertainty
 from checkpoint import Prior
 from mrc import Map
@@ -44,15 +43,6 @@ def choose_method(map: Map, prior: Prior, method: str, classical: str, say=print
 def steps_of(settings: SampleSettings) -> dict[str, int]:
     """The number of steps, if given, to replace that of the method."""
     return {"steps": settings.steps} if settings.steps else {}
-
-
-def draw(prior, observation, sampler, samples: int, seed: int, tick, *moments: Moments) -> None:
-    """Add samples of the posterior to all moments."""
-    for sample in posterior.draw_samples(
-        prior, observation, sampler, samples=samples, seed=seed, tick=tick
-    ):
-        for moment in moments:
-            moment.add(sample)
 
 
 def uncertainty_maps(

@@ -44,7 +44,6 @@ from sampling_grey_scale import in_work_scale, say_scale, scale_facts
 from sampling_networks import ask_network
 from sampling_posterior import (
     choose_method,
-    draw,
     is_coarse,
     relative_voxel_size,
     steps_of,
@@ -103,7 +102,8 @@ def restore_wedge(
     # Draw samples of the posterior.
     moments = Moments()
     tick = Progress(settings.samples * steps, say)
-    draw(prior, observation, sampler, settings.samples, settings.seed, tick, moments)
+    numbers = dict(samples=settings.samples, seed=settings.seed, tick=tick)
+    posterior.add_samples(prior, observation, sampler, moments, **numbers)
 
     # Go back to the grid of the map.
     mean = posterior.with_fine_detail(moments.mean, answer.shown["POCS"])

@@ -76,13 +76,10 @@ def measure(
         for j, observation in enumerate(observations):
             # Two seeds below 0, which no map has: of the noise in y, and of the samples.
             seed = -1 - 2 * (i * len(observations) + j)
-            seen = observe_reference(observation, x_0, seed)
-            seen = replace(seen, scale=first.scale, spectrum=first.spectrum)
-            drawn = posterior.draw_samples(
-                prior, seen, sampler, samples=samples, seed=seed - 1, tick=tick
-            )
-            for sample in drawn:
-                found.add(sample)
+            like_first = replace(observation, scale=first.scale, spectrum=first.spectrum)
+            seen = observe_reference(like_first, x_0, seed)
+            numbers = dict(samples=samples, seed=seed - 1, tick=tick)
+            posterior.add_samples(prior, seen, sampler, found, **numbers)
 
         # Compare it with the truth, which has the map's grey scale and spectrum.
         truth = first.to_map(x_0)
@@ -155,7 +152,6 @@ def fit(moments: list[Moments], truths: list[Tensor]) -> tuple[Tensor, float]:
 
 def fsc_of(x: Tensor, truth: Tensor, region: Tensor | None) -> Tensor:
     """FSC of two maps, of the Fourier coefficients in a region (on any grid) if there is one."""
-    if region is None:
-        return fsc.fsc(x, truth)
-    kept = grey_scale.same_frequencies(region.float(), truth.shape) > 0.5
-    return fsc.fsc(x, truth, kept)
+    if region is not None:
+        region = grey_scale.same_frequencies(region.float(), truth.shape) > 0.5
+    return fsc.fsc(x, truth, region)

@@ -28,15 +28,12 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from benchmark_wedge import BOX, VOXEL_SIZE, WEIGHTS, say_machine, truth_of, write_rows
+from benchmark_wedge import BOX, VOXEL_SIZE, WEIGHTS, read_inputs, truth_of, write_rows
 
-import atoms
 import augment
-import checkpoint
 import degrade
 import fourier
 import posterior
-import train_objectives
 import volume
 from checkpoint import Prior
 from fsc import auc, fsc, resolution
@@ -179,12 +176,7 @@ def main() -> None:
     add("--csv", default="runs/denoise.csv")
     args = cli.parse_args()
     # The structures, and the prior.
-    prior = checkpoint.load(args.ckpt, kind="hdit")
-    structures = atoms.read_structures(args.structures)
-    if args.held_out:
-        structures = train_objectives.split(structures)[1]
-    structures = structures[: args.count]
-    say_machine(len(structures), args.ckpt, prior)
+    prior, structures = read_inputs(args.ckpt, args.structures, args.held_out, count=args.count)
 
     rows = [["structure", "nominal", "half_angle", "result", "steps", "auc", "fsc_05", "seconds"]]
     for nominal in args.levels:

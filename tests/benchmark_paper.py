@@ -46,14 +46,11 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from benchmark_wedge import BOX, VOXEL_SIZE, WEIGHTS, say_machine, truth_of
+from benchmark_wedge import BOX, VOXEL_SIZE, WEIGHTS, read_inputs, truth_of
 
-import atoms
-import checkpoint
 import degrade
 import fourier
 import posterior
-import train_objectives
 import volume
 from checkpoint import Prior
 from fsc import auc, fsc, resolution
@@ -308,12 +305,7 @@ def main() -> None:
     args = cli.parse_args()
 
     # The structures, and the prior.
-    prior = checkpoint.load(args.ckpt, kind="hdit")
-    structures = atoms.read_structures(args.structures)
-    if args.held_out:
-        structures = train_objectives.split(structures)[1]
-    structures = structures[: args.count]
-    say_machine(len(structures), args.ckpt, prior)
+    prior, structures = read_inputs(args.ckpt, args.structures, args.held_out, count=args.count)
 
     # Restore and score what the .csv does not have yet.
     done = read_scores(args.csv)

@@ -27,13 +27,10 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from benchmark_denoise import degrade_truth
-from benchmark_wedge import VOXEL_SIZE, WEIGHTS, say_machine, truth_of
+from benchmark_wedge import VOXEL_SIZE, WEIGHTS, read_inputs, truth_of
 
-import atoms
-import checkpoint
 import degrade
 import fourier
-import train_objectives
 from fsc import auc, fsc
 from mrc import Map
 from report import silent
@@ -123,12 +120,9 @@ def main() -> None:
     add("--samples", type=int, default=4)
     add("--csv", default="runs/uncertainty.csv")
     args = cli.parse_args()
-    prior = checkpoint.load(args.ckpt, kind="hdit")
-    structures = atoms.read_structures(args.structures)
-    if args.held_out:
-        structures = train_objectives.split(structures)[1]
-    structures = structures[args.first : args.first + args.count]
-    say_machine(len(structures), args.ckpt, prior)
+    prior, structures = read_inputs(
+        args.ckpt, args.structures, args.held_out, args.first, args.count
+    )
 
     # Rows of an earlier run stay.
     path = Path(args.csv)

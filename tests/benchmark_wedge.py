@@ -35,6 +35,7 @@ import fourier
 import mrc
 import posterior
 import sampling
+import train_objectives
 import volume
 from checkpoint import Prior
 from fsc import auc, fsc, resolution
@@ -141,6 +142,22 @@ def write_rows(path: str, rows: list) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
+
+
+def read_inputs(
+    ckpt: str, archive: str, held_out: bool, first: int = 0, count: int | None = None
+) -> tuple[Prior, list[atoms.Structure]]:
+    """The prior, and `count` structures of an archive; says what they are and on what machine.
+
+    held_out: of a training archive, those that train.py holds out.
+    """
+    prior = checkpoint.load(ckpt, kind="hdit")
+    structures = atoms.read_structures(archive)
+    if held_out:
+        structures = train_objectives.split(structures)[1]
+    structures = structures[first:][:count]
+    say_machine(len(structures), ckpt, prior)
+    return prior, structures
 
 
 def say_machine(count: int, ckpt: str, prior: Prior) -> None:
