@@ -55,6 +55,7 @@ class Ranks:
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
         self.vote = None  # of the step before, see `agree`
+        self.reduced = None  # the last tensor of `reduce`
 
     def say(self, *words) -> None:
         """Print, on the first rank only. A run goes on if nobody reads any more."""
@@ -83,6 +84,8 @@ class Ranks:
     def reduce(self, x: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
         """x becomes the sum (or minimum) over all ranks; every rank waits for the others here."""
         if self.world > 1:
+            # Python must let go of a tensor last. Gloo's threads would need its lock for that.
+            self.reduced = x
             dist.all_reduce(x, operation)
         return x
 

@@ -129,10 +129,16 @@ def test_two_ranks_train_cryolvm_as_one_does(tmp_path, atoms, monkeypatch, model
     settings = dict(model=model, data=atoms, batch=8, micro_batch=2, steps=500)
     one = run(tmp_path / "one", **settings)["training"]
     assert two["step"] == one["step"] == 4
-    # The order of a sum differs, and Adam's first steps are of size lr.
+    # Sums differ in their last digit with ranks and threads. Adam's first steps are of size lr, so
+    # that 1e-7 in the first loss has become 1e-2 in the fourth.
     if model == "small-sharpen":
         assert two["plateau"]["last_epoch"] == 4
-        assert two["plateau"]["best"] == pytest.approx(one["plateau"]["best"], rel=2e-3)
+        held_out, want = (
+            [float(row[5]) for row in log_rows(tmp_path / name)[1:]] for name in ("two", "one")
+        )
+        assert held_out[0] == pytest.approx(want[0], rel=1e-3)
+        assert held_out == pytest.approx(want, rel=3e-2)
+        assert two["plateau"]["best"] == pytest.approx(min(held_out), rel=1e-3)
     # A small gradient may change its sign.
     for part in ("net", "target") if model == "small-jepa" else ("net",):
         for key, value in one[part].items():
@@ -173,9 +179,11 @@ import small_runs, train, train_ranks
 import torch.distributed as dist
 train.PRESETS.update(small_runs.PRESETS)
 dist.init_process_group("gloo")
+leave = train_ranks.Ranks.leave
 train_ranks.Ranks.join = train_ranks.Ranks.leave = lambda ranks: None
 for flags in {runs!r}:
     train.main(flags)
+leave(train_ranks.Ranks())
 """
 
 
