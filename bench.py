@@ -218,9 +218,9 @@ def sampling_step(name: str, args) -> dict:
     """As in posterior.sample_posterior: the network on every tile, the data term, noise."""
     prior = untrained(name, args)
     side = prior.box if args.quick else max(64, prior.box)
-    step = bench_maps.wedge_step(prior, side, args.device)
+    take_steps, count = bench_maps.wedge_steps(prior, side, args.device)
     with torch.no_grad():
-        step_seconds = median_seconds(step, args.device, args.seconds)
+        step_seconds = median_seconds(take_steps, args.device, args.seconds) / count
     tiles = f"{side}^3 in tiles of {prior.box}^3"
     return {"step": tiles, "s": step_seconds, "voxels/s": side**3 / step_seconds}
 
