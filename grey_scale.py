@@ -30,7 +30,6 @@ from torch import Generator, Tensor
 
 import degrade
 import fourier
-import fsc
 import volume
 
 # Numbers chosen on held-out training structures and on half of the real maps.
