@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 import abinitio
-import checkpoint
 import degrade
 import fourier
 import mrc
@@ -40,6 +39,7 @@ from files import owned, refuse_existing
 from fsc_half_maps import read_fsc
 from mrc import Map
 from report import Result
+from sampling_choice import Networks
 from sampling_half_maps import restore_half_maps
 from sampling_networks import finer_grid, sharpen, super_resolve
 from sampling_prior import generate, log_likelihood
@@ -158,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="the map to write, or a folder (default: IN_TASK.mrc beside IN; of half_1.mrc and "
         "half_2.mrc half_mean_TASK.mrc)",
     )
-    add("--ckpt", help="the network (default: weights/hdit_tiny.pt, or scunet_tiny_TASK.pt)")
+    add("--ckpt", help="the network (default: one of weights/, sampling_choice.py says which)")
     add(
         "--time-phase",
         choices=("float32", "float16", "bfloat16"),
@@ -233,9 +233,6 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     least, most, words = task.inputs
     if not least <= len(args.maps) <= most:
         raise ValueError(f"--task {args.task} wants {words}; {len(args.maps)} given")
-    if args.ckpt is None:
-        name = f"scunet_tiny_{task.trained_for}.pt" if task.trained_for else "hdit_tiny.pt"
-        args.ckpt = str(Path(__file__).parent / "weights" / name)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -267,7 +264,12 @@ def check_names(args: Namespace, task: Task, runs: list[Run], suffixes) -> None:
 
 
 def run(
-    args: Namespace, task: Task, settings: Settings, prior: Prior, paths: list[Path], out: Path
+    args: Namespace,
+    task: Task,
+    settings: Settings,
+    networks: Networks,
+    paths: list[Path],
+    out: Path,
 ) -> None:
     """Read, check, restore, compare, write."""
     # Look at the names of all files before any work is done.
@@ -284,6 +286,8 @@ def run(
         truth = None
         if maps:
             say_inputs(paths, maps, tell)
+        ckpt, prior = networks.for_maps(maps)
+        if maps:
             try:
                 grids = grids_of(args.task, maps[0], prior)
             except ValueError as error:
@@ -308,8 +312,9 @@ def run(
             result = compare(result, truth, args.task == "abinitio", tell)
         else:
             result = report.compare_without_truth(result, tell)
-        label = label_of(args.task, result.report.get("method"), args.ckpt, prior.sha256)
-        inputs = {"settings": vars(args), "task": args.task, "input": [str(path) for path in paths]}
+        label = label_of(args.task, result.report.get("method"), ckpt, prior.sha256)
+        used = vars(args) | {"ckpt": str(ckpt)}
+        inputs = {"settings": used, "task": args.task, "input": [str(path) for path in paths]}
         report.write_report(result, names, inputs, prior, begin, args.overwrite, tell, label)
 
 
@@ -437,17 +442,16 @@ def main(argv=None) -> int:
     halves = isinstance(settings, DenoiseSettings)
     runs = plan_runs(args.task, paths, args.out, settings.suffixes, halves, tell)
     check_names(args, task, runs, settings.suffixes)
-    prior = checkpoint.load(
-        args.ckpt, kind=args.model, device=args.device, time_phase=args.time_phase, say=tell
+    networks = Networks(
+        args.ckpt,
+        task.trained_for,
+        tell,
+        kind=args.model,
+        device=args.device,
+        time_phase=args.time_phase,
     )
-
-    # A network for another task would give a wrong map without a word.
-    if task.trained_for and prior.task != task.trained_for:
-        trained = prior.task or "no task"
-        raise ValueError(
-            f"{args.ckpt}: trained for {trained}, --task {args.task} needs {task.trained_for}; "
-            "give another --ckpt"
-        )
+    if args.ckpt or task.trained_for:
+        networks.for_maps([])
 
     # One bad file does not stop the others.
     failed = 0
@@ -460,7 +464,7 @@ def main(argv=None) -> int:
             continue
         try:
             with one_line_for_memory(hint):
-                run(args, task, settings, prior, paths, out)
+                run(args, task, settings, networks, paths, out)
         except (ValueError, OSError) as error:
             if len(runs) == 1:
                 raise

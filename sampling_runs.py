@@ -128,8 +128,8 @@ def truth_beside(source: Path) -> Path:
     return source.with_name(f"{mrc.stem(source)}_truth.mrc")
 
 
-def label_of(task: str, method: str | None, ckpt: str, sha256: str) -> str:
+def label_of(task: str, method: str | None, ckpt: Path, sha256: str) -> str:
     """What the header of a result says about its origin: at most 80 characters."""
     if method in ("pocs", "wiener", "classical"):
         return f"cryofm sampling.py {task} {method}"
-    return f"cryofm sampling.py {task} {Path(ckpt).stem[:36]} {sha256[:8]}"
+    return f"cryofm sampling.py {task} {ckpt.stem[:36]} {sha256[:8]}"

@@ -102,7 +102,8 @@ def restore(
         observation = observe_half_map(half, power, prior, settings)
         seed = i * augment.HELD_OUT
         drawn += posterior.draw_samples(prior, observation, sampler, samples=samples, seed=seed)
-    return classical, torch.stack(drawn)
+    # The prior's grid may be coarser; what it cannot hold is 0 here.
+    return classical, fourier.resample(torch.stack(drawn), classical.shape)
 
 
 def in_band(clean: Tensor, truth: Tensor, drawn: Tensor) -> list[float]:

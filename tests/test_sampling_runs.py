@@ -74,8 +74,7 @@ def test_folders_without_pairs_and_missing_folders_are_refused(tmp_path):
 
 
 def test_a_label_fits_into_a_header_and_names_no_network_where_none_was_used():
-    label = sampling_runs.label_of("anisotropic", "prior", "a/" + "long" * 30 + ".pt", "05a4b1d8ff")
+    label = sampling_runs.label_of("anisotropic", "prior", Path("long" * 30 + ".pt"), "05a4b1d8ff")
     assert len(label) <= 80 and label.endswith(" 05a4b1d8")
-    assert (
-        sampling_runs.label_of("wedge", "pocs", "hdit.pt", "05") == "cryofm sampling.py wedge pocs"
-    )
+    label = sampling_runs.label_of("wedge", "pocs", Path("hdit.pt"), "05")
+    assert label == "cryofm sampling.py wedge pocs"
