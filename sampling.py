@@ -54,6 +54,7 @@ from sampling_settings import (
     NetworkWedgeSettings,
     Settings,
     WedgeSettings,
+    flag_of,
 )
 from sampling_tasks import ab_initio, box_of_stack, fill_wedge, restore_wedge
 from star import read_angles
@@ -190,10 +191,6 @@ def make_parser() -> argparse.ArgumentParser:
                 group.add_argument(flag_of(setting), **flag, **hidden)
         explained |= flags.keys()
     return cli
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv=None) -> tuple[Namespace, Task, Settings]:
