@@ -32,6 +32,7 @@ import abinitio
 import checkpoint
 import degrade
 import fourier
+import fsc
 import mrc
 import report
 import volume
@@ -420,7 +421,8 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
     # Score on the grid of the truth.
     shown = {name: fourier.resample(x, truth.density.shape) for name, x in shown.items()}
     scores = report.score(shown, truth.density, result.region, truth.voxel_size)
-    report.say_scores(title, scores, say, hands)
+    box, voxel_size = fsc.shell_side(truth.density.shape, truth.voxel_size)
+    report.say_scores(title, scores, say, hands, box * voxel_size)
     facts["fsc"] = scores
     shown["truth"] = truth.density
     return replace(result, shown=shown, report=result.report | facts)

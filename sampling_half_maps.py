@@ -123,7 +123,8 @@ def restore_half_maps(
     count = settings.samples * len(halves)
     box = observations[0].y.shape
     facts |= {"steps": steps, "box": list(box)}
-    say_work(prior, box, count, steps, f"FSC 0.143 at {resolution:.2f} Å", say)
+    words = fsc.resolution_words(resolution, average.shape[-1] * voxel_size[2])
+    say_work(prior, box, count, steps, f"FSC 0.143 at {words}", say)
 
     # Restore each half by itself.
     tick = Progress(count * steps, say)

@@ -302,6 +302,14 @@ def test_likelihood_takes_a_given_background(small, run):
     assert first["nats_per_voxel"] == pytest.approx(second["nats_per_voxel"], rel=0.05)
 
 
+def test_no_resolution_is_printed_beyond_the_box(small, run, capsys):
+    write_mrc("truth.mrc", molecule(SHAPE).roll(8, 0))
+    run("wedge in.mrc --method pocs --truth truth.mrc")
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("with truth.mrc"))
+    assert all("> 24.00 Å" in line for line in lines[first + 1 : first + 4])
+
+
 def test_half_maps_share_no_noise_of_the_sampler(run, halves, monkeypatch):
     seeds = []
 
