@@ -198,7 +198,8 @@ def resolution(
     We interpolate linearly in frequency between the first shell below the threshold and the shell
     before it. Convention "relion" takes the shell before it. A curve that never falls gives the
     last shell (Nyquist), a curve of nan gives nan. voxel_size and box belong to the side that makes
-    the shells (`shell_side`). box defaults to 2 (n - 1), so an odd one must be given.
+    the shells (`shell_side`). box defaults to 2 (n - 1), so an odd one must be given. Where the
+    first shell is below, the resolution is beyond the box; print it by `resolution_words`.
     """
     curve = torch.as_tensor(curve)
     if curve.ndim > 1:
@@ -224,6 +225,15 @@ def resolution(
         box = 2 * (len(curve) - 1)
     side = box * voxel_size
     return curve.new_tensor(side / crossing if crossing else math.inf)
+
+
+def resolution_words(resolution: float, side: float) -> str:
+    """A resolution in Å as it is printed. side: of the box in Å.
+
+    (3) lies beyond the box where already the first shell is below the threshold. All that is known
+    then is that no shell reaches it.
+    """
+    return f"> {side:.2f} Å" if resolution > side else f"{resolution:.2f} Å"
 
 
 if __name__ == "__main__":

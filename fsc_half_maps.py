@@ -41,8 +41,9 @@ from mrc import Map
 def match_half_maps(half_map_1: Tensor, half_map_2: Tensor) -> tuple[Tensor, list[str]]:
     """Half map 2 in the grey scale of half map 1, both with background 0: (D, H, W); notes.
 
-    The factor is the ratio of amplitudes in the shells with FSC above 0.5, where noise counts
-    little. Within 5 % of 1 it is left out.
+    The factor is the ratio of amplitudes in shells with FSC above 0.5. It is left out where
+    noise may make it: within 5 % of 1, or within four standard errors and what 100 % more noise in
+    one half would do.
     Raises ValueError if one is the other times a factor, or filtered: an FSC would be 1 everywhere.
     """
     A, B = rfft3(half_map_1), rfft3(half_map_2)
@@ -66,14 +67,23 @@ def match_half_maps(half_map_1: Tensor, half_map_2: Tensor) -> tuple[Tensor, lis
             "scaled or filtered copy; give two independent half maps"
         )
 
-    # Amplitudes where the halves agree.
-    agree = filled & (curve.abs() > 0.5)
+    # Amplitudes where the halves agree by more than chance, whose spread is 1 / sqrt(count).
+    count = sums(torch.ones(shell.shape)) / 2  # a coefficient and its mirror image are one
+    agree = filled & (curve.abs() > (2.5 / count.sqrt()).clamp(min=0.5))
     if not agree.any():
         return half_map_2, []
     factor = float((power_2[agree].sum() / power_1[agree].sum()).sqrt())
+
+    # The error of its logarithm. The ratio of the powers of n coefficients with correlation r has a
+    # relative variance of 2 (1 - r^2) / n. Noise has the share 1 - r of the power.
+    power = (power_1 * power_2).sqrt()[agree]
+    r = curve[agree].abs()
+    variance = (power**2 * (1 - r**2) / (2 * count[agree])).sum() / power.sum() ** 2
+    noise_share = ((1 - r) * power).sum() / power.sum()
+    by_noise = float(4 * variance.sqrt() + noise_share / 2)
     if shared[agree].sum() < 0:
         factor = -factor
-    if abs(factor - 1) <= 0.05:
+    elif abs(math.log(factor)) <= max(0.05, by_noise):
         return half_map_2, []
     note = f"half map 2 has {factor:.4g} times the grey scale of half map 1: brought to it"
     return half_map_2 / factor, [note]

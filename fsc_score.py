@@ -17,7 +17,7 @@ import torch
 
 from atoms import read_model
 from files import AtomicOutputs, owned, refuse_existing, without_nan
-from fsc import CONVENTIONS, fsc
+from fsc import CONVENTIONS, fsc, resolution_words
 from fsc_agreement import (
     Agreement,
     compare_half_maps,
@@ -60,9 +60,10 @@ def table(scores: dict[str, dict], numbers: dict[str, float]) -> str:
     """What the program prints."""
     # One row per curve, then one per number.
     lines = [f"{'':14}{'FSC 0.143':>12}{'FSC 0.5':>12}{'FSC_AUC':>10}"]
+    side = numbers["box"] * numbers["voxel_size"]
     for name, score in scores.items():
-        columns = f"{score['resolution_0143']:10.2f} Å{score['resolution_05']:10.2f} Å"
-        lines.append(f"{name:14}{columns}{score['auc']:10.4f}")
+        at = [resolution_words(score[f"resolution_{t}"], side) for t in ("0143", "05")]
+        lines.append(f"{name:14}{at[0]:>12}{at[1]:>12}{score['auc']:10.4f}")
     for name, number in numbers.items():
         unit = " Å²" if name.startswith("b_") else " Å"
         if name.startswith(("box", "atoms", "correlation", "sphericity", "cc_", "q_")):
@@ -81,7 +82,8 @@ def picture(frequency: list[float], found: Agreement, scores: dict):
     for name, curve in found.curves.items():
         label, color = CURVES[name]
         if name in scores:
-            label += f", {scores[name][key]:.2f} Å"
+            side = found.numbers["box"] * found.numbers["voxel_size"]
+            label += f", {resolution_words(scores[name][key], side)}"
         labelled[label] = curve
         styles[label] = {"color": color, "lw": 2 if color == "black" else 1}
 

@@ -140,8 +140,17 @@ def score(
     return scores
 
 
-def say_scores(title: str, scores: dict[str, dict], say=print, hands: dict | None = None) -> None:
-    """Print one row per map. hands: for each map, whether its mirror image was scored."""
+def say_scores(
+    title: str,
+    scores: dict[str, dict],
+    say=print,
+    hands: dict | None = None,
+    side: float = math.inf,
+) -> None:
+    """Print one row per map.
+
+    hands: for each map, whether its mirror image was scored. side: of the box in Å.
+    """
     # The last column depends on what was compared.
     header = f"{title:29} FSC_AUC  FSC_0.5"
     if hands:
@@ -152,7 +161,8 @@ def say_scores(title: str, scores: dict[str, dict], say=print, hands: dict | Non
 
     # One row per map.
     for name, values in scores.items():
-        row = f"  {name:27} {values['auc']:8.3f} {values['fsc_05']:6.2f} Å"
+        resolution = fsc.resolution_words(values["fsc_05"], side)
+        row = f"  {name:27} {values['auc']:8.3f} {resolution:>8}"
         if hands:
             row += "  mirrored" if hands[name] else "  as it is"
         elif "missing" in values:
@@ -200,7 +210,8 @@ def compare_halves(result: Result, say=print) -> dict[str, float]:
             resolution = float(fsc.resolution(curve, result.grid.voxel_size[2], box=W))
             auc = float(fsc.auc(curve))
             facts |= {f"halves_{name}_0143": resolution, f"halves_{name}_auc": auc}
-            say(f"half maps as {name}: FSC 0.143 at {resolution:.2f} Å, FSC_AUC {auc:.3f}")
+            words = fsc.resolution_words(resolution, W * result.grid.voxel_size[2])
+            say(f"half maps as {name}: FSC 0.143 at {words}, FSC_AUC {auc:.3f}")
     if "halves_restored_auc" in facts:
         say("  (restored halves share the prior, so that their FSC is no gold standard)")
     if "expected_auc" in result.report:

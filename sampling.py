@@ -31,6 +31,7 @@ from torch import Tensor
 import abinitio
 import degrade
 import fourier
+import fsc
 import mrc
 import report
 import volume
@@ -54,6 +55,7 @@ from sampling_settings import (
     NetworkWedgeSettings,
     Settings,
     WedgeSettings,
+    flag_of,
 )
 from sampling_tasks import ab_initio, box_of_stack, fill_wedge, restore_wedge
 from star import read_angles
@@ -190,10 +192,6 @@ def make_parser() -> argparse.ArgumentParser:
                 group.add_argument(flag_of(setting), **flag, **hidden)
         explained |= flags.keys()
     return cli
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv=None) -> tuple[Namespace, Task, Settings]:
@@ -428,7 +426,8 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
     # Score on the grid of the truth.
     shown = {name: fourier.resample(x, truth.density.shape) for name, x in shown.items()}
     scores = report.score(shown, truth.density, result.region, truth.voxel_size)
-    report.say_scores(title, scores, say, hands)
+    box, voxel_size = fsc.shell_side(truth.density.shape, truth.voxel_size)
+    report.say_scores(title, scores, say, hands, box * voxel_size)
     facts["fsc"] = scores
     shown["truth"] = truth.density
     return replace(result, shown=shown, report=result.report | facts)

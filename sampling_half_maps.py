@@ -62,7 +62,7 @@ def restore_half_maps(
 
     # Bring the half maps to the prior's grid, grey scale and spectrum, with their noise.
     voxel_size = half_map_1.voxel_size
-    method = choose_method(half_map_1, prior, settings.method, "Wiener", say)
+    method = choose_method(half_map_1, prior, settings, "Wiener", say)
     observations = []
     spectrum = None
     if method != "wiener" or not is_coarse(half_map_1, prior):
@@ -123,7 +123,8 @@ def restore_half_maps(
     count = settings.samples * len(halves)
     box = observations[0].y.shape
     facts |= {"steps": steps, "box": list(box)}
-    say_work(prior, box, count, steps, f"FSC 0.143 at {resolution:.2f} Å", say)
+    words = fsc.resolution_words(resolution, average.shape[-1] * voxel_size[2])
+    say_work(prior, box, count, steps, f"FSC 0.143 at {words}", say)
 
     # Restore each half by itself.
     tick = Progress(count * steps, say)
@@ -170,7 +171,7 @@ def noise_of_half_maps(
     # Two half maps of one grid are wanted, or one map and its noise.
     first, last = halves[0], halves[-1]
     if settings.describes_one_map != (len(halves) == 1):
-        raise ValueError("give two half maps, or one map with noise_from_fsc or snr")
+        raise ValueError("give two half maps, or one map with --noise-from-fsc or --snr")
     if first.density.shape != last.density.shape or not np.allclose(
         first.voxel_size, last.voxel_size, rtol=1e-3
     ):

@@ -67,7 +67,7 @@ def super_resolve(
     found, facts = ask_network(work.density, network, settings, say)
 
     # Departure 2: scale the result by least squares at 10 Å.
-    maximum = volume.top_value(work.density, settings.percentile)
+    maximum = settings.maximum or volume.top_value(work.density, settings.percentile)
     factor = low_frequency_ratio(work.density.clamp(0, maximum), found, work.voxel_size)
     facts["grey_scale_factor"] = factor
     say(f"grey scale: times {factor:.3g}, so that the map agrees with the input beyond 10 Å")

@@ -13,7 +13,7 @@ from checkpoint import Prior
 from mrc import Map
 from posterior import Moments, Observation
 from report import Progress
-from sampling_settings import SampleSettings
+from sampling_settings import SampleSettings, Settings, flag_of
 
 
 def is_coarse(map: Map, prior: Prior) -> bool:
@@ -26,18 +26,28 @@ def relative_voxel_size(map: Map, prior: Prior) -> list[float]:
     return [v / prior.voxel_size for v in map.voxel_size]
 
 
-def choose_method(map: Map, prior: Prior, method: str, classical: str, say=print) -> str:
+def choose_method(map: Map, prior: Prior, settings: Settings, classical: str, say=print) -> str:
     """The method. "auto" means the prior, or the classical method if voxels are far too coarse."""
-    if method != "auto":
-        return method
-    if not is_coarse(map, prior):
-        return "prior"
-    say(
-        f"voxels of {max(map.voxel_size):g} Å hold no detail that this network "
-        f"({prior.voxel_size:g} Å) knows: {classical} instead; name a --method to use it all the "
-        "same"
-    )
-    return classical.lower()
+    method = settings.method
+    coarse = is_coarse(map, prior)
+    if method == "auto" and coarse:
+        say(
+            f"voxels of {max(map.voxel_size):g} Å hold no detail that this network "
+            f"({prior.voxel_size:g} Å) knows: {classical} instead; name a --method to use it all "
+            "the same"
+        )
+        method = classical.lower()
+    elif method == "auto":
+        method = "prior"
+    say_unused(settings, method, say)
+    return method
+
+
+def say_unused(settings: Settings, method: str, say=print) -> None:
+    """Name the flags that were given and that the method does not use."""
+    flags = [flag_of(name) for name in settings.set_in_vain(method)]
+    if flags:
+        say(f"{', '.join(flags)}: not used by method {method}")
 
 
 def steps_of(settings: SampleSettings) -> dict[str, int]:

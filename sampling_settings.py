@@ -21,6 +21,15 @@ import fourier
 from mrc import Map
 from sliding_windows import WINDOWS
 
+# Scripts compare methods with one number of samples and steps. So where a method draws no samples,
+# these are not refused, but a line says that they are not used.
+SAMPLING = ("samples", "steps", "seed")
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field: error messages name it so."""
+    return "--" + name.replace("_", "-")
+
 
 class Limits(NamedTuple):
     """The smallest and the largest value of a number, and the words for an error message."""
@@ -56,6 +65,7 @@ class Settings:
     """Settings of a task. Raises ValueError for a value beyond its limits or choices."""
 
     suffixes = ("",)  # of the maps that the task may return
+    unread = {}  # fields that a method does not read, by the method's name
 
     def __post_init__(self):
         # None means: not given. Comparisons with nan are false, so that nan is refused, too.
@@ -63,10 +73,24 @@ class Settings:
             value = getattr(self, setting.name)
             limits = setting.metadata["limits"]
             choices = setting.metadata["choices"]
+            flag = flag_of(setting.name)
             if choices and value not in choices:
-                raise ValueError(f"{setting.name} is {value}; give {', '.join(choices)}")
+                raise ValueError(f"{flag} is {value}; give {', '.join(choices)}")
             if limits and value is not None and not limits.low <= value <= limits.high:
-                raise ValueError(f"{setting.name} is {value:g}; give {limits.words}")
+                raise ValueError(f"{flag} is {value:g}; give {limits.words}")
+
+        # A method that was asked for must read what was given with it.
+        method = getattr(self, "method", None)
+        wrong = [name for name in self.set_in_vain(method) if name not in SAMPLING]
+        if wrong:
+            flags = ", ".join(flag_of(name) for name in wrong)
+            raise ValueError(f"--method {method} does not use {flags}; leave it out")
+
+    def set_in_vain(self, method: str | None) -> list[str]:
+        """The fields that are set, other than by default, and that a method does not read."""
+        names = self.unread.get(method, ())
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
 
 @dataclass(frozen=True)
@@ -122,10 +146,10 @@ class GreySettings(Settings):
         finite = all(math.isfinite(value) for value in self.grey_scale)
         if len(self.grey_scale) not in (1, 2) or not finite or not self.grey_scale[0] > 0:
             raise ValueError(
-                f"grey_scale is {given}; give MAX, a positive number, or MAX BACKGROUND"
+                f"--grey-scale is {given}; give MAX, a positive number, or MAX BACKGROUND"
             )
         if len(self.grey_scale) == 2 and self.background is not None:
-            raise ValueError("background and grey_scale MAX BACKGROUND: give one of them")
+            raise ValueError("--background and --grey-scale MAX BACKGROUND: give one of them")
 
     @property
     def maximum(self) -> float | None:
@@ -193,6 +217,7 @@ DISCARD = opt(
 @dataclass(frozen=True)
 class WedgeSettings(SampleSettings, TiltSettings):
     suffixes = ("", "_mean", "_std", "_snr")
+    unread = {"pocs": (*SAMPLING, "grey_scale")}
     tilt_axis: str = AXIS
     discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))
@@ -209,6 +234,7 @@ class WedgeSettings(SampleSettings, TiltSettings):
 @dataclass(frozen=True)
 class DenoiseSettings(SampleSettings, MaskSettings):
     suffixes = ("", "_half1", "_half2", "_std", "_snr")
+    unread = {"wiener": (*SAMPLING, "grey_scale")}
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "wiener"))
     # The noise of two half maps is estimated from them. That of one map must be given.
     noise_from_fsc: Tensor | None = opt(
@@ -221,7 +247,7 @@ class DenoiseSettings(SampleSettings, MaskSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.snr is not None and self.noise_from_fsc is not None:
-            raise ValueError("snr and noise_from_fsc: give one of them")
+            raise ValueError("--snr and --noise-from-fsc: give one of them")
 
     @property
     def describes_one_map(self) -> bool:
@@ -247,7 +273,12 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.tilt_range is None and self.orientations is None:
-            raise ValueError("give tilt_range with alpha, or orientations")
+            raise ValueError(
+                "the directions of the noise are missing: give --tilt-range MIN MAX (with --alpha) "
+                "or --orientations FILE"
+            )
+        if self.tilt_range is None and self.tilt_axis != "y":
+            raise ValueError("--tilt-axis goes with --tilt-range; leave it out")
 
     def noise_on_grid(self, power: Tensor, map: Map) -> Tensor:
         """Noise power per shell -> per coefficient (D, H, W) of a map, by direction."""
@@ -278,10 +309,16 @@ class NetworkSettings(MaskSettings):
         Limits(math.ulp(0.0), 100, "a number above 0, at most 100"),
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.maximum is not None and self.percentile != 99.999:
+            raise ValueError("--percentile and --grey-scale MAX: give one of them")
+
 
 @dataclass(frozen=True)
 class NetworkWedgeSettings(NetworkSettings, TiltSettings):
     suffixes = ("", "_network")
+    unread = {"pocs": ("stride", "fusion", "percentile", "grey_scale")}
     # The networks learnt wedges about y alone, so that there is no tilt_axis to set.
     discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "network", "pocs"))
@@ -302,6 +339,7 @@ class GenerateSettings(SampleSettings):
 @dataclass(frozen=True)
 class AbInitioSettings(SampleSettings):
     suffixes = ("", "_std")
+    unread = {"prior": ("losses",), "classical": ("samples", "steps", "losses")}
     method: str = opt("prior", METHOD, choices=("prior", "paper", "classical"))
     # In Å, whatever the size of the pixels.
     max_shift: float = opt(6.0, "Å that particles may be off the images' centres", NOT_NEGATIVE)

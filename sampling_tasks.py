@@ -46,6 +46,7 @@ from sampling_posterior import (
     choose_method,
     is_coarse,
     relative_voxel_size,
+    say_unused,
     steps_of,
     uncertainty_maps,
 )
@@ -73,7 +74,7 @@ def restore_wedge(
     y = map.density
     measured = settings.measured(map)
     check_map(map, measured, settings, say)
-    method = choose_method(map, prior, settings.method, "POCS", say)
+    method = choose_method(map, prior, settings, "POCS", say)
 
     # Bring the map to the prior's grid, grey scale and spectrum, with its noise. Non-negativity
     # works better in that spectrum, so that the classical answer gets it, too.
@@ -214,7 +215,7 @@ def fill_wedge(
     measured = settings.measured(map)
     check_map(map, measured, settings, say)
     answer = classical_wedge(map, measured, settings)
-    if choose_method(map, network, settings.method, "POCS", say) == "pocs":
+    if choose_method(map, network, settings, "POCS", say) == "pocs":
         return answer
     say_too_fine(map, network, say)
 
@@ -245,10 +246,11 @@ def ab_initio(
     n = box_of_stack(stack, prior)
     if settings.max_shift > side * voxel_size / 2:
         raise ValueError(
-            f"max_shift is {settings.max_shift:g} Å; images of {side * voxel_size:g} Å show no "
+            f"--max-shift is {settings.max_shift:g} Å; images of {side * voxel_size:g} Å show no "
             f"particle that is off by more than {side * voxel_size / 2:g} Å"
         )
     method = settings.method
+    say_unused(settings, method, say)
     say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
 
     # Only the network runs on the GPU, so move the maps there and the velocity back.

@@ -1,5 +1,6 @@
 """What fsc_half_maps.py promises: masked FSC, sharpening, directional and local resolution."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def test_a_half_map_is_brought_to_the_grey_scale_of_the_other():
         found, notes = match_half_maps(a, factor * b)
         assert (found - b).abs().max() < 0.01 * b.abs().max()
         assert "times the grey scale" in notes[0]
+
+
+def test_noise_is_not_taken_for_another_grey_scale():
+    # One half may have more noise than the other, or there may be no signal.
+    signal = filtered_noise(24, lambda r: 30 * torch.exp(-((r / 3) ** 2)))
+    for level, seed in itertools.product((1, 4, 8), range(4)):
+        a = signal + level * noise(24, 24, 24, seed=10 + seed)
+        b = signal + 1.2 * level * noise(24, 24, 24, seed=20 + seed)
+        assert not match_half_maps(a, b)[1]
+        a, b = noise(8, 8, 8, seed=10 + seed), noise(8, 8, 8, seed=20 + seed)
+        assert not match_half_maps(a, b)[1]
 
 
 @pytest.mark.parametrize("factor", [1, 2, -0.5])

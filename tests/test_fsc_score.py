@@ -97,6 +97,13 @@ def test_the_program_writes_the_sharpened_map_and_the_local_resolution(maps):
     assert written["local_resolution_median"] == pytest.approx(float(local.median()))
 
 
+def test_no_resolution_is_printed_beyond_the_box(maps, capsys):
+    write("c.mrc", noise(16, 16, 16, seed=9))
+    score("a.mrc c.mrc")
+    row = next(line for line in capsys.readouterr().out.splitlines() if "unmasked" in line)
+    assert row.split()[1:7] == [">", "24.00", "Å"] * 2
+
+
 def test_a_background_and_a_factor_of_one_half_map_do_not_change_the_scores(maps, capsys):
     read = mrcfile.read
     score("a.mrc b.mrc --mask mask.mrc -o plain")

@@ -262,11 +262,14 @@ def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_is_found(
     assert sigma**2 / observation.y.numel() == pytest.approx(0.2**2 / side**3, rel=0.5)
 
 
-def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run):
+def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run, capsys):
     run("wedge in.mrc --method pocs")
     assert close(values("in_wedge.mrc"), posterior.pocs(values(small), wedge(SHAPE)))
-    run("wedge in.mrc --voxel-size 9 -o coarse.mrc")
+    capsys.readouterr()
+    run("wedge in.mrc --voxel-size 9 -o coarse.mrc --grey-scale 2")
     assert report_of("coarse")["method"] == "pocs"
+    # The fixture gives two of these flags.
+    assert "--samples, --steps, --grey-scale: not used by method pocs" in capsys.readouterr().out
 
 
 # ---- Half maps
@@ -297,6 +300,14 @@ def test_likelihood_takes_a_given_background(small, run):
     first, second = (report_of(f"{name}_likelihood") for name in ("in", "offset"))
     # To what the solver tolerates.
     assert first["nats_per_voxel"] == pytest.approx(second["nats_per_voxel"], rel=0.05)
+
+
+def test_no_resolution_is_printed_beyond_the_box(small, run, capsys):
+    write_mrc("truth.mrc", molecule(SHAPE).roll(8, 0))
+    run("wedge in.mrc --method pocs --truth truth.mrc")
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("with truth.mrc"))
+    assert all("> 24.00 Å" in line for line in lines[first + 1 : first + 4])
 
 
 def test_half_maps_share_no_noise_of_the_sampler(run, halves, monkeypatch):
@@ -569,7 +580,7 @@ def test_networks_of_one_pass_take_a_given_grey_scale(ask):
 
 @pytest.mark.parametrize("words", ["0", "-1", "nan", "1 2 3", "1 2 --background 2"])
 def test_a_grey_scale_that_cannot_be_is_refused(words):
-    with pytest.raises(ValueError, match="grey_scale"):
+    with pytest.raises(ValueError, match="--grey-scale"):
         sampling.parse(["--task", "wedge", "in.mrc", "--grey-scale", *words.split()])
 
 
@@ -804,7 +815,7 @@ REFUSED = {
     "wedge dark.mrc --no-invert --background 0": "dark.mrc.*multiply",
     "wedge in.mrc --tilt-range -60 90": "tilt range -60.* 90",
     "wedge in.mrc --tilt-range 60 -60": "tilt range 60.* -60",
-    "wedge in.mrc --tilt-axis w": "tilt_axis is w; give x, y, z",
+    "wedge in.mrc --tilt-axis w": "--tilt-axis is w; give x, y, z",
     "wedge in.mrc --ckpt cut.mrc": "cut.mrc: not a checkpoint",
     "wedge in.mrc --ckpt nope.pt": "nope.pt",
     "wedge in.mrc --truth other.mrc": r"other.mrc: \(20, 20, 20\).* \(16, 16, 16\)",
@@ -831,17 +842,17 @@ REFUSED = {
     "wedge in.mrc --model scunet --method paper": "method is paper; give auto, network, pocs",
     "denoise half1.mrc half1.mrc": "half1.mrc: .*same map",
     "denoise half1.mrc other.mrc": "half1.mrc: .*other.mrc has .*one grid",
-    "denoise half1.mrc": "give two half maps, or one map with noise_from_fsc or snr",
+    "denoise half1.mrc": "give two half maps, or one map with --noise-from-fsc or --snr",
     "denoise half1.mrc half2.mrc --snr 1": "give two half maps, or one map with",
     "denoise half1.mrc half2.mrc in.mrc": "wants two half maps, a folder .*; 3 given",
     "denoise half1.mrc --noise-from-fsc short.csv": "short.csv: .* shells",
     "denoise half1.mrc --noise-from-fsc empty.csv": "empty.csv",
     "denoise half1.mrc --noise-from-fsc half2.mrc": "half2.mrc",
-    "denoise half1.mrc --noise-from-fsc short.csv --snr 1": "snr and noise_from_fsc: give one",
+    "denoise half1.mrc --noise-from-fsc short.csv --snr 1": "--snr and --noise-from-fsc: give one",
     "denoise half1.mrc --snr 0": "snr is 0; give a positive number",
     "denoise half1.mrc noise.mrc": "no signal: the FSC is below 0.05",
     "denoise half1.mrc half2.mrc --tilt-range -60 60": "--tilt-range: --task denoise does not",
-    "anisotropic half1.mrc half2.mrc": "give tilt_range with alpha, or orientations",
+    "anisotropic half1.mrc half2.mrc": "give --tilt-range MIN MAX .*or --orientations FILE",
     "anisotropic half1.mrc half2.mrc --orientations half2.mrc": "half2.mrc",
     "anisotropic half1.mrc half2.mrc --tilt-range -45 45 --alpha 0": "alpha is 0; give a positive",
     "sharpen in.mrc --ckpt jepa.pt": "jepa.pt: trained for jepa, the task needs sharpen",
@@ -854,6 +865,12 @@ REFUSED = {
     "sharpen in.mrc --method pocs": "--method: --task sharpen does not use it",
     "sharpen dark.mrc --no-invert --background 0 --ckpt sharpen.pt": "dark.mrc.*multiply",
     "superres in.mrc --ckpt superres.pt --truth other.mrc": r"\(20, 20, 20\).* or \(24, 24, 24\)",
+    "wedge in.mrc --method pocs --grey-scale 2": "--method pocs does not use --grey-scale",
+    "wedge in.mrc --model scunet --method pocs --stride 6": "--method pocs does not use --stride",
+    "denoise half1.mrc half2.mrc --method wiener --grey-scale 2 0": "wiener does not use --grey",
+    "anisotropic half1.mrc half2.mrc --orientations a.txt --tilt-axis x": "--tilt-axis goes with",
+    "sharpen in.mrc --percentile 99 --grey-scale 2": "--percentile and --grey-scale MAX: give one",
+    "abinitio in.mrc --losses 10028": "--method prior does not use --losses",
     "generate --model scunet": "--model scunet does not know --task generate",
     "generate --box 0": "box is 0; give 1 or more",
     "generate --voxel-size 2": "--voxel-size: --task generate does not use it",
@@ -864,7 +881,7 @@ REFUSED = {
     "abinitio in.mrc": "in.mrc.* volume",
     "abinitio in.mrc in.mrc": "wants one stack; 2 given",
     "abinitio in.mrc --method pocs": "method is pocs; give prior, paper, classical",
-    "abinitio in.mrc --max-shift -1": "max_shift is -1; give 0 or more",
+    "abinitio in.mrc --max-shift -1": "--max-shift is -1; give 0 or more",
     "abinitio in.mrc --mask in.mrc": "--mask: --task abinitio does not use it",
 }
 
