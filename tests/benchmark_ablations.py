@@ -67,9 +67,9 @@ from volume import center_crop
 SCORES = ("tflop", "train_loss", "unseen_loss", "so3_loss", "wedge_auc", "mse", "js", "cc")
 COLUMNS = ("ablation", "variant", "seed", "steps", "seconds", *SCORES)
 SEEDS = (0, 1)
-FLOW_STEPS = 1000
-PRE_STEPS = 200
-FINE_STEPS = 300
+FLOW_STEPS = 500
+PRE_STEPS = 150
+FINE_STEPS = 150
 CPU = torch.device("cpu")
 
 # Small structures, so that a box of 32 voxels of 1.5 Å shows most of one.
