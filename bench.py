@@ -40,10 +40,10 @@ import flow
 import model_hdit
 import model_scunet
 import natten3d
-import train_config
 import train_dry_run
 import train_objectives
 import train_optim
+import train_presets
 from bench_peers import PASSES, PEERS, Problem, first_head, kernel_seconds, seconds
 from terminal import run_program
 
@@ -75,7 +75,7 @@ def problems(args) -> Iterator[Problem]:
     """Every level of the models that has neighbourhood attention, in every batch size."""
     batches = (1, 4, 16) if args.gpu and not args.quick else (1,)
     for name, B in itertools.product(args.model, batches):
-        config = train_config.PRESETS[name]
+        config = train_presets.PRESETS[name]
         for level, width in enumerate(config.net.widths[:-1]):
             # Count the tokens and heads of this level.
             side = config.crop // config.net.patch_size // 2**level
@@ -164,7 +164,7 @@ def train_step(name: str, args) -> dict:
     """As in train.py: forward, backward, clip, optimisers, averaged weights."""
     # Take the preset's settings, but smaller batches where they would take too long.
     name, _, compiled = name.partition(", ")
-    config = train_config.PRESETS[name]
+    config = train_presets.PRESETS[name]
     batch = config.batch if args.gpu or name == "tiny" else 1
     if args.quick:
         batch = 2
@@ -208,7 +208,7 @@ def train_step(name: str, args) -> dict:
 
 def untrained(name: str, args) -> checkpoint.Prior:
     """An untrained prior of a preset, because speed does not depend on the weights."""
-    config = train_config.PRESETS[name]
+    config = train_presets.PRESETS[name]
     net = model_hdit.HDiT(config.net).to(args.device).eval().requires_grad_(False)
     scale = (config.voxel_size, config.crop, config.mean, config.std)
     return checkpoint.Prior(net, "hdit", *scale, sha256="")
@@ -218,9 +218,9 @@ def sampling_step(name: str, args) -> dict:
     """As in posterior.sample_posterior: the network on every tile, the data term, noise."""
     prior = untrained(name, args)
     side = prior.box if args.quick else max(64, prior.box)
-    step = bench_maps.wedge_step(prior, side, args.device)
+    take_steps, count = bench_maps.wedge_steps(prior, side, args.device)
     with torch.no_grad():
-        step_seconds = median_seconds(step, args.device, args.seconds)
+        step_seconds = median_seconds(take_steps, args.device, args.seconds) / count
     tiles = f"{side}^3 in tiles of {prior.box}^3"
     return {"step": tiles, "s": step_seconds, "voxels/s": side**3 / step_seconds}
 

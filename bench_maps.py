@@ -4,10 +4,11 @@
     beyond = (peak of a step - before it - what a call of the network adds) / one float32 map  (2)
     exponent = slope of the logarithm of a cost against that of the number of voxels           (3)
 
-A step is one of `posterior.sample_posterior` for one sample of a missing wedge, or a whole pass of
-`sliding_windows`. (1) is a ratio within one process, so a busy machine disturbs it less than the
-times. The identity takes the place of the network where only the rest is to be measured: the
-network's time goes with the number of tiles, and 512^3 voxels have 4,096 of them.
+A step is one of WEDGE_STEPS of `posterior.sample_posterior` for one sample of a missing wedge (a
+run has 20), or a whole pass of `sliding_windows`. (1) is a ratio within one process, so a busy
+machine disturbs it less than the times. The identity takes the place of the network where only the
+rest is to be measured: the network's time goes with the number of tiles, and 512^3 voxels have
+4,096 of them.
 """
 
 import math
@@ -25,6 +26,7 @@ from memory import GIB
 from sliding_windows import sliding_windows
 
 STRIDE = 12  # of sampling_settings.NetworkSettings
+WEDGE_STEPS = 4
 
 
 class Timed(nn.Module):
@@ -49,29 +51,33 @@ class Identity(nn.Module):
         return x.clone()
 
 
-def wedge_step(prior: Prior, side: int, device: torch.device):
-    """A function without arguments: one step of one sample of a map of side^3 voxels."""
+def wedge_steps(prior: Prior, side: int, device: torch.device):
+    """A function without arguments: steps of one sample of a map of side^3 voxels. How many."""
     # What the numbers are does not matter.
     y = torch.randn(side, side, side, device=device)
     measured = fourier.hermitian_part(degrade.wedge_mask(y.shape)).to(device)
     observation = posterior.Observation(y, measured, 0.0, y)
 
-    def step() -> Tensor:
+    def take_steps() -> Tensor:
         generators = [Generator().manual_seed(0)]
         return posterior.sample_posterior(
-            prior, observation, generators, steps=1, t_start=0.4, inner=2
+            prior, observation, generators, steps=WEDGE_STEPS, t_start=0.5, inner=2
         )
 
-    return step
+    return take_steps, WEDGE_STEPS
 
 
 def sharpen_pass(prior: Prior, side: int, device: torch.device):
-    """A function without arguments: one pass of sliding windows over a map of side^3 voxels."""
+    """A function without arguments: a pass of sliding windows over side^3 voxels. How many."""
     x = torch.rand(side, side, side, device=device)
-    return lambda: sliding_windows(prior.net, x, prior.box, STRIDE)
+
+    def pass_over() -> Tensor:
+        return sliding_windows(prior.net, x, prior.box, STRIDE)
+
+    return pass_over, 1
 
 
-STEPS = {"wedge": wedge_step, "sharpen": sharpen_pass}
+STEPS = {"wedge": wedge_steps, "sharpen": sharpen_pass}
 
 
 def memory_of_process(which: str, reset: bool = False) -> float:
@@ -90,20 +96,22 @@ def memory_of_process(which: str, reset: bool = False) -> float:
 
 def measure_map(task: str, prior: Prior, side: int, device: torch.device) -> dict:
     """A row: seconds of a step, of the network in it, (1) and (2). prior.net is a Timed."""
-    step = STEPS[task](prior, side, device)
+    take_steps, count = STEPS[task](prior, side, device)
+    warm_up, _ = STEPS[task](prior, 2 * prior.box, device)
     with torch.no_grad():
         # A small map takes one call of the network of full size, and warms up.
         before = memory_of_process("VmHWM", reset=True)
-        STEPS[task](prior, 2 * prior.box, device)()
+        warm_up()
         call = memory_of_process("VmHWM") - before
 
         # The step itself.
         prior.net.seconds = 0.0
         before = memory_of_process("VmRSS", reset=True)
-        whole = seconds(step, device)
+        whole = seconds(take_steps, device) / count
+    network = prior.net.seconds / count
     beyond = memory_of_process("VmHWM") - before - call
     row = {"map": f"{side}^3", "s": whole, "us per voxel": 1e6 * whole / side**3}
-    row |= {"network s": prior.net.seconds, "ratio": whole / prior.net.seconds}  # (1)
+    row |= {"network s": network, "ratio": whole / network}  # (1)
     return row | {"maps beyond a call": beyond * GIB / (4 * side**3)}  # (2)
 
 

@@ -86,17 +86,17 @@ def noise_shells(shape, device=None, voxel_size=1.0) -> Tensor:
     return shells(shape, voxel_size, rounding="down", device=device)
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(1)
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
-def kept_shells(shape, last: int, device, voxel_size) -> Tensor:
-    """`noise_shells`, at most `last`, in int32. The sampler needs the same ones at every step."""
-    return noise_shells(shape, device, voxel_size).clamp_(max=last).int()
+def kept_shells(shape, device, voxel_size) -> Tensor:
+    """`noise_shells` in int16, because they are kept: half maps need the same ones many times."""
+    return noise_shells(shape, device, voxel_size).short()
 
 
 def shell_mean(values: Tensor, voxel_size=1.0) -> Tensor:
     """Mean over each power shell: (..., D, H, W) in `fftfreq` layout -> (..., W//2), float64."""
     n = values.shape[-1] // 2
-    shell = kept_shells(values.shape[-3:], n, values.device, triple(voxel_size))
+    shell = kept_shells(values.shape[-3:], values.device, triple(voxel_size)).int().clamp_(max=n)
     count = shell.flatten().bincount(minlength=n)[:n]
     return shell_sum(values, shell, n) / count
 
@@ -112,7 +112,7 @@ def expand_shells(power: Tensor, shape, voxel_size=1.0) -> Tensor:
     The power may belong to another grid over the same box, with more or fewer shells.
     """
     last = power.shape[-1] - 1
-    shell = kept_shells(tuple(shape), last, power.device, triple(voxel_size))
+    shell = kept_shells(tuple(shape), power.device, triple(voxel_size)).int().clamp_(max=last)
     return power.index_select(-1, shell.flatten()).unflatten(-1, shell.shape)
 
 

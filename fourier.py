@@ -120,12 +120,15 @@ def hermitian_part(mask: Tensor) -> Tensor:
 
 
 def weigh_(X: Tensor, weights: Tensor) -> Tensor:
-    """Multiply what `rfft3` stores by real weights on the full grid, in place; returns X.
+    """Multiply what `rfft3` stores by real weights, in place; returns X.
 
-    The stored half of a spectrum stands for all of it, because x and A x are real.
+    weights: on the full grid, or on the stored half. That half of a spectrum stands for all of it,
+    because x and A x are real.
     """
+    if weights.shape[-1] != X.shape[-1]:
+        weights = stored_half(weights)
     # As pairs of real numbers, because torch would copy the weights to complex numbers first.
-    torch.view_as_real(X).mul_(stored_half(weights)[..., None])
+    torch.view_as_real(X).mul_(weights[..., None])
     return X
 
 
@@ -149,7 +152,8 @@ def apply_fourier(x: Tensor, weights: Tensor) -> Tensor:
 def put_back(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """(2): x with y's coefficients, each by the share `weights`.
 
-    x: (..., D, H, W); y: (D, H, W); weights: (D, H, W), even in k (of a mask: `hermitian_part`).
+    x: (..., D, H, W); y: (D, H, W). weights: (D, H, W), even in k (of a mask: `hermitian_part`), or
+    its `stored_half`.
     """
     # One transform each way, because F is linear.
     change = irfft3(weigh_(rfft3(y - x), weights), y.shape)

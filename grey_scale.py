@@ -22,7 +22,7 @@ i from i / 2n to (i + 1) / 2n cycles per voxel. Ours. Measurements: RESULTS.md, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,6 @@ from torch import Generator, Tensor
 
 import degrade
 import fourier
-import fsc
 import volume
 
 # Numbers chosen on held-out training structures and on half of the real maps.
@@ -79,10 +78,26 @@ def references(dataset) -> Tensor:
 # ---- Radial bands
 
 
+def frequencies(shape, voxel_size=1.0) -> Iterator[Tensor]:
+    """|k| of every coefficient in cycles per voxel, one plane (H, W) after the other.
+
+    So a large map needs no more memory for it. voxel_size: as in `expand`.
+    """
+    kz, ky, kx = fourier.freq_grid(shape, voxel_size)
+    for k in kz:
+        yield (k**2 + ky[0] ** 2 + kx[0] ** 2).sqrt()
+
+
 def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
     """Weighted mean of values (D, H, W) in each of n bands: float64 (n,)."""
-    band = (fourier.wavenumber(values.shape) * 2 * n).long().clamp(max=n)
-    return fsc.shell_sum(values * weight, band, n) / fsc.shell_sum(weight, band, n).clamp(min=1e-9)
+    total, count = torch.zeros(2, n + 1, dtype=torch.float64)
+    for value, share, k in zip(values, weight, frequencies(values.shape)):
+        # What lies beyond the bands goes to one more.
+        band = (k * 2 * n).long().clamp(max=n).flatten()
+        share = share.double()
+        total.index_add_(0, band, (value * share).flatten())
+        count.index_add_(0, band, share.flatten())
+    return total[:n] / count[:n].clamp(min=1e-9)
 
 
 def expand(spectrum: Tensor | None, shape, voxel_size=1.0) -> Tensor:
@@ -94,10 +109,13 @@ def expand(spectrum: Tensor | None, shape, voxel_size=1.0) -> Tensor:
     if spectrum is None:
         return torch.ones(tuple(shape))
     n = len(spectrum)
-    place = (fourier.wavenumber(shape, voxel_size) * 2 * n - 0.5).clamp(0, n - 1)
-    low = place.long().clamp(max=n - 2)
     log = spectrum.double().log()
-    return (log[low] + (place - low) * (log[low + 1] - log[low])).exp().float()
+    planes = []
+    for k in frequencies(shape, voxel_size):
+        place = (k * 2 * n - 0.5).clamp(0, n - 1)
+        low = place.long().clamp(max=n - 2)
+        planes.append((log[low] + (place - low) * (log[low + 1] - log[low])).exp().float())
+    return torch.stack(planes)
 
 
 def in_spectrum(
@@ -129,7 +147,7 @@ def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int) -> Tensor:
     average noise are used.
     """
     mean_noise = degrade.expand_shells(degrade.shell_mean(noise), y.shape)
-    seen = measured.double() * (noise <= 1.001 * mean_noise)
+    seen = measured & (noise <= 1.001 * mean_noise)
     power = band_mean(fourier.fft3(y).abs().square(), seen, n)
     excess = power - band_mean(noise, seen, n)  # (1)
     # The first band always counts.

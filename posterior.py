@@ -268,7 +268,7 @@ def sample_posterior(
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
     number of non-negativity projections in every step. V_k of (6) is r^2 / rho with r = t / (1 - t)
-    and rho by `least_rho`, or what `missed` finds if that is more. noise_aware: False takes w = m
+    and rho by `least_rho`, or what `Missed` finds if that is more. noise_aware: False takes w = m
     in (6), because Algorithm 2 as printed knows no noise. turned: of `tiled_velocity`. tick is
     called after every step.
     """
@@ -287,6 +287,11 @@ def sample_posterior(
     ratios = [t / max(1 - t, 1e-3) for t in times[:-1]]
     r = torch.tensor(ratios, dtype=torch.float64)
     variances = (r**2 / least_rho(sigma, measured, r)).tolist()
+    missed = Missed(y, measured, sigma)
+
+    # (6) is needed for those coefficients that `put_back` transforms.
+    noise_power = fourier.stored_half((sigma**2).expand(y.shape))
+    seen = fourier.stored_half(measured)
 
     x = (1 - t_start) * observation.start + t_start * draw_noise()
     for t, s, variance in zip(times, times[1:], variances):
@@ -294,9 +299,14 @@ def sample_posterior(
         velocity = tiled_velocity(prior, x, t, generators, turned=turned)
         estimate = flow.posterior_mean(x, velocity, t)  # (2)
 
+        # Large maps need the memory. Only (4) goes on from x.
+        del velocity
+        if fresh_noise:
+            del x
+
         # Trust each coefficient of y as far as its noise and the error of the estimate say.
-        error = missed(estimate, y, measured, sigma).clamp(min=variance)
-        trust = measured * (error / (error + sigma**2))  # (6)
+        trust = missed(estimate).clamp_(min=variance)
+        trust.div_(trust + noise_power).mul_(seen)  # (6)
 
         # Put the observation back, and keep density non-negative.
         for _ in range(inner):
@@ -305,7 +315,7 @@ def sample_posterior(
 
         # Go to the next, less noisy time.
         if fresh_noise:
-            x = (1 - s) * estimate + s * draw_noise()  # (5)
+            x = estimate.mul_(1 - s).add_(draw_noise(), alpha=s)  # (5)
         else:
             x = s / t * x + (1 - s / t) * estimate  # (4)
         tick(len(generators))
@@ -339,25 +349,43 @@ def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float = LEAK) ->
     return high
 
 
-def missed(x: Tensor, y: Tensor, measured: Tensor, sigma: Tensor) -> Tensor:
-    """V_k for (6): the mean square error of maps x in each shell, as y shows it: (K, D, H, W).
+class Missed:
+    """V_k for (6): the mean square error of the network's estimates in each shell, as y shows it.
 
-    x: (K, D, H, W), the network's estimates. The error is the mean of |F(y - x)|^2 / N - sigma^2
-    over the measured coefficients of a shell. It is set to 0 unless it exceeds the noise, as in
-    Morozov's discrepancy principle. Where it does, the network has lost what y shows well, and
-    (6) trusts y more. Not from the papers.
+    The error is the mean of |F(y - x)|^2 / N - sigma^2 over the measured coefficients of a shell.
+    It is set to 0 unless it exceeds the noise, as in Morozov's discrepancy principle. Where it
+    does, the network has lost what y shows well, and (6) trusts y more. Not from the papers.
     """
-    share = degrade.shell_mean(measured.double()).clamp(min=1e-12)
 
-    def measured_mean(power: Tensor) -> Tensor:
-        return degrade.shell_mean(power * measured) / share
+    def __init__(self, y: Tensor, measured: Tensor, sigma: Tensor):
+        # What is the same in every step. Half of the coefficients hold all of a real map.
+        self.y = y
+        self.shells = y.shape[-1] // 2
+        shell = fsc.shells(y.shape, half=True, rounding="down", device=y.device)
+        self.shell = shell.clamp_(max=self.shells).int()
+        seen = fourier.stored_half(measured)
+        self.weight = fsc.half_weight(y.shape, device=y.device) * seen
+        self.count = self.shell_sum(torch.ones_like(self.weight)).clamp(min=1e-12)
+        noise = fourier.stored_half((sigma**2).expand(y.shape))
+        self.noise = self.shell_sum(noise) / self.count
 
-    # Compare the misfit in each shell with the noise alone.
-    noise = measured_mean((sigma**2).expand(y.shape))
-    errors = [measured_mean(torch.fft.fftn(u - y).abs().square() / y.numel()) for u in x]
-    excess = torch.stack(errors) - noise
-    variance = torch.where(excess > noise, excess, 0).to(y.dtype)
-    return degrade.expand_shells(variance, y.shape)
+    def shell_sum(self, power: Tensor) -> Tensor:
+        return fsc.shell_sum(power * self.weight, self.shell, self.shells)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """V (K, D, H, W//2 + 1) of maps x (K, D, H, W)."""
+        errors = []
+        for u in x:
+            residual = fourier.rfft3(self.y - u)
+            power = fsc.real_dot(residual, residual) / u.numel()
+            errors.append(self.shell_sum(power) / self.count)
+
+        # Compare the misfit in each shell with the noise alone.
+        excess = torch.stack(errors) - self.noise
+        variance = torch.where(excess > self.noise, excess, 0).to(x.dtype)
+        # Corners have the last shell's error.
+        variance = torch.cat([variance, variance[:, -1:]], 1)
+        return variance.index_select(1, self.shell.flatten()).unflatten(1, self.shell.shape)
 
 
 # ---- Algorithm 1

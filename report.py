@@ -262,7 +262,7 @@ def wedge_numbers(
     shape = result.region.shape
     box, _ = fsc.shell_side(shape, grid.voxel_size)
     n = box // 2 + 1
-    shell = fsc.shells(shape, grid.voxel_size, half=True).clamp_(max=n)
+    shell = fsc.shells(shape, grid.voxel_size, half=True).clamp_(max=n).int()
     missing = stored_half(result.region)
     weight = fsc.half_weight(shape)
     parts = {"missing": weight * missing, "measured": weight * ~missing}
@@ -285,7 +285,7 @@ def wedge_numbers(
         power = X.abs().square()
         expected = (count * shell_sums("measured", power) / measured_count)[both].sum()
         filled[name] = float(shell_sums("missing", power)[both].sum() / expected)  # (1)
-        difference = shell_sums("measured", (X - Y).abs().square()).sum()
+        difference = shell_sums("measured", X.sub_(Y).abs().square()).sum()
         change[name] = float((difference / before_power).sqrt())  # (2)
     return filled, change
 

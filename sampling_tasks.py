@@ -78,15 +78,15 @@ def restore_wedge(
     # Bring the map to the prior's grid, grey scale and spectrum, with its noise. Non-negativity
     # works better in that spectrum, so that the classical answer gets it, too.
     facts = {}
-    spectrum = None
+    observation = None
     if method != "pocs" or not is_coarse(map, prior):
         observation, noise = observe_wedge(map, prior, settings)
-        spectrum = observation.spectrum
         say_scale(observation, settings, say)
         facts = scale_facts([observation])
 
     # The classical answer is shown beside the result, or is the result itself.
-    answer = classical_wedge(map, measured, settings, spectrum, relative_voxel_size(map, prior))
+    voxel_size = relative_voxel_size(map, prior)
+    answer = classical_wedge(map, measured, settings, observation, voxel_size)
     if method == "pocs":
         return replace(answer, report=answer.report | facts)
     sampler = posterior.WEDGE[method] | steps_of(settings)
@@ -142,16 +142,21 @@ def classical_wedge(
     map: Map,
     measured: Tensor,
     settings: WedgeSettings | NetworkWedgeSettings,
-    spectrum: Tensor | None = None,
+    observation: Observation | None = None,
     voxel_size=1.0,
 ) -> Result:
-    """The answer of POCS; spectrum, voxel_size: of grey_scale.in_spectrum."""
+    """The answer of POCS, in the spectrum of the observation. voxel_size: over the prior's."""
     y = map.density
 
     def complete(x: Tensor) -> Tensor:
         return posterior.pocs(x, measured)
 
-    classical = grey_scale.in_spectrum(spectrum, y, complete, voxel_size)
+    if observation is not None and observation.y.shape == y.shape:
+        # The sampler begins with it, on the same grid.
+        classical = observation.to_map(observation.start)
+    else:
+        spectrum = observation.spectrum if observation else None
+        classical = grey_scale.in_spectrum(spectrum, y, complete, voxel_size)
     restored = settings.inside_mask(classical, y)
     return Result(
         grid=map,

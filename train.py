@@ -6,7 +6,7 @@
 CryoFM's priors ("tiny", "s", "l", ...) learn by flow matching. CryoLVM's SCUNet learns to predict
 what is hidden ("jepa", or "mae" to compare), and then a task from pairs of observed and wanted
 maps: `--model sharpen --init jepa.pt`, "superres", "wedge3d". Presets and departures:
-train_config.py; of the networks the papers compare against, train_baselines.py. Losses:
+train_presets.py; of the networks the papers compare against, train_baselines.py. Losses:
 train_objectives.py. Optimisers: train_optim.py.
 
 A step takes `batch` crops, in micro-batches. World size W, accumulation A:
@@ -45,7 +45,7 @@ import grey_scale
 from files import own_folder
 from terminal import one_line_for_memory, run_program
 from train_baselines import BASELINES
-from train_config import PRESETS, PRETRAINING, TrainConfig, flag, used_by
+from train_config import PRETRAINING, TrainConfig, flag, used_by
 from train_dry_run import dry_run, speed_of
 from train_log import Log, Tally, draw_samples, write_samples
 from train_objectives import (
@@ -57,6 +57,7 @@ from train_objectives import (
     split_batch,
 )
 from train_optim import clip_gradient, set_rates, update_average
+from train_presets import PRESETS
 from train_ranks import Ranks, StopSignals, start_loader
 from train_resume import Checkpoints, begin, every, read_training, what_is_kept
 

@@ -14,7 +14,8 @@ The presets called "tiny" are ours: they train on a CPU.
 from dataclasses import replace
 
 import model_baselines
-from train_config import PRESETS, TrainConfig
+from train_config import TrainConfig
+from train_presets import PRESETS
 
 VAE_4 = TrainConfig(
     net=model_baselines.PRESETS["vae-4"],

@@ -56,9 +56,10 @@ from sampling_networks import ask_network
 from sampling_settings import NetworkSettings, WedgeSettings
 from sampling_tasks import restore_wedge
 from train import held_out_batch, noise_generator
-from train_config import PRESETS, TrainConfig
+from train_config import TrainConfig
 from train_dry_run import multiply_adds
 from train_optim import set_rates, update_average
+from train_presets import PRESETS
 from train_ranks import Ranks
 from train_resume import begin, network_for_use
 from volume import center_crop

@@ -3,11 +3,11 @@
     python data_prepare.py structures structures/val.tsv       # writes structures/val.npz
     python tests/benchmark_denoise.py structures/val.npz
 
-Two half maps of each structure (3 Å, 64^3 voxels of 1.5 Å) get spectral noise of a nominal
-resolution R: their signal-to-noise ratio falls as exp(-b s^2) with the spatial frequency s, where b
-makes their FSC 0.95 at 2 R and 0.143 at R. For anisotropic noise (R = 4.3 Å) the power outside of a
-tilt range is 50 times that inside, and each shell keeps its mean. The paper's own noise is in
-benchmark_paper.py.
+Two half maps of each structure (3 Å, 64^3 voxels of 1.5 Å, or other --resolution, --voxel-size)
+get spectral noise of a nominal resolution R: their signal-to-noise ratio falls as exp(-b s^2) with
+the spatial frequency s, where b makes their FSC 0.95 at 2 R and 0.143 at R. For anisotropic noise
+(R = 4.3 Å) the power outside of a tilt range is 50 times that inside, and each shell keeps its
+mean. The paper's own noise is in benchmark_paper.py.
 
 Each half is restored by itself, with all estimates from the halves. Scored is the mean of both
 against the truth: FSC_AUC, FSC_0.5, and the share of failures (FSC_0.5 > 30 Å). A radial Wiener
@@ -28,7 +28,15 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from benchmark_wedge import BOX, VOXEL_SIZE, WEIGHTS, read_inputs, truth_of, write_rows
+from benchmark_wedge import (
+    BOX,
+    RESOLUTION,
+    VOXEL_SIZE,
+    WEIGHTS,
+    read_inputs,
+    truth_of,
+    write_rows,
+)
 
 import augment
 import degrade
@@ -49,26 +57,28 @@ VARIANTS = {
 }
 
 
-def half_map_fsc(nominal: float, box: int) -> Tensor:
+def half_map_fsc(nominal: float, box: int, voxel_size: float = VOXEL_SIZE) -> Tensor:
     """FSC of half maps, shells 1 .. box//2."""
-    s = torch.arange(1, box // 2 + 1).double() / (box * VOXEL_SIZE)
+    s = torch.arange(1, box // 2 + 1).double() / (box * voxel_size)
     snr, doubled = 0.143 / 0.857, 0.95 / 0.05
     snr = snr * torch.exp(math.log(doubled / snr) * (1 - (s * nominal) ** 2) / 0.75)
     return snr / (1 + snr)
 
 
-def degrade_truth(truth: Tensor, nominal: float, b_factor: float | None) -> tuple[Tensor, Tensor]:
+def degrade_truth(
+    truth: Tensor, nominal: float, b_factor: float | None, voxel_size: float = VOXEL_SIZE
+) -> tuple[Tensor, Tensor]:
     """The density without noise, and the noise power per shell of half maps."""
     box = truth.shape[-1]
     if b_factor is None:
-        curve = half_map_fsc(nominal, box)
+        curve = half_map_fsc(nominal, box, voxel_size)
         return truth, degrade.noise_power_from_fsc(truth, curve, clean=True)
     # As a refinement leaves them: a decayed signal and white noise.
-    s2 = (torch.arange(1, box // 2 + 1) / (box * VOXEL_SIZE)).square()
+    s2 = (torch.arange(1, box // 2 + 1) / (box * voxel_size)).square()
     decay = degrade.expand_shells(torch.exp(-b_factor * s2 / 4), truth.shape)
     clean = fourier.apply_fourier(truth, decay)
     power = degrade.radial_power(clean)
-    shell = round(box * VOXEL_SIZE / nominal) - 1
+    shell = round(box * voxel_size / nominal) - 1
     return clean, torch.full_like(power, float(power[shell]) * 0.857 / 0.143)
 
 
@@ -108,14 +118,15 @@ def one_level(args, prior: Prior, structures: list, nominal: float, angle: int |
     settings = settings_of(angle)
     for i, structure in enumerate(structures):
         # Two half maps with noise of their own.
-        truth = volume.center_crop(truth_of(structure), args.box)
-        clean, power = degrade_truth(truth, nominal, args.b_factor)
-        power = settings.noise_on_grid(power, Map(truth, VOXEL_SIZE))
+        truth = truth_of(structure, args.voxel_size, args.resolution)
+        truth = volume.center_crop(truth, args.box)
+        clean, power = degrade_truth(truth, nominal, args.b_factor, args.voxel_size)
+        power = settings.noise_on_grid(power, Map(truth, args.voxel_size))
         generator = torch.Generator().manual_seed(i)
         halves = []
         for _ in range(2):
             noisy = degrade.add_spectral_noise(clean, power, generator=generator)
-            halves.append(Map(noisy, VOXEL_SIZE))
+            halves.append(Map(noisy, args.voxel_size))
         results = {("average", 0): (halves[0].density + halves[1].density) / 2}
 
         # Restore them in every way that was asked for.
@@ -133,7 +144,7 @@ def one_level(args, prior: Prior, structures: list, nominal: float, angle: int |
         # Score.
         for (name, steps), x in results.items():
             curve = fsc(x, truth)
-            score = [float(auc(curve)), float(resolution(curve, VOXEL_SIZE, 0.5))]
+            score = [float(auc(curve)), float(resolution(curve, args.voxel_size, 0.5))]
             table[name, steps].append(score)
             numbers = [f"{value:.4f}" for value in score]
             rows.append([structure.label, nominal, angle, name, steps, *numbers, f"{seconds:.1f}"])
@@ -166,6 +177,8 @@ def main() -> None:
     add("--ckpt", default=str(WEIGHTS))
     add("--count", type=int, default=32)
     add("--box", type=int, default=BOX, help="voxels per side: the middle of each map")
+    add("--voxel-size", type=float, default=VOXEL_SIZE, help="Å")
+    add("--resolution", type=float, default=RESOLUTION, help="of the truth, in Å")
     add("--levels", type=float, nargs="*", default=[3.2, 4.3, 6.1, 8.5, 15.0], help="Å")
     add("--angles", type=int, nargs="*", default=[45, 30, 15], help="half tilt ranges, at 4.3 Å")
     add("--b-factor", type=float, metavar="B", help="Å^2")

@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import data_prepare
-import train_config
 import train_dry_run
+import train_presets
 
 WAYS = {
     "cut out, for the GPU to turn": dict(rotate_later=True),
@@ -53,7 +53,7 @@ def crops_per_second(crops: data.MapCrops, seconds: float) -> float:
 
 def main(maps=30, box=256, seconds=5.0):
     torch.set_num_threads(1)
-    cfg = train_config.PRESETS["s"]
+    cfg = train_presets.PRESETS["s"]
     with tempfile.TemporaryDirectory() as folder:
         write_maps(Path(folder), maps, box)
         volumes, _ = data.read_volumes(folder, 1.5)

@@ -5,10 +5,11 @@
     python tests/benchmark_wedge.py maps                       # a folder of maps
 
 Each structure is simulated at 3 Å on 64^3 voxels of 1.5 Å, gets white noise (a fraction of its
-99.999 percentile) and a tilt range of +-60 degrees. Scored: zeros in the wedge, POCS, one sample,
-the mean of 4 and of 8. "kept": the measured coefficients stay as they are. Columns: FSC_AUC with
-the truth over all coefficients and over the missing ones, FSC_0.5 in Å, and how many fail (FSC_0.5
-beyond 30 Å). A map of a folder loses its wedge and goes through the program; its truth is itself.
+99.999 percentile) and a tilt range of +-60 degrees, or other --resolution, --voxel-size, --tilt.
+Scored: zeros in the wedge, POCS, one sample, the mean of 4 and of 8. "kept": the measured
+coefficients stay as they are. Columns: FSC_AUC with the truth over all coefficients and over the
+missing ones, FSC_0.5 in Å, and how many fail (FSC_0.5 beyond 30 Å). A map of a folder loses its
+wedge and goes through the program; its truth is itself.
 --mtriage adds phenix.mtriage's d_min as in CryoLVM's Table 3, where the FSC with the atomic model
 falls below 0.5 and 0.143, on the mean of the structures whose FSC falls so far ("-": none).
 """
@@ -45,22 +46,29 @@ from sampling_tasks import observe_wedge
 
 BOX, VOXEL_SIZE, RESOLUTION = 64, 1.5, 3.0
 WEIGHTS = Path(__file__).parent.parent / "weights" / "hdit_tiny.pt"
-CORNER = -VOXEL_SIZE * (BOX // 2)
 
 
-def truth_of(structure: atoms.Structure) -> Tensor:
-    """The density of a structure, from 0 to 1, centred in the box."""
+def corner(voxel_size: float) -> float:
+    """Where the box begins along each axis, in Å: its middle is at 0."""
+    return -voxel_size * (BOX // 2)
+
+
+def truth_of(
+    structure: atoms.Structure, voxel_size: float = VOXEL_SIZE, resolution: float = RESOLUTION
+) -> Tensor:
+    """The density of a structure, from 0 to 1, centred in the box. Lengths in Å."""
     xyz = torch.from_numpy(structure.xyz)
-    grid = {"voxel_size": VOXEL_SIZE, "shape": (BOX,) * 3, "origin": CORNER}
-    density = atoms.molmap(xyz, structure.atomic_number, RESOLUTION, **grid)[0]
+    grid = {"voxel_size": voxel_size, "shape": (BOX,) * 3, "origin": corner(voxel_size)}
+    density = atoms.molmap(xyz, structure.atomic_number, resolution, **grid)[0]
     return volume.normalise(density, 0.0, 1.0)[0]
 
 
-def answers(y: Tensor, measured: Tensor, prior: Prior, settings: WedgeSettings) -> dict:
-    """Every answer to a degraded map (D, H, W), by name."""
+def answers(map: mrc.Map, measured: Tensor, prior: Prior, settings: WedgeSettings) -> dict:
+    """Every answer to a degraded map, by name."""
     # The classical answers.
+    y = map.density
     found = {"zeros in the wedge": y, "POCS": posterior.pocs(y, measured)}
-    observation, _ = observe_wedge(mrc.Map(y, VOXEL_SIZE), prior, settings)
+    observation, _ = observe_wedge(map, prior, settings)
     sampler = posterior.WEDGE[settings.method]
     if settings.steps:
         sampler = sampler | {"steps": settings.steps}
@@ -78,11 +86,11 @@ def answers(y: Tensor, measured: Tensor, prior: Prior, settings: WedgeSettings) 
     return found
 
 
-def d_min(x: Tensor, structure: atoms.Structure) -> list[float]:
+def d_min(x: Tensor, structure: atoms.Structure, voxel_size: float) -> list[float]:
     """Where the FSC of a map with its model falls below 0.5 and 0.143, in Å (nan: nowhere)."""
     fields = (structure.xyz, structure.atomic_number, structure.b_factor)
     model = [torch.from_numpy(field) for field in fields]
-    numbers = map_model_resolution(x, *model, VOXEL_SIZE, CORNER)
+    numbers = map_model_resolution(x, *model, voxel_size, corner(voxel_size))
     return [numbers["d_fsc_model_05"], numbers["d_fsc_model_0143"]]
 
 
@@ -90,23 +98,29 @@ def simulated_maps(args: argparse.Namespace) -> None:
     """Degrade, restore and score the structures of an archive."""
     prior = checkpoint.load(args.ckpt, kind="hdit")
     structures = atoms.read_structures(args.data)[args.first : args.first + args.count]
-    settings = WedgeSettings(method=args.method, steps=args.steps, samples=args.samples)
-    measured = settings.measured(mrc.Map(torch.empty(BOX, BOX, BOX), VOXEL_SIZE))
+    settings = WedgeSettings(
+        method=args.method,
+        steps=args.steps,
+        samples=args.samples,
+        tilt_range=(-args.tilt, args.tilt),
+    )
+    measured = settings.measured(mrc.Map(torch.empty(BOX, BOX, BOX), args.voxel_size))
     table = defaultdict(list)
     rows = []
     for noise in args.noise:
         for i, structure in enumerate(structures, args.first):
             # Degrade.
-            truth = truth_of(structure)
+            truth = truth_of(structure, args.voxel_size, args.resolution)
             white = torch.randn(truth.shape, generator=torch.Generator().manual_seed(i))
             y = fourier.apply_fourier(truth + noise * white, measured)
             if args.write:
-                write_pair(Path(args.write) / f"{structure.label}_noise{noise}", y, truth)
+                path = Path(args.write) / f"{structure.label}_noise{noise}"
+                write_pair(path, y, truth, args.voxel_size)
                 continue
 
             # Restore.
             begin = time.perf_counter()
-            found = answers(y, measured, prior, settings)
+            found = answers(mrc.Map(y, args.voxel_size), measured, prior, settings)
             seconds = time.perf_counter() - begin
 
             # Score.
@@ -115,10 +129,10 @@ def simulated_maps(args: argparse.Namespace) -> None:
                 scores = [
                     float(auc(curve)),
                     float(auc(fsc(x, truth, ~measured))),
-                    float(resolution(curve, VOXEL_SIZE, 0.5)),
+                    float(resolution(curve, args.voxel_size, 0.5)),
                 ]
                 if args.mtriage:
-                    scores += d_min(x, structure)
+                    scores += d_min(x, structure, args.voxel_size)
                 table[noise, name].append(scores)
                 numbers = [f"{score:.4f}" for score in scores]
                 rows.append([structure.label, noise, name, f"{seconds:.1f}", *numbers])
@@ -131,11 +145,11 @@ def simulated_maps(args: argparse.Namespace) -> None:
         say_table(table)
 
 
-def write_pair(path: Path, y: Tensor, truth: Tensor) -> None:
+def write_pair(path: Path, y: Tensor, truth: Tensor, voxel_size: float) -> None:
     """A degraded map and its truth, with names that sampling.py finds."""
     for end, density in (("", y), ("_truth", truth)):
         out = path.with_name(f"{path.name}{end}.mrc")
-        mrc.write_map(out, mrc.Map(density, VOXEL_SIZE, origin=CORNER))
+        mrc.write_map(out, mrc.Map(density, voxel_size, origin=corner(voxel_size)))
 
 
 def write_rows(path: str, rows: list) -> None:
@@ -219,6 +233,9 @@ def main() -> None:
     cli.add_argument("--count", type=int, default=32, help="structures, from the first on")
     cli.add_argument("--first", type=int, default=0)
     cli.add_argument("--noise", type=float, nargs="+", default=[0, 0.03, 0.1])
+    cli.add_argument("--voxel-size", type=float, default=VOXEL_SIZE, help="Å")
+    cli.add_argument("--resolution", type=float, default=RESOLUTION, help="Å")
+    cli.add_argument("--tilt", type=float, default=60, help="degrees")
     cli.add_argument("--method", default="prior", choices=posterior.WEDGE)
     cli.add_argument("--steps", type=int)
     cli.add_argument("--samples", type=int, default=8)

@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import small_runs
 
 import flow
+import jepa
 import train
 import train_log
 import train_objectives
 import train_optim
 import train_ranks
 import train_resume
+from train_config import PRETRAINING
 
 _setup_privateuseone_for_python_backend("gpu")
 DEVICE = torch.device("gpu", 0)
@@ -75,6 +77,17 @@ def built_on_gpu(cfg):
     return net
 
 
+def with_numbers(function):
+    """A function that needs numbers, and stays on the CPU, in the mode in which there are none."""
+
+    def on_cpu(*args):
+        with unset_fake_temporarily():
+            x = function(*args)
+        return torch.empty_like(x)
+
+    return on_cpu
+
+
 def stops_per_step(model: str) -> list[int]:
     """The stops of each step between the first and the last."""
     cfg = small_runs.PRESETS[model]
@@ -107,8 +120,13 @@ def stops_per_step(model: str) -> list[int]:
         flow: dict(has_bf16=lambda _: False, autocast=lambda *_: contextlib.nullcontext()),
         torch: dict(autocast=lambda *_, **__: contextlib.nullcontext()),
         torch.nn.Module: dict(to=lambda module, _: module),
+        torch.nn.init: dict(trunc_normal_=lambda x, **_: x),  # draws again until numbers are small
     }
-    if cfg.objective == "flow":  # times and noise are drawn on the GPU
+    # Histograms are made in pieces, by the kind of device.
+    patches[jepa] = dict(PIECE={DEVICE.type: jepa.PIECE["cuda"]})
+    if cfg.objective in PRETRAINING:  # masks are drawn on the CPU, with numbers
+        patches[jepa] |= dict(block_masks=with_numbers(jepa.block_masks))
+    else:  # times and noise are drawn on the GPU
         patches[train]["noise_generator"] = lambda *_: None
     with contextlib.ExitStack() as stack:
         for place, changes in patches.items():

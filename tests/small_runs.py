@@ -14,6 +14,7 @@ from test_train_objectives import write_maps
 import checkpoint
 import train
 import train_config
+import train_presets
 import train_ranks
 from jepa import JEPAConfig
 from model_hdit import HDiTConfig
@@ -69,7 +70,7 @@ PRESETS = {"small": SMALL, **SCUNETS}
 def small_presets(monkeypatch):
     """`--model small` and so on; afterwards the signal handlers are what they were."""
     for name, cfg in PRESETS.items():
-        monkeypatch.setitem(train_config.PRESETS, name, cfg)
+        monkeypatch.setitem(train_presets.PRESETS, name, cfg)
     before = {name: signal.getsignal(name) for name in train_ranks.STOP_SIGNALS}
     yield
     for name, handler in before.items():

@@ -33,6 +33,7 @@ import mrc
 import sampling
 import train
 import train_config
+import train_presets
 import train_ranks
 
 COUNT = int(os.environ.get("CORPUS", 84))
@@ -125,7 +126,7 @@ def small_and_plain():
         patch.setitem(sys.modules, "matplotlib.figure", None)
         patch.setitem(sys.modules, "matplotlib", None)
         for name, cfg in {"small": SMALL, **SCUNETS}.items():
-            patch.setitem(train_config.PRESETS, name, cfg)
+            patch.setitem(train_presets.PRESETS, name, cfg)
         # The search of ab initio takes seconds, whatever its images.
         patch.setattr(abinitio, "anneal", functools.partial(abinitio.anneal, iterations=2))
         yield
@@ -143,7 +144,7 @@ def good(tmp_path_factory):
 def flags_of(program, words):
     """Names of flags that a command of a program takes."""
     if program == "train":
-        model = train_config.PRESETS[words[words.index("--model") + 1]]
+        model = train_presets.PRESETS[words[words.index("--model") + 1]]
         options = [o for o in fields(model) if train_config.used_by(o, model.objective)]
         slow = () if "--dry-run" in words else SLOW
         return [train_config.flag(o.name) for o in options if o.name not in slow]

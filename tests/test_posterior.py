@@ -339,7 +339,8 @@ def test_a_map_that_the_prior_finds_impossible_is_believed_where_its_noise_is_sm
         return squared_error(x, truth, shell == 1) / (shell == 1).sum() / 512 / 0.25
 
     assert error() < 3
-    monkeypatch.setattr(posterior, "missed", lambda x, *_: torch.zeros_like(x))
+    nothing = torch.zeros(1, *fourier.stored_half(truth).shape)
+    monkeypatch.setattr(posterior, "Missed", lambda *_: lambda x: nothing.clone())
     assert error() > 10
 
 
@@ -368,16 +369,18 @@ def test_missed_is_the_error_that_y_shows_beyond_its_noise():
     shape = (16, 16, 16)
     truth, measured = random((2, *shape), 1) * 3, wedge(shape)
     shell = degrade.noise_shells(shape)
+    half = fourier.stored_half(shell)
     sigma = torch.where(shell == 3, 9.0, 0.5)  # as good as nothing is known of shell 3
     size = torch.where((shell == 3) | (shell == 5), 2.0, 0.1)
     error = filtered(random((2, *shape), 2), size)
     y = truth[0] + filtered(random(shape, 3), sigma) + filtered(random(shape, 4) * 99, ~measured)
-    found = posterior.missed(truth[:1] + error[:1], y, measured, sigma)
-    assert found.shape == (1, *shape)
-    assert float(found[0][shell == 5].mean()) == pytest.approx(4, rel=0.2)  # 2^2, noise is 0.25
+    missed = posterior.Missed(y, measured, sigma)
+    found = missed(truth[:1] + error[:1])
+    assert found.shape == (1, *half.shape)
+    assert float(found[0][half == 5].mean()) == pytest.approx(4, rel=0.2)  # 2^2, noise is 0.25
     # 0.01 in 0.25, or 4 in 81, may be chance. Shell 0 is one number.
-    assert not found[0][(shell != 5) & (shell > 0)].any()
-    two = posterior.missed(truth[0] + error, y, measured, sigma)
+    assert not found[0][(half != 5) & (half > 0)].any()
+    two = missed(truth[0] + error)
     assert close(two[0], found[0])
     assert not close(two[1], found[0], 1e-2)  # each sample has its own
 

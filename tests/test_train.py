@@ -18,6 +18,7 @@ import train_config
 import train_log
 import train_objectives
 import train_optim
+import train_presets
 import train_ranks
 from model_hdit import HDiT
 from model_scunet import SCUNet, SCUNetConfig
@@ -181,9 +182,11 @@ def test_errors_of_the_program_are_one_line_without_a_traceback(tmp_path):
 
 def test_a_step_never_waits_for_a_gpu():
     # Neither reads it a number, nor does it wait for a copy; on a fake GPU, see fake_gpu.py.
-    command = [sys.executable, str(ROOT / "tests/fake_gpu.py"), "small"]
+    models = ["small", "small-jepa", "small-sharpen"]
+    command = [sys.executable, str(ROOT / "tests/fake_gpu.py"), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines()[-1] == "small 0", done.stdout + done.stderr
+    counts = [line for line in done.stdout.splitlines() if line.startswith("small")]
+    assert counts == [f"{model} 0" for model in models], done.stdout + done.stderr
 
 
 def test_every_rank_evaluates_and_samples_so_that_none_waits_and_the_first_one_writes(
@@ -246,14 +249,14 @@ def test_each_block_is_compiled_once_per_shape_and_the_weights_keep_their_names(
     assert compiled == blocks and list(net.state_dict()) == names
 
 
-CRYOFM = [name for name, cfg in train_config.PRESETS.items() if cfg.objective == "flow"]
-CRYOLVM = [name for name, cfg in train_config.PRESETS.items() if cfg.objective != "flow"]
+CRYOFM = [name for name, cfg in train_presets.PRESETS.items() if cfg.objective == "flow"]
+CRYOLVM = [name for name, cfg in train_presets.PRESETS.items() if cfg.objective != "flow"]
 
 
 @pytest.mark.parametrize("name", CRYOLVM)
 def test_every_preset_of_cryolvm_takes_one_step(tmp_path, atoms, monkeypatch, name):
     # Each preset as it is, but narrow and on the smallest crops that it allows.
-    cfg = train_config.PRESETS[name]
+    cfg = train_presets.PRESETS[name]
     net = SCUNetConfig(width=8, depths=(1,) * len(cfg.net.depths), d_head=4)
     crop = net.multiple
     if cfg.objective in train_config.PRETRAINING:
@@ -272,7 +275,7 @@ def test_every_preset_of_cryolvm_takes_one_step(tmp_path, atoms, monkeypatch, na
         lr=1e-3,
         workers=0,
     )
-    monkeypatch.setitem(train_config.PRESETS, name, small)
+    monkeypatch.setitem(train_presets.PRESETS, name, small)
     run(tmp_path, model=name, data=atoms)
     made = checkpoint.load(tmp_path / f"{cfg.objective}.pt", kind="scunet")
     assert (made.net.config, made.box) == (net, crop)
@@ -287,14 +290,14 @@ def test_every_preset_of_cryolvm_takes_one_step(tmp_path, atoms, monkeypatch, na
 
 @pytest.mark.parametrize("name", CRYOFM)
 def test_every_preset_of_cryofm_takes_one_step_and_samples(tmp_path, monkeypatch, name):
-    cfg = train_config.PRESETS[name]
+    cfg = train_presets.PRESETS[name]
     levels = len(cfg.net.depths)
     net = replace(cfg.net, depths=(1,) * levels, widths=(24, 48, 96)[:levels], d_head=12)
     count = 2 * cfg.crops_per_map
     small = replace(
         cfg, net=net, crop=net.multiple, batch=count, micro_batch=count, steps=1, workers=0
     )
-    monkeypatch.setitem(train_config.PRESETS, name, small)
+    monkeypatch.setitem(train_presets.PRESETS, name, small)
     run(tmp_path, model=name)
     prior = checkpoint.load(tmp_path / "prior.pt", kind="hdit")
     net = replace(net, whole_thousandths=cfg.time_law == "logit-normal")

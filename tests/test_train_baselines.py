@@ -9,8 +9,8 @@ from small_runs import SCUNETS, SMALL, assert_same, atoms, maps, run, small_pres
 import checkpoint
 import flow
 import train
-import train_config
 import train_objectives
+import train_presets
 import train_resume
 from model_baselines import LatentFlowConfig, VAEConfig, ViTConfig, vae_loss
 from train_baselines import BASELINES
@@ -32,7 +32,7 @@ SMALLS = {
 @pytest.fixture(autouse=True)
 def baselines(small_presets, monkeypatch):
     for name, cfg in SMALLS.items():
-        monkeypatch.setitem(train_config.PRESETS, name, cfg)
+        monkeypatch.setitem(train_presets.PRESETS, name, cfg)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def vae(tmp_path_factory, maps):
     folder = tmp_path_factory.mktemp("vae")
     cfg = replace(SMALLS["small-vae"], data=str(maps), out=str(folder), steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_config.PRESETS, "small-vae", cfg)
+        patch.setitem(train_presets.PRESETS, "small-vae", cfg)
         train.main(["--model", "small-vae"])
     return folder / "vae.pt"
 
@@ -134,7 +134,7 @@ def test_a_latent_flow_without_a_fitting_vae_is_refused(tmp_path, maps, vae, mon
         run(tmp_path / "a", model="small-lfm", data=maps)
     wider = replace(SMALL_LFM, channels=4)
     cfg = replace(SMALLS["small-lfm"], net=wider)
-    monkeypatch.setitem(train_config.PRESETS, "small-lfm", cfg)
+    monkeypatch.setitem(train_presets.PRESETS, "small-lfm", cfg)
     with pytest.raises(ValueError, match="vae.pt: another VAE"):
         run(tmp_path / "b", model="small-lfm", data=maps, init=vae)
 

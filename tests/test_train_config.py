@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 import train
-import train_config
 import train_objectives
+import train_presets
 
 
 def assert_fields(cfg, **wanted):
@@ -14,7 +14,7 @@ def assert_fields(cfg, **wanted):
 
 
 def test_cryofms_numbers_are_those_of_table_4_and_appendix_b1():
-    s, l = train_config.PRESETS["s"], train_config.PRESETS["l"]
+    s, l = train_presets.PRESETS["s"], train_presets.PRESETS["l"]
     for cfg in (s, l):
         assert_fields(cfg, batch=128, lr=1e-4, beta2=0.98, weight_decay=0.01, warmup=2000, clip=1.0)
         assert_fields(cfg, mean=0.04, std=0.09, bf16=True)
@@ -28,7 +28,7 @@ def test_cryofms_numbers_are_those_of_table_4_and_appendix_b1():
 
 
 def test_cryolvms_numbers_are_those_of_table_4():
-    cfg = train_config.PRESETS["sharpen"]
+    cfg = train_presets.PRESETS["sharpen"]
     assert_fields(cfg, optimizer="adamw", lr=3e-5, weight_decay=1e-3, patience=5, batch=32)
     assert_fields(cfg, crop=48, voxel_size=1.0, mean=0.0, std=1.0)
     parameters = sum(p.numel() for p in train_objectives.build(cfg).parameters())
@@ -38,7 +38,7 @@ def test_cryolvms_numbers_are_those_of_table_4():
 
 def test_flags_override_the_preset():
     flags = ["--model", "s", "--steps", "7", "--no-bf16", "--data", "maps", "--std", "0.2"]
-    want = replace(train_config.PRESETS["s"], steps=7, bf16=False, data="maps", std=0.2)
+    want = replace(train_presets.PRESETS["s"], steps=7, bf16=False, data="maps", std=0.2)
     cfg = train.parse(flags)
     assert cfg.typed == ("data", "steps", "std", "bf16")
     assert replace(cfg, typed=()) == want

@@ -5,15 +5,15 @@ import re
 import pytest
 
 import train
-import train_config
 import train_dry_run
+import train_presets
 from model_hdit import HDiT
 
 
 # In 1e9, counted on the authors' release.
 @pytest.mark.parametrize("name, box, want", [("s", 64, 410.67), ("l", 128, 458.09)])
 def test_multiply_adds_are_those_counted_on_the_release(name, box, want):
-    count = train_dry_run.multiply_adds(train_config.PRESETS[name].net, box)
+    count = train_dry_run.multiply_adds(train_presets.PRESETS[name].net, box)
     assert count / 1e9 == pytest.approx(want, rel=1e-4)
 
 
@@ -27,7 +27,7 @@ def test_a_dry_run_takes_one_step_says_what_a_run_costs_and_writes_nothing(tmp_p
     assert re.search(r"loss \d\.\d{4}, \d+\.\d\d s, peak", out)
     assert re.search(r"so a step of 16 takes [\d.,]+ s here, [\d,]+ steps [\d.]+ days", out)
     if model == "tiny":
-        net = HDiT(train_config.PRESETS["tiny"].net)
+        net = HDiT(train_presets.PRESETS["tiny"].net)
         parameters = sum(p.numel() for p in net.parameters())
         assert f"{parameters:,} parameters" in out
         assert f"{20 * parameters / 2**30:.1f} GiB for weights" in out

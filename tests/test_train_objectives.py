@@ -10,10 +10,10 @@ import data_chains
 import data_prepare
 import mrc
 import train
-import train_config
 import train_objectives
+import train_presets
 
-SMALL = replace(train_config.PRESETS["tiny"], crop=16, crops_per_map=2)
+SMALL = replace(train_presets.PRESETS["tiny"], crop=16, crops_per_map=2)
 
 # The alpha carbons of five residues.
 LINE = "ATOM  {0:5d}  C   ALA A{0:4d}    {1:8.3f}{2:8.3f}{3:8.3f}  1.00 20.00           C\n"
@@ -45,7 +45,7 @@ def datasets(path, **changes):
 
 
 def test_a_batch_is_shared_out_to_any_number_of_ranks_that_divides_it():
-    s = train_config.PRESETS["s"]  # 128 crops, 2 from each map, at most 16 at once
+    s = train_presets.PRESETS["s"]  # 128 crops, 2 from each map, at most 16 at once
     shares = {1: (8, 16), 2: (4, 16), 8: (1, 16), 16: (1, 8), 64: (1, 2)}
     assert {world: train_objectives.split_batch(s, world) for world in shares} == shares
     assert train_objectives.split_batch(replace(s, micro_batch=13), 1) == (16, 8)
@@ -118,7 +118,7 @@ def test_models_beside_maps_are_not_used_and_that_is_said(maps, capsys):
 
 
 def test_a_restoration_refuses_maps_without_their_models(tmp_path, maps):
-    cfg = replace(train_config.PRESETS["tiny-sharpen"], data=str(maps))
+    cfg = replace(train_presets.PRESETS["tiny-sharpen"], data=str(maps))
     with pytest.raises(ValueError, match="maps without a pairs.csv"):
         train_objectives.datasets(cfg)
     # A prepared folder holds maps, too, though none is an .mrc.
@@ -179,7 +179,7 @@ def test_every_held_out_crop_counts_the_same_though_parts_are_unequal(monkeypatc
         return part.mean()[None], None
 
     monkeypatch.setattr(train_objectives, "losses", loss_of_part)
-    cfg = replace(train_config.PRESETS[f"tiny-{objective}"], micro_batch=4)
+    cfg = replace(train_presets.PRESETS[f"tiny-{objective}"], micro_batch=4)
     x = torch.arange(5.0)[:, None].expand(5, 8)[:, None]  # parts of four and of one
     tokens = torch.nn.Identity()
     got = train_objectives.held_out_losses(None, tokens, x, cfg)[0]

@@ -9,8 +9,8 @@ import torch
 
 import flow
 import jepa
-import train_config
 import train_optim
+import train_presets
 from model_hdit import HDiT, HDiTConfig
 
 ORACLES = Path(__file__).parent / "oracles"
@@ -75,7 +75,7 @@ def test_muon_is_pytorchs(monkeypatch, bf16, rtol):
 
 def test_muon_takes_the_inner_matrices_and_fairseq_adam_all_else():
     net = HDiT(TINY)
-    cfg = replace(train_config.PRESETS["tiny"], optimizer="muon")
+    cfg = replace(train_presets.PRESETS["tiny"], optimizer="muon")
     name_of = {id(p): name for name, p in net.named_parameters()}
     adam, muon = (
         {name_of[id(p)] for group in optimizer.param_groups for p in group["params"]}
@@ -93,17 +93,17 @@ def test_muon_takes_the_inner_matrices_and_fairseq_adam_all_else():
     assert {"merges.0.proj.weight", "splits.0.proj.weight"} < muon
     assert {"patch_in.proj.weight", "patch_out.proj.weight", "time_in_proj.weight"} < adam
     assert "out_norm.scale" in adam
-    assert len(train_optim.optimizers(net, train_config.PRESETS["s"])) == 1
+    assert len(train_optim.optimizers(net, train_presets.PRESETS["s"])) == 1
 
 
 def test_warm_up_is_that_of_the_release(release):
-    cfg = train_config.PRESETS["s"]
+    cfg = train_presets.PRESETS["s"]
     for step, lr in zip(release["warmup_step"].tolist(), release["warmup_lr"].tolist()):
         assert train_optim.lr_at(step, cfg) == pytest.approx(lr, rel=1e-12)
 
 
 def test_learning_rate_falls_linearly_to_zero_over_the_last_part():
-    cfg = replace(train_config.PRESETS["s"], steps=1000, warmup=100, decay=0.4, lr=1.0)
+    cfg = replace(train_presets.PRESETS["s"], steps=1000, warmup=100, decay=0.4, lr=1.0)
     rates = {n: train_optim.lr_at(n, cfg) for n in (0, 50, 100, 599, 600, 700, 800, 999)}
     want = {0: 0.01, 50: 0.505, 100: 1, 599: 1, 600: 1, 700: 0.75, 800: 0.5, 999: 0.0025}
     assert rates == pytest.approx(want)
@@ -111,7 +111,7 @@ def test_learning_rate_falls_linearly_to_zero_over_the_last_part():
 
 @pytest.mark.parametrize("steps", [10, 20, 21])
 def test_pre_training_reaches_its_peak_even_if_the_run_is_no_longer_than_the_warm_up(steps):
-    cfg = replace(train_config.PRESETS["tiny-jepa"], steps=steps)  # 20 steps of warm-up
+    cfg = replace(train_presets.PRESETS["tiny-jepa"], steps=steps)  # 20 steps of warm-up
     rates = [train_optim.lr_at(n, cfg) for n in range(steps)]
     rising = [cfg.lr / 5 + (cfg.lr - cfg.lr / 5) * (n + 1) / 20 for n in range(min(steps, 20))]
     assert rates[:20] == pytest.approx(rising)
@@ -120,13 +120,13 @@ def test_pre_training_reaches_its_peak_even_if_the_run_is_no_longer_than_the_war
 
 def test_a_low_peak_of_pre_training_is_never_exceeded():
     # I-JEPA's cosine ends at 1e-6, which is above this peak.
-    cfg = replace(train_config.PRESETS["tiny-jepa"], lr=1e-7)
+    cfg = replace(train_presets.PRESETS["tiny-jepa"], lr=1e-7)
     rates = [train_optim.lr_at(n, cfg) for n in range(cfg.steps)]
     assert max(rates) == pytest.approx(1e-7)
 
 
 def test_rates_reach_all_groups_but_a_group_without_decay_stays_without():
-    cfg = replace(train_config.PRESETS["tiny-jepa"], weight_decay=0.1)
+    cfg = replace(train_presets.PRESETS["tiny-jepa"], weight_decay=0.1)
     net = torch.nn.Linear(2, 2)
     opts = train_optim.optimizers(net, cfg)
     lr = train_optim.set_rates(opts, 3, cfg)
