@@ -217,7 +217,7 @@ def test_a_network_that_learns_whole_thousandths_says_so():
 
 
 def test_literal_percentiles_reach_simulated_pairs():
-    cfg = replace(train_config.PRESETS["tiny-mae"], crop=24)
+    cfg = replace(train_presets.PRESETS["tiny-mae"], crop=24)
     x, literal = (
         train_objectives.datasets(replace(cfg, literal_percentiles=literal))[0][0]
         for literal in (False, True)
