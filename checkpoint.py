@@ -9,6 +9,7 @@ stranger runs no code:
     voxel_size   Å, the sampling the network was trained at
     box          voxels per side of its training crops: the tile that sampling.py evaluates
     mean, std    network value = (density / 99.999 percentile - mean) / std; 0 and 1 for "scunet"
+    percentiles  of a map that become 0 and 1 before mean and std: volume.CLIP, or LITERAL
     task         not of "hdit": the objective, such as "jepa", "mae", "sharpen", "vae"
     references   "hdit" only: densities it was trained on, uint8 (n, box, box, box), 255 for the
                  99.999 percentile of the map each was cut from; grey_scale.py compares with them
@@ -34,6 +35,7 @@ from model_baselines import VAE, LatentFlow, LatentFlowConfig, VAEConfig, ViT, V
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 from terminal import say
+from volume import CLIP
 
 # kind -> the class of the network and of its config.
 NETWORKS = {
@@ -43,7 +45,7 @@ NETWORKS = {
     "vae": (VAE, VAEConfig),
     "lfm": (LatentFlow, LatentFlowConfig),
 }
-# What every checkpoint has. Files from before "task", "training" and "references" lack these.
+# What every checkpoint has. Older files lack "percentiles", "task", "training" or "references".
 KEYS = {"kind", "config", "weights", "voxel_size", "box", "mean", "std"}
 
 # What zipfile and torch.load raise for a file of another kind, cut short or with a bit flipped.
@@ -86,6 +88,7 @@ class Prior:
     mean: float
     std: float
     sha256: str  # of the file
+    percentiles: tuple[float, float] = CLIP
     task: str = ""
     training: dict | None = None
     references: Tensor | None = None
@@ -104,6 +107,7 @@ def save(
     box: int,
     mean: float,
     std: float,
+    percentiles: tuple[float, float] = CLIP,
     task: str = "",
     training: dict | None = None,
     references: Tensor | None = None,
@@ -128,6 +132,7 @@ def save(
         box=int(box),
         mean=float(mean),
         std=float(std),
+        percentiles=tuple(percentiles),
         task=task,
         training=training,
         references=references,
@@ -165,6 +170,7 @@ def load(
     return Prior(
         net=net.to(device).eval().requires_grad_(False),
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        percentiles=tuple(content.get("percentiles", CLIP)),
         task=content.get("task", ""),
         training=content.get("training"),
         references=content.get("references"),
@@ -242,6 +248,10 @@ def check_fields(path, content: dict) -> None:
         cubes = count >= 2 and min(sides) == max(sides) >= 2
         return cubes and bool(value.max() > value.min())
 
+    def is_range(value):
+        numbers = isinstance(value, list | tuple) and len(value) == 2
+        return numbers and is_number(value[1], 0, 101) and is_number(value[0], -1, value[1])
+
     # The config is checked in `build`, which knows its network.
     weights = content["weights"]
     is_right = {
@@ -252,6 +262,7 @@ def check_fields(path, content: dict) -> None:
         "box": type(content["box"]) is int and 0 < content["box"] <= MOST_BOX,
         "mean": is_number(content["mean"], -1e6, 1e6),
         "std": is_number(content["std"], 0, 1e6),
+        "percentiles": is_range(content.get("percentiles", CLIP)),
         "task": isinstance(content.get("task", ""), str),
         "training": isinstance(content.get("training"), dict | None),
         "references": is_references(content.get("references")),

@@ -33,7 +33,7 @@ from augment import (
 from data_prepare import SETTINGS, read_index, read_settings
 from files import list_files
 from mrc import MAP_SUFFIXES, read_map, resample_map
-from volume import GreyScale, center_crop, cube, density_mask, normalise, rotate
+from volume import CLIP, GreyScale, center_crop, cube, density_mask, normalise, rotate
 
 
 class Volume(NamedTuple):
@@ -51,13 +51,20 @@ class Volume(NamedTuple):
         return self.density.numpy()
 
 
-def prepared_files(folder: Path, voxel_size: float) -> list[Path]:
+def prepared_files(folder: Path, voxel_size: float, percentiles=CLIP) -> list[Path]:
     """The .npy files of a folder that data_prepare made, one per entry that was not skipped.
 
-    Raises ValueError if the folder was prepared for another voxel size.
+    Raises ValueError if the folder was prepared for another voxel size or other percentiles.
     """
-    # The settings say for what voxel size.
-    made_for = read_settings(folder)["voxel_size"]
+    # The settings say for what voxel size, and how densities were clipped.
+    settings = read_settings(folder)
+    clipped = tuple(settings.get("percentiles", CLIP))
+    if clipped != percentiles:
+        raise ValueError(
+            f"{folder}: prepared with percentiles {clipped}, wanted are {percentiles}; "
+            "--literal-percentiles must be given to both data_prepare.py and train.py, or neither"
+        )
+    made_for = settings["voxel_size"]
     if made_for != voxel_size:
         raise ValueError(
             f"{folder}: prepared at {made_for:g} Å per voxel, wanted are {voxel_size:g}; "
@@ -66,13 +73,15 @@ def prepared_files(folder: Path, voxel_size: float) -> list[Path]:
     return [folder / f"{row['entry']}.npy" for row in read_index(folder) if not row["skipped"]]
 
 
-def read_cube(file: Path, voxel_size: float, box: int | None) -> tuple[Tensor, tuple[str, ...]]:
+def read_cube(
+    file: Path, voxel_size: float, box: int | None, percentiles=CLIP
+) -> tuple[Tensor, tuple[str, ...]]:
     """A deposited map on the grid of voxel_size (Å), scaled to 0..1: (n, n, n) float16; notes.
 
     Raises ValueError if it holds hardly any density or, with `box`, none in its middle.
     """
     # Resample, scale to 0..1 and pad to a cube.
-    density, statistics = cube(resample_map(read_map(file), voxel_size).density)
+    density, statistics = cube(resample_map(read_map(file), voxel_size).density, percentiles)
     if box and center_crop(density, min(box, len(density))).max() <= 0.1:
         raise ValueError(f"hardly any density in the middle {box} voxels; centre it first")
     grey = GreyScale(statistics["background"], statistics["sign"])
@@ -80,19 +89,22 @@ def read_cube(file: Path, voxel_size: float, box: int | None) -> tuple[Tensor, t
 
 
 def read_volumes(
-    path: str | Path, voxel_size: float, box: int | None = None
+    path: str | Path, voxel_size: float, box: int | None = None, percentiles=CLIP
 ) -> tuple[list[Volume], list[str]]:
     """The maps of a folder (or one file) on the grid of voxel_size (Å), and a line per refused map.
 
     A prepared folder is mapped into memory. Any other map is read and resampled, 2 bytes per voxel.
     A map is refused if it cannot be read, or is no density above a background (volume.cube). With
-    `box`, its middle must hold some (not checked where prepared).
-    Raises ValueError if the folder was prepared for another voxel size.
+    `box`, its middle must hold some (not checked where prepared). percentiles: as in volume.CLIP.
+    Raises ValueError if the folder was prepared for another voxel size or other percentiles.
     """
     # A folder that data_prepare made says so by its settings.
     path = Path(path)
     prepared = (path / SETTINGS).exists()
-    files = prepared_files(path, voxel_size) if prepared else list_files(path, MAP_SUFFIXES)
+    if prepared:
+        files = prepared_files(path, voxel_size, percentiles)
+    else:
+        files = list_files(path, MAP_SUFFIXES)
 
     # One bad file must not stop the others: note why it is left out.
     volumes = []
@@ -106,7 +118,7 @@ def read_volumes(
                     raise ValueError(f"{x.dtype} {x.shape}, not a prepared map; prepare it again")
                 density = file
             else:
-                density, notes = read_cube(file, voxel_size, box)
+                density, notes = read_cube(file, voxel_size, box, percentiles)
         except (ValueError, OSError, EOFError) as error:  # EOFError: an empty .npy
             refused.append(str(error) if str(file) in str(error) else f"{file}: {error}")
         else:

@@ -40,7 +40,7 @@ from degrade import (
 )
 from fourier import apply_fourier, lowpass, wavenumber
 from mrc import read_map, resample_map
-from volume import density_mask, find_grey_scale, normalise, pad
+from volume import CLIP, density_mask, find_grey_scale, normalise, pad
 
 FINE = 1.8  # Å: the resolution that superres wants, and of the model before anything blurs it
 
@@ -215,6 +215,7 @@ class SimulatedPairs(RandomItems):
     voxel_size: float  # Å
     resolution: tuple[float, float]  # Å
     missing: str = "wedge"
+    percentiles: tuple[float, float] = CLIP
 
     def draw(self, structure: Structure, generator: Generator) -> Tensor:
         # Simulate the pair and scale both maps to 0..1.
@@ -231,7 +232,8 @@ class SimulatedPairs(RandomItems):
             shape=(self.box,) * 3,
             origin=-self.voxel_size * (self.box // 2),
         )
-        pair = torch.stack([normalise(x, 0, 1)[0] for x in pair])
+        low, high = self.percentiles
+        pair = torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in pair])
 
         # A wedge has an orientation, which flips keep and rotations do not. All crops show the
         # molecule. The shipped weights were trained so, but without flips.
@@ -253,7 +255,13 @@ class Pair(NamedTuple):
 
 
 def read_pair(
-    map_file: Path, model_file: Path, task: str, resolution: float, voxel_size, say=print
+    map_file: Path,
+    model_file: Path,
+    task: str,
+    resolution: float,
+    voxel_size,
+    say=print,
+    percentiles=CLIP,
 ) -> Pair:
     """A deposited map and `molmap` of its model, on the grid of voxel_size (Å).
 
@@ -282,11 +290,14 @@ def read_pair(
 
     # Scale both to 0..1, the map from its background on.
     density = find_grey_scale(source.density).to_work(source.density)
-    pair = torch.stack([normalise(x, 0, 1)[0] for x in (density, wanted)])
+    low, high = percentiles
+    pair = torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in (density, wanted)])
     return Pair(map_file.name.split(".")[0], pair.half())
 
 
-def read_pairs(folder: str | Path, task: str, voxel_size: float, say=print) -> list[Pair]:
+def read_pairs(
+    folder: str | Path, task: str, voxel_size: float, say=print, percentiles=CLIP
+) -> list[Pair]:
     """The pairs that FOLDER/pairs.csv lists, on the grid of voxel_size (Å).
 
     A pair that cannot be read is skipped. say: gets a line for each.
@@ -303,7 +314,8 @@ def read_pairs(folder: str | Path, task: str, voxel_size: float, say=print) -> l
     refused = []
     for map_file, model_file, resolution in rows:
         try:
-            pairs.append(read_pair(map_file, model_file, task, resolution, voxel_size, say))
+            pair = read_pair(map_file, model_file, task, resolution, voxel_size, say, percentiles)
+            pairs.append(pair)
         except (ValueError, OSError) as error:
             named = str(map_file) in str(error) or str(model_file) in str(error)
             refused.append(str(error) if named else f"{map_file}: {error}")

@@ -44,7 +44,7 @@ from data_quality import choose_pairs, read_ids
 from files import atomic_write, refuse_existing, write_json
 from mrc import read_map, resample_map
 from terminal import one_line_for_memory, run_program, say
-from volume import cube
+from volume import CLIP, LITERAL, cube
 
 # In a prepared folder, beside emd_1234.npy, ...
 INDEX = "index.csv"
@@ -198,10 +198,13 @@ def begin_or_continue(folder: Path, settings: dict) -> dict[str, dict]:
     return done
 
 
-def prepare_map(file: Path, out: Path, voxel_size: float, max_side: float) -> dict:
+def prepare_map(
+    file: Path, out: Path, voxel_size: float, max_side: float, percentiles=CLIP
+) -> dict:
     """One map -> out/emd_1234.npy, float16 (n, n, n) scaled to 0..1. Returns its row of the index.
 
-    voxel_size and max_side in Å. A map that is too large or unreadable is skipped.
+    voxel_size and max_side in Å; percentiles: as in volume.CLIP. A map that is too large
+    or unreadable is skipped.
     """
     label = file.name.split(".")[0].lower()
     row = dict(entry=label, file=file, split="test" if held_out(label) else "train")
@@ -216,7 +219,7 @@ def prepare_map(file: Path, out: Path, voxel_size: float, max_side: float) -> di
             return dict(row, skipped=f"side longer than {max_side:g} Å")
         with one_line_for_memory(f"give a larger --voxel-size than {voxel_size:g}"):
             map = resample_map(map, voxel_size)  # a low-pass, too
-            x, statistics = cube(map.density)
+            x, statistics = cube(map.density, percentiles)
     except (ValueError, OSError) as error:
         return dict(row, skipped=f"unreadable: {error}")
 
@@ -263,13 +266,15 @@ def prepare(
     workers: int = 1,
     half_maps: bool = True,
     excluded: str | Path | None = None,
+    literal_percentiles: bool = False,
     say=say,
 ) -> list[dict]:
     """EMDB's maps below `folder` -> the folder `out`, which train.py reads; returns its index.
 
     voxel_size: of all prepared maps, Å; metadata: a CSV for `rejected`, without which nothing is
     known of an entry; max_resolution: Å; max_side: longest side of a map, Å; workers: processes;
-    half_maps: leave out entries without; excluded: a file that names entries to leave out.
+    half_maps: leave out entries without; excluded: a file that names entries to leave out;
+    literal_percentiles: clip as volume.LITERAL.
     A run that was stopped goes on where it was, and looks again at maps that were skipped.
     Raises ValueError and OSError for bad arguments, folders and disks; a bad map stops nothing.
     """
@@ -287,7 +292,10 @@ def prepare(
     # Read what is known of the entries, and what an earlier run did.
     entries = read_metadata(metadata) if metadata else None
     test_set = read_ids(excluded) if excluded else set()
-    # Folders from before these two flags go on, too.
+    percentiles = LITERAL if literal_percentiles else CLIP
+    # Folders from before these flags go on, too.
+    if literal_percentiles:
+        settings["percentiles"] = list(LITERAL)
     if not half_maps:
         settings["half_maps"] = False
     if test_set:
@@ -313,10 +321,11 @@ def prepare(
 
     # Prepare the rest. Each row is on disk before the next map, so that a stopped run can go on.
     write_index(out, rows)
+    how = (out, voxel_size, max_side, percentiles)
     began = said = time.monotonic()
     with open(out / INDEX, "a", newline="") as file:
         index = csv.DictWriter(file, COLUMNS.split(","))
-        for n, row in enumerate(prepare_maps(todo, workers, out, voxel_size, max_side), 1):
+        for n, row in enumerate(prepare_maps(todo, workers, *how), 1):
             rows.append(row)
             index.writerow(row)
             file.flush()
@@ -367,6 +376,11 @@ def parse(argv) -> argparse.Namespace:
     )
     one.add_argument("--metadata", help="CSV of EMDB's search; without it only maps are judged")
     one.add_argument("--max-side", type=float, default=576.0, help="Å (default: 576)")
+    one.add_argument(
+        "--literal-percentiles",
+        action="store_true",
+        help="clip to the 1st and 99th percentile, as CryoLVM's D.1 says literally",
+    )
     one.add_argument(
         "--held-out",
         dest="excluded",

@@ -67,8 +67,8 @@ def super_resolve(
     found, facts = ask_network(work.density, network, settings, say)
 
     # Departure 2: scale the result by least squares at 10 Å.
-    maximum = settings.maximum or volume.top_value(work.density, settings.percentile)
-    factor = low_frequency_ratio(work.density.clamp(0, maximum), found, work.voxel_size)
+    seen = work.density.clamp(facts["minimum"], facts["maximum"])
+    factor = low_frequency_ratio(seen, found, work.voxel_size)
     facts["grey_scale_factor"] = factor
     say(f"grey scale: times {factor:.3g}, so that the map agrees with the input beyond 10 Å")
     return answer_of_network(map, found * factor, settings, facts)
@@ -96,11 +96,12 @@ def ask_network(
     density: Tensor, network: Prior, settings: NetworkSettings, say=print
 ) -> tuple[Tensor, dict]:
     """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
-    # Clip and scale the map to 0 .. 1 as in appendix D.1, then to network scale. These networks
+    # Clip and scale the map to 0 .. 1 as in training, then to network scale. These networks
     # learnt from blurred maps that were divided by their own percentile, so that is the maximum.
-    x, scale = volume.normalise(
-        density, network.mean, network.std, settings.percentile, settings.maximum
-    )
+    low, high = network.percentiles
+    if settings.percentile is not None:
+        high = settings.percentile
+    x, scale = volume.normalise(density, network.mean, network.std, high, settings.maximum, low)
     device = posterior.device_of(network)
     if network.task in KNOWN_LOSSES:
         say(
@@ -128,7 +129,8 @@ def ask_network(
         "method": "network",
         "stride": settings.stride,
         "fusion": settings.fusion,
-        "percentile": settings.percentile,
+        "percentile": high,
+        "minimum": scale.minimum,
         "maximum": scale.maximum,
         "box": list(density.shape),
     }

@@ -303,10 +303,11 @@ class NetworkSettings(MaskSettings):
     # Appendix G.4 compares strides and fusions; D.1 gives the percentile.
     stride: int = opt(12, "voxels from tile to tile", ONE_OR_MORE)
     fusion: str = opt("gaussian", "weights of overlapping tiles", choices=tuple(WINDOWS))
-    percentile: float = opt(
-        99.999,
-        "densities are clipped to 0 and this percentile, and divided by it",
+    percentile: float | None = opt(
+        None,
+        "densities are clipped to it, and it becomes 1 (default: as in the network's training)",
         Limits(math.ulp(0.0), 100, "a number above 0, at most 100"),
+        type=float,
     )
 
     def __post_init__(self):

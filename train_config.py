@@ -20,6 +20,7 @@ RESTORATIONS = ("sharpen", "superres", "wedge3d")
 FLOW = ("flow",)
 FLOWS = ("flow", "lfm")
 GENERATIVE = (*FLOWS, "vae")
+LVM = (*PRETRAINING, *RESTORATIONS)
 ON_MAPS = (*GENERATIVE, *PRETRAINING)
 SCHEDULED = (*GENERATIVE, *RESTORATIONS)
 AVERAGED = (*GENERATIVE, "mae", *RESTORATIONS)
@@ -78,6 +79,7 @@ class TrainConfig:
     # The grey scale: network value = (clipped density - mean) / std.            section 4.2
     mean: float = opt(0.04, "of the clipped density", "(-inf, inf)", only=GENERATIVE)
     std: float = opt(0.09, "of the clipped density", "(0, inf)", only=GENERATIVE)
+    literal_percentiles: bool = opt(False, "clip to percentiles 1 and 99", only=LVM)  # D.1
 
     # The objective.
     time_law: str = opt("uniform", "of times", choices=("uniform", "logit-normal"), only=FLOWS)
@@ -115,9 +117,7 @@ class TrainConfig:
         only=RESTORATIONS,
     )
     beta2: float = opt(0.98, "of Adam; beta1 is 0.9", "[0, 1)")  # B.1
-    weight_decay: float = opt(
-        0.01, "decoupled; pre-training: rises to 0.4, 0: none", "[0, inf)"
-    )  # B.1
+    weight_decay: float = opt(0.01, "decoupled (pre-training: to 0.4), 0: none", "[0, inf)")  # B.1
     clip: float = opt(1.0, "largest norm of the gradient", "(0, inf]")  # release
     ema_decay: float = opt(0.99, "of the averaged weights", "[0, 1]", only=AVERAGED)  # release
 

@@ -34,6 +34,7 @@ from model_baselines import vae_loss
 from model_hdit import Block, HDiT
 from model_scunet import SwinConvBlock
 from train_config import FLOWS, GENERATIVE, PRETRAINING, RESTORATIONS, TrainConfig, flag
+from volume import CLIP, LITERAL
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
 MOST_RAW_MAPS = 16  # that several ranks read without data_prepare.py
@@ -92,7 +93,9 @@ def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
 
     # Maps with their models, listed.
     if restoring and (path / data_pairs.PAIRS).exists():
-        return data_pairs.read_pairs(cfg.data, cfg.objective, cfg.voxel_size, say), crops_of_pairs
+        clip = percentiles(cfg)
+        pairs = data_pairs.read_pairs(cfg.data, cfg.objective, cfg.voxel_size, say, clip)
+        return pairs, crops_of_pairs
 
     # Maps alone, which a restoration cannot learn from. They come before models beside them.
     holds_maps = bool(files.list_files(cfg.data, mrc.MAP_SUFFIXES))
@@ -131,7 +134,7 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
     """The maps of --data. Raises ValueError if more than 1 % of them cannot be used."""
     center = cfg.center_crops or cfg.augmentation == "center"
     box = cfg.crop if center else None
-    volumes, refused = data.read_volumes(cfg.data, cfg.voxel_size, box)
+    volumes, refused = data.read_volumes(cfg.data, cfg.voxel_size, box, percentiles(cfg))
     for volume in volumes:
         for note in volume.notes:
             say(f"{volume.label}: {note}")
@@ -170,8 +173,18 @@ def simulated(structures, seed: int, cfg: TrainConfig):
     # Pre-training uses the first map of a pair: what a deposited map looks like.
     task = cfg.objective if cfg.objective in RESTORATIONS else "sharpen"
     return data_pairs.SimulatedPairs(
-        structures, task=task, box=2 * cfg.crop, missing=cfg.missing, **common
+        structures,
+        task=task,
+        box=2 * cfg.crop,
+        missing=cfg.missing,
+        percentiles=percentiles(cfg),
+        **common,
     )
+
+
+def percentiles(cfg: TrainConfig) -> tuple[float, float]:
+    """Of a map, those that become 0 and 1."""
+    return LITERAL if cfg.literal_percentiles else CLIP
 
 
 def crops_of_maps(volumes, seed: int, cfg: TrainConfig):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import checkpoint
 from train_config import PRETRAINING, TrainConfig, flag, used_by
-from train_objectives import blocks_of, build, new_network
+from train_objectives import blocks_of, build, new_network, percentiles
 from train_optim import averaged, has_fused, optimizers
 from train_ranks import Ranks, own_part, parted, whole
 
@@ -302,6 +302,7 @@ def print_new_scales(prior: checkpoint.Prior, cfg: TrainConfig, say=print) -> No
     print_change("crop", prior.box, cfg.crop, say)
     print_change("mean", prior.mean, cfg.mean, say)
     print_change("std", prior.std, cfg.std, say)
+    print_change("percentiles", prior.percentiles, percentiles(cfg), say)
 
 
 def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
@@ -385,6 +386,7 @@ class Checkpoints:
 
         # All files open as networks. CryoLVM's say which task they are for.
         shared = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
+        shared["percentiles"] = percentiles(cfg)
         shared["references"] = self.references
         if cfg.objective != "flow":
             shared["task"] = cfg.objective

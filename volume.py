@@ -30,6 +30,10 @@ from torch import Tensor
 
 # ---- Grey scale ------------------------------------------------------------------------------
 
+# Percentiles that become 0 and 1. A low one of 0 stands for the value 0.
+CLIP = (0.0, 99.999)  # (1)
+LITERAL = (1.0, 99.0)  # "the 0.01 - 0.99 percentile range" of CryoLVM's D.1; saturates protein
+
 LEAST_SKEW = 0.4  # of a smoothed map; below it, the sign of protein is not clear
 
 
@@ -135,11 +139,15 @@ def find_grey_scale(
 
 
 class Scale(NamedTuple):
-    """The numbers of (1), for network scale and back. `maximum` is p, in the map's units."""
+    """The numbers of (1), for network scale and back. In the map's units, `maximum` is p.
+
+    minimum: 0, or the low percentile of `normalise`.
+    """
 
     maximum: float
     mean: float
     std: float
+    minimum: float = 0.0
 
 
 def normalise(
@@ -148,10 +156,12 @@ def normalise(
     std: float,
     percentile: float = 99.999,
     maximum: float | None = None,
+    low: float = 0.0,
 ) -> tuple[Tensor, Scale]:
     """One map of any shape in network scale (1), and the scale that `denormalise` needs.
 
-    maximum: p of (1) instead of the map's percentile.
+    maximum: p of (1) instead of the map's percentile. low: a percentile that becomes 0 in (1), as
+    in LITERAL, instead of the value 0.
     Raises ValueError if the percentile is not positive: dark protein, or hardly any density.
     """
     if maximum is None:
@@ -161,8 +171,13 @@ def normalise(
             f"the map's {percentile} percentile is {maximum:g} and must be positive; "
             "where protein is dark, multiply the map by -1"
         )
-    x = (density.clamp(0, maximum) / maximum - mean) / std  # (1)
-    return x, Scale(maximum, mean, std)
+
+    # As many values lie below a percentile as above the opposite one of the negative map.
+    minimum = -top_value(-density, 100 - low) if low else 0.0
+    if not maximum > minimum:
+        raise ValueError(f"the map's {low} percentile is {minimum:g}, and its maximum is no larger")
+    x = (density.clamp(minimum, maximum) - minimum) / (maximum - minimum)
+    return (x - mean) / std, Scale(maximum, mean, std, minimum)  # (1)
 
 
 def top_value(density: Tensor, percentile: float) -> float:
@@ -185,10 +200,10 @@ def denormalise(x: Tensor, scale: Scale) -> Tensor:
     `scale.maximum` (one voxel in 100,000) as the maximum. Nothing is clipped here, so values of a
     network may lie beyond.
     """
-    return (x * scale.std + scale.mean) * scale.maximum
+    return (x * scale.std + scale.mean) * (scale.maximum - scale.minimum) + scale.minimum
 
 
-def cube(density: Tensor) -> tuple[Tensor, dict]:
+def cube(density: Tensor, percentiles: tuple[float, float] = CLIP) -> tuple[Tensor, dict]:
     """A map as it is trained on, float16 (n, n, n) on 0..1, and its statistics before padding.
 
     Its background and its sign are found and taken out. It is padded with 0 to a cube, so that no
@@ -201,7 +216,8 @@ def cube(density: Tensor) -> tuple[Tensor, dict]:
     refuse_full(density, grey)
 
     # An empty map, or one with a single bright voxel, teaches nothing.
-    x, scale = normalise(density, 0, 1)
+    low, high = percentiles
+    x, scale = normalise(density, 0, 1, high, low=low)
     filled = float((x > 0.1).float().mean())
     if filled < 1e-4:
         share = f"{filled:.1e} of its voxels are above a tenth of the top"

@@ -6,14 +6,19 @@
     augmentation   CryoFM Fig. 14, F.1     center, random, rot24, so3
     normalisation  Fig. 9                  off: mean 0 and std 1; on is the run "so3"
     patches        Figs. 8, 15, Table 7    loss against FLOP; p4-d1 is the run "so3"
-    pretraining    CryoLVM Tables 10, 11   scratch, JEPA (mask: input or embedding), MAE; sharpening
+    pretraining    CryoLVM Tables 10, 11   scratch, JEPA (mask: input or embedding), MAE, and the
+                                           shipped JEPA (500 steps of 16); sharpening
     loss           Table 9                 composite: alpha = 0.5; 1: the run "JEPA, mask at input"
     fusion         Table 12                Gaussian or mean, every half box; the shipped networks
 
-Flow priors are scored by the loss of maps that they have not seen and of training maps, and by
-FSC_AUC in the missing wedge. Restorations: squared error and histogram divergence (times 1e-3),
-correlation with the wanted map. Training structures are those of structures/train.npz that train.py
-trains on, scores are of structures/val.npz.
+Flow priors are scored by four numbers:
+    train_loss     of training maps, cut and turned as in training
+    unseen_loss    of other maps, cut and turned as in training: above train_loss, it overfits
+    so3_loss       of other maps in any orientation, the same crops for every variant
+    wedge_auc      FSC_AUC in the missing wedge of other maps
+Restorations: squared error and histogram divergence (times 1e-3), correlation with the wanted map.
+Training structures are those of structures/train.npz that train.py trains on, scores are of
+structures/val.npz.
 
 Each run is appended to the csv when it is done, and a run that is in the csv is not done again. Of
 the networks only the pre-trained ones are kept, beside the csv.
@@ -55,22 +60,23 @@ from train_config import TrainConfig
 from train_dry_run import multiply_adds
 from train_optim import set_rates, update_average
 from train_presets import PRESETS
+from train_ranks import Ranks
 from train_resume import begin, network_for_use
 from volume import center_crop
 
 # Of the csv. A run has those scores that its ablation asks for.
-SCORES = ("tflop", "train_loss", "unseen_loss", "wedge_auc", "mse", "js", "cc")
+SCORES = ("tflop", "train_loss", "unseen_loss", "so3_loss", "wedge_auc", "mse", "js", "cc")
 COLUMNS = ("ablation", "variant", "seed", "steps", "seconds", *SCORES)
 SEEDS = (0, 1)
-FLOW_STEPS = 300
+FLOW_STEPS = 500
 PRE_STEPS = 150
-FINE_STEPS = 200
+FINE_STEPS = 150
 CPU = torch.device("cpu")
 
 # Small structures, so that a box of 32 voxels of 1.5 Å shows most of one.
 EXTENT = 60  # Å
-TRAINED_ON = 24
-UNSEEN = 8
+WEDGES = 8  # maps that get a missing wedge
+TRAINED_ON = 24  # pre-training sees all small ones, as the paper's sees more than fine-tuning
 
 FLOW = replace(
     PRESETS["tiny"],
@@ -81,7 +87,7 @@ FLOW = replace(
     crop=16,
     crops_per_map=2,
     ema_decay=0.99,
-    held_out_crops=32,
+    held_out_crops=64,
 )
 
 # Table 7 in small: a twelfth of the widths (p4-d2 outside: a sixth, for heads of 64 channels).
@@ -93,7 +99,7 @@ PATCHES = {
 }
 
 # CryoLVM's networks, on smaller crops than the presets have.
-SMALL = dict(crop=24, batch=4, micro_batch=4, crops_per_map=2, held_out_crops=16, workers=0)
+SMALL = dict(crop=24, batch=4, micro_batch=4, crops_per_map=2, held_out_crops=64, workers=0)
 JEPA = replace(PRESETS["tiny-jepa"], steps=PRE_STEPS, **SMALL)
 MAE = replace(PRESETS["tiny-mae"], steps=PRE_STEPS, **SMALL)
 PRETRAINED = {
@@ -101,6 +107,7 @@ PRETRAINED = {
     "JEPA, mask at embedding": replace(JEPA, mask_at="embedding"),
     "MAE": MAE,
 }
+SHIPPED = WEIGHTS.with_name("scunet_tiny_jepa.pt")
 SHARPEN = replace(PRESETS["tiny-sharpen"], steps=FINE_STEPS, **SMALL)
 
 
@@ -113,14 +120,11 @@ def extent(structure: atoms.Structure) -> float:
 
 
 def structures_for(train: Path, val: Path) -> tuple[list, list]:
-    """(training, unseen) structures, the first ones that are small enough."""
-
-    def small(entries, count):
-        return [s for s in entries if extent(s) <= EXTENT][:count]
-
+    """(training, unseen) structures that are small enough."""
     # train.py never trains on one in twenty.
     trained, _ = train_objectives.split(atoms.read_structures(train, silent))
-    return small(trained, TRAINED_ON), small(atoms.read_structures(val, silent), UNSEEN)
+    unseen = atoms.read_structures(val, silent)
+    return tuple([s for s in entries if extent(s) <= EXTENT] for entries in (trained, unseen))
 
 
 def maps_of(structures: list) -> list[data.Volume]:
@@ -143,14 +147,16 @@ def pairs_of(structures: list, cfg: TrainConfig, seed: int) -> data_pairs.Simula
 
 def train(cfg: TrainConfig, items) -> torch.nn.Module:
     """train.py's loop without its files: the averaged network after cfg.steps steps."""
-    state = begin(cfg, None, CPU, silent)
+    ranks = Ranks()
+    ranks.device = CPU
+    state = begin(cfg, None, ranks)
     per_batch = cfg.batch // cfg.crops_per_map
     for step in range(cfg.steps):
         # The items and the random numbers of this step.
         set_rates(state.optimizers, step, cfg)
         numbers = range(step * per_batch, (step + 1) * per_batch)
         x = torch.cat([items[i] for i in numbers])
-        generator = noise_generator(cfg.seed, step, CPU)
+        generator = noise_generator(cfg, step, CPU)
 
         # Forward and backward, then update.
         with flow.autocast(CPU, cfg.bf16):
@@ -182,7 +188,7 @@ def mean_loss(net: torch.nn.Module, items, cfg: TrainConfig) -> float:
 def wedge_auc(net: torch.nn.Module, volumes: list, cfg: TrainConfig) -> float:
     """FSC_AUC in the missing wedge of the middle 32^3 voxels, one sample each, no noise."""
     scores = []
-    for volume in volumes[:4]:
+    for volume in volumes[:WEDGES]:
         truth = center_crop(volume.density, 32)
         measured = WedgeSettings().measured(Map(truth, cfg.voxel_size))
         y = Map(fourier.apply_fourier(truth, measured), cfg.voxel_size)
@@ -192,13 +198,16 @@ def wedge_auc(net: torch.nn.Module, volumes: list, cfg: TrainConfig) -> float:
     return sum(scores) / len(scores)
 
 
-def flow_scores(net, cfg: TrainConfig, trained: list, unseen: list) -> dict[str, float]:
-    """Losses in any orientation, and the wedge. Of training maps the crops are others, too."""
+def flow_scores(net, cfg: TrainConfig, augmentation: str, sets: dict) -> dict[str, float]:
+    """The scores of a flow prior. Of training maps the crops are others, but not of "center"."""
+    trained = sets["train maps"]
+    unseen = sets["val maps"]
     flop = 6 * multiply_adds(cfg.net, cfg.crop) * cfg.batch * cfg.steps  # Peebles & Xie 2023
     return {
         "tflop": flop / 1e12,
-        "train_loss": mean_loss(net, crops_of(trained, cfg, seed=10), cfg),
-        "unseen_loss": mean_loss(net, crops_of(unseen, cfg, seed=11), cfg),
+        "train_loss": mean_loss(net, crops_of(trained, cfg, 10, augmentation), cfg),
+        "unseen_loss": mean_loss(net, crops_of(unseen, cfg, 11, augmentation), cfg),
+        "so3_loss": mean_loss(net, crops_of(unseen, cfg, 11), cfg),
         "wedge_auc": wedge_auc(net, unseen, cfg),
     }
 
@@ -220,9 +229,8 @@ def restoration_scores(net, cfg: TrainConfig, unseen: list) -> dict[str, float]:
 
 
 def run_flow(cfg: TrainConfig, augmentation: str, sets: dict) -> dict[str, float]:
-    # Only training maps are cut and turned as asked. The scores are for any orientation.
     net = train(cfg, crops_of(sets["train maps"], cfg, cfg.seed, augmentation))
-    return flow_scores(net, cfg, sets["train maps"], sets["val maps"])
+    return flow_scores(net, cfg, augmentation, sets)
 
 
 def run_normalisation(variant: str, seed: int, sets: dict) -> dict[str, float]:
@@ -243,7 +251,7 @@ def pretrained(variant: str, seed: int, sets: dict) -> str:
     cfg = replace(PRETRAINED[variant], seed=seed)
     path = sets["folder"] / f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}.pt"
     if not path.exists():
-        net = train(cfg, pairs_of(sets["train"], cfg, seed))
+        net = train(cfg, pairs_of(sets["pretrain"], cfg, seed))
         numbers = dict(voxel_size=cfg.voxel_size, box=cfg.crop, mean=cfg.mean, std=cfg.std)
         checkpoint.save(path, net, **numbers, task=cfg.objective)
     return str(path)
@@ -255,7 +263,8 @@ def run_sharpening(cfg: TrainConfig, sets: dict) -> dict[str, float]:
 
 
 def run_pretraining(variant: str, seed: int, sets: dict) -> dict[str, float]:
-    init = "" if variant == "scratch" else pretrained(variant, seed, sets)
+    starts = {"scratch": "", "JEPA, shipped": str(SHIPPED)}
+    init = starts[variant] if variant in starts else pretrained(variant, seed, sets)
     return run_sharpening(replace(SHARPEN, seed=seed, init=init), sets)
 
 
@@ -265,7 +274,7 @@ def run_loss(variant: str, seed: int, sets: dict) -> dict[str, float]:
 
 
 def run_fusion(variant: str, seed: int, sets: dict) -> dict[str, float]:
-    """The shipped wedge network on four structures of its own for each seed."""
+    """The shipped wedge network on eight structures of its own for each seed."""
     # The paper's stride of 24 is half of its box, too.
     network = checkpoint.load(WEIGHTS.with_name("scunet_tiny_wedge3d.pt"), kind="scunet")
     settings = NetworkSettings(stride=network.box // 2, fusion=variant)
@@ -274,7 +283,7 @@ def run_fusion(variant: str, seed: int, sets: dict) -> dict[str, float]:
     large = [s for s in sets["val archive"] if extent(s) > 70]
     structures = large[seed::2]
     scores = defaultdict(list)
-    for case in simulated("wedge3d", structures, 100, 4, 0.03):
+    for case in simulated("wedge3d", structures, 130, 8, 0.03):
         found, _ = ask_network(case.observed.density, network, settings, silent)
         for name, score in against_truth(found, case).items():
             scores[name].append(score)
@@ -286,9 +295,9 @@ ABLATIONS: dict[str, tuple[Callable, tuple[str, ...], int]] = {
     "augmentation": (run_augmentation, ("center", "random", "rot24", "so3"), FLOW_STEPS),
     "normalisation": (run_normalisation, ("off",), FLOW_STEPS),
     "patches": (run_patches, tuple(PATCHES), FLOW_STEPS),
-    "fusion": (run_fusion, ("gaussian", "mean"), 0),
-    "pretraining": (run_pretraining, ("scratch", *PRETRAINED), FINE_STEPS),
+    "pretraining": (run_pretraining, ("scratch", *PRETRAINED, "JEPA, shipped"), FINE_STEPS),
     "loss": (run_loss, ("composite",), FINE_STEPS),
+    "fusion": (run_fusion, ("gaussian", "mean"), 0),
 }
 
 
@@ -340,8 +349,9 @@ def main() -> None:
     # One thread, and data that all runs share.
     torch.set_num_threads(1)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
-    trained, unseen = structures_for(args.train, args.val)
-    sets = {"train": trained, "val": unseen, "folder": args.csv.parent}
+    pretrained_on, unseen = structures_for(args.train, args.val)
+    trained = pretrained_on[:TRAINED_ON]
+    sets = {"pretrain": pretrained_on, "train": trained, "val": unseen, "folder": args.csv.parent}
     sets["train maps"] = maps_of(trained)
     sets["val maps"] = maps_of(unseen)
     sets["val archive"] = atoms.read_structures(args.val, silent)

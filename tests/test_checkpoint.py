@@ -78,6 +78,16 @@ def test_references_come_back_and_other_tensors_are_refused(tmp_path):
         refused(path, "damaged, its references cannot be")
 
 
+def test_percentiles_are_kept_and_older_files_have_those_of_the_release(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, make_net(), **META, percentiles=(1.0, 99.0))
+    assert checkpoint.load(path).percentiles == (1.0, 99.0)
+    content = checkpoint.read(path)
+    del content["percentiles"]
+    torch.save(content, path)
+    assert checkpoint.load(path).percentiles == (0.0, 99.999)
+
+
 def test_equal_weights_have_equal_hashes_and_others_do_not(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
@@ -270,6 +280,8 @@ def test_another_kind_of_network_is_refused_in_one_line(tmp_path, monkeypatch):
         ("std", 0),
         ("std", None),
         ("task", 3),
+        ("percentiles", [1]),
+        ("percentiles", [99, 1]),
         ("training", [1]),
     ],
 )

@@ -117,6 +117,18 @@ def test_entries_without_half_maps_are_accepted_if_asked_for(emdb, capsys):
     assert "emd_1006.map.gz" in capsys.readouterr().out
 
 
+def test_literal_percentiles_clip_both_ends_and_training_must_ask_for_them(emdb):
+    prepare(emdb, literal_percentiles=True)
+    stored = np.load(emdb / "out/emd_1001.npy")
+    assert (stored == 0).mean() > 0.01 and (stored == 1).mean() == pytest.approx(0.01, abs=0.003)
+    with pytest.raises(ValueError, match="prepared with percentiles .1.0, 99.0."):
+        data.read_volumes(emdb / "out", 1.5)
+    flags = ["--model", "tiny-mae", "--data", str(emdb / "out"), "--voxel-size", "1.5"]
+    cfg = train.parse([*flags, "--crop", "24", "--literal-percentiles"])
+    first, _ = train_objectives.datasets(cfg)
+    assert first[0].shape == (4, 1, 24, 24, 24)
+
+
 def test_entries_of_a_list_are_never_trained_on(emdb):
     (emdb / "test_set.txt").write_text("EMD-1001\nEMD-9999\n")
     rows = prepare(emdb, excluded=emdb / "test_set.txt")

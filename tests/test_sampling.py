@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mrcfile
@@ -44,11 +45,14 @@ import sampling_tasks
 import volume
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
+from report import silent
+from sampling_networks import sharpen, super_resolve
 from sampling_prior import log_likelihood
 from sampling_settings import (
     AnisotropicSettings,
     DenoiseSettings,
     LikelihoodSettings,
+    NetworkSettings,
     WedgeSettings,
 )
 
@@ -511,6 +515,20 @@ def test_sharpening_by_the_identity_clips_the_map_and_keeps_header_and_grey_scal
     report = report_of("in_sharpen")
     found = [report[name] for name in ("stride", "fusion", "percentile", "box")]
     assert found == [12, "gaussian", 99.999, list(shape)]
+
+
+@pytest.mark.parametrize("task", [sharpen, super_resolve])
+def test_a_map_is_clipped_to_the_percentiles_that_the_network_was_trained_with(task):
+    y = 50 * molecule((24, 24, 24), (1.0,) * 3) + random((24, 24, 24))
+    network = prior_of(Seen(lambda tiles: tiles), 24, "scunet", 1.0, 0, 1, "sharpen")
+    network = replace(network, percentiles=(1.0, 99.0))
+    settings = NetworkSettings(background=0.0, invert=False)
+    result = task(mrc.Map(y, 1.0), network, settings, silent)
+    bottom, top = np.percentile(y.numpy(), (1, 99))
+    clipped = y.clamp(bottom, top)
+    assert close(network.net.tiles[0][0, 0], (clipped - bottom) / (top - bottom), 1e-5)
+    # The identity gives the clipped map back.
+    assert close(result.densities[""], clipped, 1e-5)
 
 
 def test_super_resolution_keeps_the_grey_scale_of_what_map_and_answer_share(ask):

@@ -216,6 +216,16 @@ def test_a_network_that_learns_whole_thousandths_says_so():
         assert net.config.whole_thousandths is whole
 
 
+def test_literal_percentiles_reach_simulated_pairs():
+    cfg = replace(train_presets.PRESETS["tiny-mae"], crop=24)
+    x, literal = (
+        train_objectives.datasets(replace(cfg, literal_percentiles=literal))[0][0]
+        for literal in (False, True)
+    )
+    # One voxel in a hundred is saturated, not one in 100,000.
+    assert (literal == 1).float().mean() > 0.003 > (x == 1).float().mean()
+
+
 def test_an_augmentation_reaches_the_crops_of_maps_and_is_refused_for_models(maps):
     for augmentation in ("center", "random", "rot24", "so3"):
         train, held_out = datasets(maps, augmentation=augmentation)

@@ -35,6 +35,23 @@ def test_normalise_is_equation_1_and_denormalise_its_inverse_but_for_clipping():
     torch.testing.assert_close(volume.denormalise(y, scale), clipped, rtol=0, atol=1e-5)
 
 
+def test_literal_percentiles_are_numpys_and_come_back_but_for_clipping():
+    x = random(30, 31, 32) + 3
+    bottom, top = np.percentile(x.double().numpy(), volume.LITERAL)
+    low, high = volume.LITERAL
+    y, scale = volume.normalise(x, 0, 1, high, low=low)
+    expected = (np.clip(x.double().numpy(), bottom, top) - bottom) / (top - bottom)
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+    clipped = x.clamp(bottom, top)
+    torch.testing.assert_close(volume.denormalise(y, scale), clipped, rtol=0, atol=1e-5)
+
+
+def test_percentiles_that_are_equal_have_no_scale():
+    x = torch.ones(10, 10, 10)
+    with pytest.raises(ValueError, match="1.0 percentile is 1, and its maximum is no larger"):
+        volume.normalise(x, 0, 1, 99.0, low=1.0)
+
+
 @pytest.mark.parametrize("percentile", [0, 50, 99.999, 100])
 def test_the_maximum_is_numpys_percentile(percentile):
     x = random(30, 31, 32) + 10
