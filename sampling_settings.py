@@ -312,7 +312,7 @@ class NetworkSettings(MaskSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.maximum is not None and self.percentile != 99.999:
+        if self.maximum is not None and self.percentile is not None:
             raise ValueError("--percentile and --grey-scale MAX: give one of them")
 
 
