@@ -352,15 +352,14 @@ def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float = LEAK) ->
 class Missed:
     """V_k for (6): the mean square error of the network's estimates in each shell, as y shows it.
 
-    The error is the mean of |F(y - x)|^2 / N - sigma^2 over the measured coefficients of a shell.
-    It is set to 0 unless it exceeds the noise, as in Morozov's discrepancy principle. Where it
-    does, the network has lost what y shows well, and (6) trusts y more. Not from the papers.
+    The mean of |F(y - x)|^2 / N - sigma^2 over the measured coefficients of a shell, set to 0 unless
+    it exceeds the noise, as in Morozov's discrepancy principle. Where it does, the network has lost
+    what y shows well, and (6) trusts y more. Not from the papers.
     """
 
     def __init__(self, y: Tensor, measured: Tensor, sigma: Tensor):
         # What is the same in every step. Half of the coefficients hold all of a real map.
-        self.y = y
-        self.shells = y.shape[-1] // 2
+        self.y, self.shells = y, y.shape[-1] // 2
         shell = fsc.shells(y.shape, half=True, rounding="down", device=y.device)
         self.shell = shell.clamp_(max=self.shells).int()
         seen = fourier.stored_half(measured)
