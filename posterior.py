@@ -178,8 +178,7 @@ def noise_and_signal(
     """Per shell 1 .. W//2: the noise power of each map, the signal's power S of (8), and the FSC.
 
     maps: two half maps (D, H, W). Or one map, and curve: signal / (signal + noise) of its power in
-    each shell. Powers are means of |F|^2. voxel_size: one number or (z, y, x).
-    Raises ValueError if there is no signal.
+    each shell. Powers are means of |F|^2. Raises ValueError if there is no signal.
     """
     if curve is None:
         half_map_1, half_map_2 = maps
@@ -277,10 +276,10 @@ def sample_posterior(
     if not noise_aware:
         sigma = torch.zeros_like(sigma)
 
+    no_density = -prior.mean / prior.std
+
     def draw_noise() -> Tensor:
         return flow.draw_noise(generators, y.shape, y.device)
-
-    no_density = -prior.mean / prior.std
 
     # The times, and V_k of (6) at each: how wrong the network's estimate is expected to be.
     times = torch.linspace(t_start, 0, steps + 1).tolist()
@@ -352,8 +351,8 @@ def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float = LEAK) ->
 class Missed:
     """V_k for (6): the mean square error of the network's estimates in each shell, as y shows it.
 
-    The mean of |F(y - x)|^2 / N - sigma^2 over the measured coefficients of a shell, set to 0 unless
-    it exceeds the noise, as in Morozov's discrepancy principle. Where it does, the network has lost
+    The mean of |F(y - x)|^2 / N - sigma^2 over the measured coefficients of a shell, 0 unless it
+    exceeds the noise, as in Morozov's discrepancy principle. Where it does, the network has lost
     what y shows well, and (6) trusts y more. Not from the papers.
     """
 
