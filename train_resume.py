@@ -22,6 +22,7 @@ from train_config import PRETRAINING, TrainConfig, flag, used_by
 from train_objectives import blocks_of, build, new_network, percentiles
 from train_optim import averaged, has_fused, optimizers
 from train_ranks import Ranks, own_part, parted, whole
+from volume import LITERAL
 
 # The newest first. "_new" is a whole file that a killed run had no time to rename.
 CHECKPOINTS = ("checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt")
@@ -302,7 +303,8 @@ def print_new_scales(prior: checkpoint.Prior, cfg: TrainConfig, say=print) -> No
     print_change("crop", prior.box, cfg.crop, say)
     print_change("mean", prior.mean, cfg.mean, say)
     print_change("std", prior.std, cfg.std, say)
-    print_change("percentiles", prior.percentiles, percentiles(cfg), say)
+    literal = prior.percentiles == LITERAL
+    print_change("literal_percentiles", literal, cfg.literal_percentiles, say)
 
 
 def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:

@@ -385,3 +385,13 @@ def test_fine_tuning_takes_the_encoder_of_pre_training_and_a_decoder_of_its_own(
     wider = SCUNetConfig(width=16, depths=(1, 1, 1), d_head=4)
     with pytest.raises(ValueError, match="another network"):
         train_resume.start_from(net, replace(cfg, net=wider))
+
+
+def test_a_networks_file_says_which_percentiles_it_was_trained_with(tmp_path, atoms, capsys):
+    flags = dict(model="small-sharpen", data=atoms, steps=1)
+    run(tmp_path / "literal", "--literal-percentiles", **flags)
+    assert checkpoint.load(tmp_path / "literal/sharpen.pt").percentiles == (1.0, 99.0)
+    # A run that starts from it with others says so.
+    run(tmp_path / "other", init=tmp_path / "literal/sharpen.pt", **flags)
+    assert checkpoint.load(tmp_path / "other/sharpen.pt").percentiles == (0.0, 99.999)
+    assert "changed: --literal-percentiles True -> False" in capsys.readouterr().out
