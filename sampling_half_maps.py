@@ -26,11 +26,13 @@ from posterior import Moments, Observation
 from report import Progress, Result, expected_auc, say_work
 from sampling_checks import (
     NEGATIVE_TO_REFUSE,
+    check_agreement,
     keeps_every_shell,
     negative_power,
     without_clamps,
+    without_detail,
 )
-from sampling_grey_scale import in_work_scale, say_scale, scale_facts
+from sampling_grey_scale import in_work_scale, say_scale, say_spectrum, scale_facts
 from sampling_posterior import (
     choose_method,
     is_coarse,
@@ -69,7 +71,7 @@ def restore_half_maps(
         for half, power in zip(halves, powers):
             observations.append(observe_half_map(half, power, prior, settings))
         spectrum = observations[0].spectrum
-        say_scale(observations[0], settings, say)
+        method = without_detail(observations[0], settings, method, "Wiener", say)
 
     # The classical answer is the Wiener filter of the average, which has less noise.
     average = torch.stack([half.density for half in halves]).mean(0)
@@ -97,6 +99,10 @@ def restore_half_maps(
     if negative > NEGATIVE_TO_REFUSE:
         answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
         method = without_clamps(method, settings.method, negative, say)
+    if method != "wiener":
+        say_scale(observations[0], settings, say)
+    if method != "wiener" or answer is positive:
+        say_spectrum(spectrum, method, say)
     resolution = resolution_of(curve, half_map_1)
     facts = {
         "method": method,
@@ -112,6 +118,8 @@ def restore_half_maps(
             kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
             pairs = zip(densities, noises, kept)
             answers["Wiener, every shell"] = [posterior.wiener(*pair) for pair in pairs]
+        for name, pair in answers.items():
+            answers[name] = [settings.inside_mask(x, y) for x, y in zip(pair, densities)]
         facts["expected_auc"] = expected_auc(densities, answers, voxel_size)
     if method == "wiener":
         restored = settings.inside_mask(answer, average)
@@ -135,28 +143,26 @@ def restore_half_maps(
         moments = Moments()
         numbers = dict(samples=settings.samples, seed=seed, tick=tick)
         posterior.add_samples(prior, observation, sampler, moments, pooled, **numbers)
-        restored_halves.append(posterior.with_fine_detail(moments.mean, filtered[i]))
+        x = posterior.with_fine_detail(moments.mean, filtered[i])
+        restored_halves.append(settings.inside_mask(x, densities[i]))
 
     if half_map_2:
         answers = {"restored": restored_halves}
         facts["expected_auc"] |= expected_auc(densities, answers, voxel_size)
 
     # The result is the mean of the restored halves.
-    restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)
-    densities = {"": restored}
+    restored = torch.stack(restored_halves).mean(0)
+    written = {"": restored}
     if half_map_2:
         # Not a gold standard: the halves share the prior, and what it adds to both correlates.
         curve = fsc.fsc(*restored_halves, convention="cryofm", voxel_size=voxel_size)[1:]
         facts["fsc_of_restored_halves"] = curve.tolist()
-        for i, half in enumerate(halves):
-            x = settings.inside_mask(restored_halves[i], half.density)
-            densities[f"_half{i + 1}"] = x
+        written |= {"_half1": restored_halves[0], "_half2": restored_halves[1]}
     maps, spread_facts = uncertainty_maps(
         prior, observations, sampler, settings, pooled, restored, say=say
     )
-    densities |= maps
     facts |= spread_facts
-    return Result(half_map_1, densities, shown | {"restored": restored}, facts)
+    return Result(half_map_1, written | maps, shown | {"restored": restored}, facts)
 
 
 def clamp(x: Tensor) -> Tensor:
@@ -186,7 +192,10 @@ def noise_of_half_maps(
         curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
     densities = [half.density for half in halves]
-    return posterior.noise_and_signal(densities, curve, first.voxel_size)
+    found = posterior.noise_and_signal(densities, curve, first.voxel_size)
+    if len(halves) == 2:
+        check_agreement(*densities, first.voxel_size)
+    return found
 
 
 def resolution_of(curve: Tensor, map: Map) -> float:

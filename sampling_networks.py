@@ -23,7 +23,7 @@ import volume
 from checkpoint import Prior
 from mrc import Map
 from report import Progress, Result
-from sampling_checks import check_detail
+from sampling_checks import check_detail, check_given_maximum
 from sampling_grey_scale import in_work_scale
 from sampling_settings import NetworkSettings
 from sliding_windows import sliding_windows
@@ -101,6 +101,7 @@ def ask_network(
     x, scale = volume.normalise(
         density, network.mean, network.std, settings.percentile, settings.maximum
     )
+    check_given_maximum(volume.top_value(density, settings.percentile), settings, say)
     device = posterior.device_of(network)
     if network.task in KNOWN_LOSSES:
         say(
