@@ -53,6 +53,9 @@ POSSIBLE_BRIGHTNESS = 1e-3, 1e3
 # Of the FSC of half maps in any shell, in standard deviations of chance. Half maps of noise alone
 # reached 1.7, real ones with four times their own noise 4 at least.
 LEAST_AGREEMENT = 3.0
+# Share of voxels with one value, and a voxel over its neighbours.
+EQUAL_TO_NOTE = 0.1
+HOT = 2.0
 
 
 def check_detail(map: Map, network: Prior, instead: str) -> None:
@@ -263,6 +266,35 @@ def without_detail(
             return classical.lower()
         say(words)
     return method
+
+
+def say_unlike_a_map(density: Tensor, say=print) -> None:
+    """Say what makes the likelihood of a map (D, H, W) unlike that of others: padding, hot voxels.
+
+    Measured on the middle of the demo's truth: 77 % of the voxels set to 0 took it from 2.1 (with
+    3 % of noise) to 6.1 nats per voxel, and one voxel of three times the maximum from 4.9 to 5.2.
+    """
+    # The value that most voxels have, if one has many.
+    share = float((density == density.flatten().mode().values).float().mean())
+    if share > EQUAL_TO_NOTE:
+        say(
+            f"warning: {share:.0%} of the voxels hold one value, as outside of a mask; such voxels "
+            "raise log p much (2 to 6 nats per voxel on the demo), compare maps of one mask"
+        )
+
+    # A hot voxel is far brighter than all 26 voxels around it. Protein is not.
+    top = int(density.flatten().argmax())
+    corner = [int(i) for i in torch.unravel_index(torch.tensor(top), density.shape)]
+    around = density[tuple(slice(max(i - 1, 0), i + 2) for i in corner)].flatten()
+    if len(around) > 1:
+        brightest, next_brightest = around.topk(2).values.tolist()
+        if brightest > HOT * max(next_brightest, 0):
+            z, y, x = corner
+            say(
+                f"warning: voxel {z} {y} {x} (z y x) is over {HOT:g} times as bright as all around "
+                "it; such hot voxels set the grey scale and change log p, clip them or give "
+                "--grey-scale"
+            )
 
 
 def keeps_every_shell(noise: Tensor, signal: Tensor, voxel_size, floor: float = 0.02) -> Tensor:

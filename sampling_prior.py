@@ -19,7 +19,7 @@ from checkpoint import Prior
 from memory import check_memory
 from mrc import Map
 from report import Progress, Result, say_work
-from sampling_checks import check_given_maximum
+from sampling_checks import check_given_maximum, say_unlike_a_map
 from sampling_grey_scale import facts_of, to_work_scale
 from sampling_settings import GenerateSettings, LikelihoodSettings
 
@@ -96,6 +96,7 @@ def log_likelihood(
     if settings.solvent is None:
         settings = replace(settings, background=volume.find_background(map.density))
     work, grey = to_work_scale(map, settings, say)
+    say_unlike_a_map(work.density, say)
 
     # Cut the map into tiles. Its sides are filled up with solvent.
     box = prior.box

@@ -43,6 +43,18 @@ def test_half_maps_of_noise_are_no_signal():
         sampling_checks.check_agreement(*halves, 1.5)
 
 
+def test_padding_and_hot_voxels_are_said_where_they_change_a_likelihood():
+    map = molecule(SHAPE) + 0.03 * random(SHAPE)
+    padded, hot = map.clone(), map.clone()
+    padded[:8] = 0
+    hot[0, 5, 31] = 3
+    for x, words in ((map, []), (padded, ["25% of the voxels"]), (hot, ["voxel 0 5 31 (z y x)"])):
+        said = []
+        sampling_checks.say_unlike_a_map(x, said.append)
+        assert len(said) == len(words)
+        assert all(word in line for word, line in zip(words, said))
+
+
 @pytest.mark.parametrize("brightness, method", [(0.5, "prior"), (8.0, "pocs")])
 def test_a_map_without_detail_gets_the_classical_answer(brightness, method):
     # White noise is far brighter than what is estimated for a sharp density.
