@@ -537,6 +537,18 @@ def test_sharpening_by_the_identity_clips_the_map_and_keeps_header_and_grey_scal
     assert found == [12, "gaussian", 99.999, list(shape)]
 
 
+@pytest.mark.parametrize("task", ["sharpen", "superres"])
+def test_a_network_that_changes_what_it_should_keep_gets_a_warning(ask, capsys, task):
+    y = molecule((32, 32, 32), (1.0,) * 3)
+    write_mrc("in.mrc", y, (1.0,) * 3)
+    for name, net in (("kept", lambda x: x), ("changed", lambda x: x.roll(3, -1))):
+        ask(f"{task} in.mrc -o {name}.mrc", Seen(net))
+        out = capsys.readouterr().out
+        assert ("warning: between 5 and 10 Å" in out) == (name == "changed")
+    kept = report_of("kept")["fsc_with_input_5_to_10"]
+    assert kept == pytest.approx(1, abs=0.01)
+
+
 def test_super_resolution_keeps_the_grey_scale_of_what_map_and_answer_share(ask):
     y = molecule((24, 24, 24), (1.0,) * 3)
     write_mrc("in.mrc", y, (1.0,) * 3)
