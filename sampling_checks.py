@@ -55,7 +55,7 @@ POSSIBLE_BRIGHTNESS = 1e-3, 1e3
 LEAST_AGREEMENT = 3.0
 # Share of voxels with one value, and a voxel over its neighbours.
 EQUAL_TO_NOTE = 0.1
-HOT = 3.0
+HOT = 5.0
 
 
 def check_detail(map: Map, network: Prior, instead: str) -> None:

@@ -99,10 +99,7 @@ def restore_half_maps(
     if negative > NEGATIVE_TO_REFUSE:
         answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
         method = without_clamps(method, settings.method, negative, say)
-    if method != "wiener":
-        say_scale(observations[0], settings, say)
-    if method != "wiener" or answer is positive:
-        say_spectrum(spectrum, method, say)
+    say_method(observations, method, answer is positive, settings, say)
     resolution = resolution_of(curve, half_map_1)
     facts = {
         "method": method,
@@ -113,14 +110,12 @@ def restore_half_maps(
     if half_map_2:
         # The score that the halves expect of each answer. The chosen one comes last.
         positives = [grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in filtered]
-        answers = {"average": densities, "Wiener, positive": positives}
+        answers = {"Wiener, positive": positives}
         if answer is not positive:
             kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
             pairs = zip(densities, noises, kept)
             answers["Wiener, every shell"] = [posterior.wiener(*pair) for pair in pairs]
-        for name, pair in answers.items():
-            answers[name] = [settings.inside_mask(x, y) for x, y in zip(pair, densities)]
-        facts["expected_auc"] = expected_auc(densities, answers, voxel_size)
+        facts["expected_auc"] = expected_of(answers, densities, settings, voxel_size)
     if method == "wiener":
         restored = settings.inside_mask(answer, average)
         return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
@@ -163,6 +158,26 @@ def restore_half_maps(
     )
     facts |= spread_facts
     return Result(half_map_1, written | maps, shown | {"restored": restored}, facts)
+
+
+def say_method(
+    observations: list[Observation], method: str, clamped: bool, settings: DenoiseSettings, say
+) -> None:
+    """Say in which grey scale and spectrum a method works. clamped: whether it has no negatives."""
+    if method != "wiener":
+        say_scale(observations[0], settings, say)
+    if observations and (method != "wiener" or clamped):
+        say_spectrum(observations[0].spectrum, method, say)
+
+
+def expected_of(
+    answers: dict[str, list[Tensor]], halves: list[Tensor], settings: DenoiseSettings, voxel_size
+) -> dict[str, float]:
+    """`expected_auc` of the average and of answers, with the half maps outside of the mask."""
+    masked = {"average": halves}
+    for name, pair in answers.items():
+        masked[name] = [settings.inside_mask(x, y) for x, y in zip(pair, halves)]
+    return expected_auc(halves, masked, voxel_size)
 
 
 def clamp(x: Tensor) -> Tensor:

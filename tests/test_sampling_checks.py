@@ -44,7 +44,7 @@ def test_half_maps_of_noise_are_no_signal():
 
 
 def test_padding_and_hot_voxels_are_said_where_they_change_a_likelihood():
-    map = molecule(SHAPE) + 0.03 * random(SHAPE)
+    map = molecule(SHAPE, resolution=5.0) + 0.03 * random(SHAPE)
     padded, hot = map.clone(), map.clone()
     padded[:8] = 0
     hot[0, 5, 31] = 3
