@@ -40,7 +40,7 @@ from sampling_posterior import (
     steps_of,
     uncertainty_maps,
 )
-from sampling_settings import DenoiseSettings
+from sampling_settings import AnisotropicSettings, DenoiseSettings
 
 
 @in_work_scale
@@ -100,17 +100,18 @@ def restore_half_maps(
         answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
         method = without_clamps(method, settings.method, negative, say)
     say_method(observations, method, answer is positive, settings, say)
-    resolution = resolution_of(curve, half_map_1)
     facts = {
         "method": method,
         "fsc_of_halves": curve.tolist(),
-        "resolution_0143": resolution,
+        "resolution_0143": resolution_of(curve, half_map_1),
         "negative_power": negative,
     } | scale_facts(observations)
     if half_map_2:
         # The score that the halves expect of each answer. The chosen one comes last.
         positives = [grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in filtered]
-        answers = {"Wiener, positive": positives}
+        # Where noise differs between directions, a Wiener filter changes the FSC.
+        answers = {"Wiener": filtered} if isinstance(settings, AnisotropicSettings) else {}
+        answers["Wiener, positive"] = positives
         if answer is not positive:
             kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
             pairs = zip(densities, noises, kept)
@@ -126,7 +127,7 @@ def restore_half_maps(
     count = settings.samples * len(halves)
     box = observations[0].y.shape
     facts |= {"steps": steps, "box": list(box)}
-    words = fsc.resolution_words(resolution, average.shape[-1] * voxel_size[2])
+    words = fsc.resolution_words(facts["resolution_0143"], average.shape[-1] * voxel_size[2])
     say_work(prior, box, count, steps, f"FSC 0.143 at {words}", say)
 
     # Restore each half by itself.
