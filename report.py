@@ -360,4 +360,7 @@ def write_report(
     if figure is None:
         files += ", no picture (pip install matplotlib)"
     seconds = time.perf_counter() - begin
-    say(f"wrote {out.parent}/: {files}  ({seconds:.0f} s); open {out.name}")
+    last = f"wrote {out.parent}/: {files}  ({seconds:.0f} s); open {out.name}"
+    if content.get("warnings"):
+        last += f", but first read the {len(content['warnings'])} warning(s) above"
+    say(last)

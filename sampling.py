@@ -272,7 +272,15 @@ def run(
     """Read, check, restore, compare, write."""
     # Look at the names of all files before any work is done.
     begin = time.perf_counter()
-    tell = report.silent if args.quiet else say
+    warnings = []
+
+    def tell(line: str) -> None:
+        """Print a line, and keep it for the .json if it is a warning."""
+        if line.startswith("warning: "):
+            warnings.append(line.removeprefix("warning: "))
+        if not args.quiet:
+            say(line)
+
     names = names_of_maps(out, settings.suffixes)
     written = [*names.values(), *report.report_files(out)]
     with owned(written, tell):
@@ -313,6 +321,7 @@ def run(
         label = label_of(args.task, result.report.get("method"), ckpt, prior.sha256)
         used = vars(args) | {"ckpt": str(ckpt)}
         inputs = {"settings": used, "task": args.task, "input": [str(path) for path in paths]}
+        inputs["warnings"] = warnings
         report.write_report(result, names, inputs, prior, begin, args.overwrite, tell, label)
 
 

@@ -13,6 +13,8 @@ import functools
 import inspect
 from dataclasses import replace
 
+from torch import Tensor
+
 import volume
 from fsc_half_maps import match_half_maps, place_notes
 from mrc import Map
@@ -64,11 +66,15 @@ def to_work_scale(map: Map, settings: GreySettings, say=print) -> tuple[Map, Gre
         say(f"{name}: {note}")
     if grey.unclear:
         say(f"{name}: if it is dark, give --invert; --no-invert silences this")
+        say(
+            f"warning: bright and dark density of {name} are alike, as in noise alone. If it is "
+            "noise, every result of it means nothing"
+        )
     return replace(map, density=grey.to_work(map.density)), grey
 
 
 def say_scale(observation: Observation, settings: GreySettings, say=print) -> None:
-    """One line on the maximum that the prior takes for 1, and one on the spectrum if it changes."""
+    """One line on the maximum that the prior takes for 1."""
     maximum, error = observation.scale.maximum, observation.maximum_error
     if settings.maximum is not None:
         words = ", as given"
@@ -82,12 +88,20 @@ def say_scale(observation: Observation, settings: GreySettings, say=print) -> No
     say(f"grey scale: in {kind} protein would reach {maximum:.4g} above solvent{words}")
     if error is not None and error > maximum / 2:
         say("warning: the brightness of protein cannot be told; this map may hold noise alone")
-    if observation.spectrum is not None:
-        low = float(observation.spectrum.min())
-        say(
-            "sharpening: this map is sharpened more than those that the network knows; fine detail "
-            f"is weakened, to {low:.2g} at most, and strengthened again at the end"
-        )
+
+
+def say_spectrum(spectrum: Tensor | None, method: str, say=print) -> None:
+    """One line on the spectrum (grey_scale.py (2)) in which a method works, if it is changed."""
+    if spectrum is None:
+        return
+    words = "this map is sharpened more than those that the network knows"
+    if method in ("pocs", "wiener"):
+        words = "this map is much sharpened, so that non-negativity would not fit"
+    low = float(spectrum.min())
+    say(
+        f"sharpening: {words}; fine detail is weakened, to {low:.2g} at most, and strengthened "
+        "again at the end"
+    )
 
 
 def scale_facts(observations: list[Observation]) -> dict:

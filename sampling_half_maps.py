@@ -26,11 +26,13 @@ from posterior import Moments, Observation
 from report import Progress, Result, expected_auc, say_work
 from sampling_checks import (
     NEGATIVE_TO_REFUSE,
+    check_agreement,
     keeps_every_shell,
     negative_power,
     without_clamps,
+    without_detail,
 )
-from sampling_grey_scale import in_work_scale, say_scale, scale_facts
+from sampling_grey_scale import in_work_scale, say_scale, say_spectrum, scale_facts
 from sampling_posterior import (
     choose_method,
     is_coarse,
@@ -38,7 +40,7 @@ from sampling_posterior import (
     steps_of,
     uncertainty_maps,
 )
-from sampling_settings import DenoiseSettings
+from sampling_settings import AnisotropicSettings, DenoiseSettings
 
 
 @in_work_scale
@@ -69,7 +71,7 @@ def restore_half_maps(
         for half, power in zip(halves, powers):
             observations.append(observe_half_map(half, power, prior, settings))
         spectrum = observations[0].spectrum
-        say_scale(observations[0], settings, say)
+        method = without_detail(observations[0], settings, method, "Wiener", say)
 
     # The classical answer is the Wiener filter of the average, which has less noise.
     average = torch.stack([half.density for half in halves]).mean(0)
@@ -97,22 +99,24 @@ def restore_half_maps(
     if negative > NEGATIVE_TO_REFUSE:
         answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
         method = without_clamps(method, settings.method, negative, say)
-    resolution = resolution_of(curve, half_map_1)
+    say_method(observations, method, answer is positive, settings, say)
     facts = {
         "method": method,
         "fsc_of_halves": curve.tolist(),
-        "resolution_0143": resolution,
+        "resolution_0143": resolution_of(curve, half_map_1),
         "negative_power": negative,
     } | scale_facts(observations)
     if half_map_2:
         # The score that the halves expect of each answer. The chosen one comes last.
         positives = [grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in filtered]
-        answers = {"average": densities, "Wiener, positive": positives}
+        # Where noise differs between directions, a Wiener filter changes the FSC.
+        answers = {"Wiener": filtered} if isinstance(settings, AnisotropicSettings) else {}
+        answers["Wiener, positive"] = positives
         if answer is not positive:
             kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
             pairs = zip(densities, noises, kept)
             answers["Wiener, every shell"] = [posterior.wiener(*pair) for pair in pairs]
-        facts["expected_auc"] = expected_auc(densities, answers, voxel_size)
+        facts["expected_auc"] = expected_of(answers, densities, settings, voxel_size)
     if method == "wiener":
         restored = settings.inside_mask(answer, average)
         return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
@@ -123,7 +127,7 @@ def restore_half_maps(
     count = settings.samples * len(halves)
     box = observations[0].y.shape
     facts |= {"steps": steps, "box": list(box)}
-    words = fsc.resolution_words(resolution, average.shape[-1] * voxel_size[2])
+    words = fsc.resolution_words(facts["resolution_0143"], average.shape[-1] * voxel_size[2])
     say_work(prior, box, count, steps, f"FSC 0.143 at {words}", say)
 
     # Restore each half by itself.
@@ -135,28 +139,46 @@ def restore_half_maps(
         moments = Moments()
         numbers = dict(samples=settings.samples, seed=seed, tick=tick)
         posterior.add_samples(prior, observation, sampler, moments, pooled, **numbers)
-        restored_halves.append(posterior.with_fine_detail(moments.mean, filtered[i]))
+        x = posterior.with_fine_detail(moments.mean, filtered[i])
+        restored_halves.append(settings.inside_mask(x, densities[i]))
 
     if half_map_2:
         answers = {"restored": restored_halves}
         facts["expected_auc"] |= expected_auc(densities, answers, voxel_size)
 
     # The result is the mean of the restored halves.
-    restored = settings.inside_mask(torch.stack(restored_halves).mean(0), average)
-    densities = {"": restored}
+    restored = torch.stack(restored_halves).mean(0)
+    written = {"": restored}
     if half_map_2:
         # Not a gold standard: the halves share the prior, and what it adds to both correlates.
         curve = fsc.fsc(*restored_halves, convention="cryofm", voxel_size=voxel_size)[1:]
         facts["fsc_of_restored_halves"] = curve.tolist()
-        for i, half in enumerate(halves):
-            x = settings.inside_mask(restored_halves[i], half.density)
-            densities[f"_half{i + 1}"] = x
+        written |= {"_half1": restored_halves[0], "_half2": restored_halves[1]}
     maps, spread_facts = uncertainty_maps(
         prior, observations, sampler, settings, pooled, restored, say=say
     )
-    densities |= maps
     facts |= spread_facts
-    return Result(half_map_1, densities, shown | {"restored": restored}, facts)
+    return Result(half_map_1, written | maps, shown | {"restored": restored}, facts)
+
+
+def say_method(
+    observations: list[Observation], method: str, clamped: bool, settings: DenoiseSettings, say
+) -> None:
+    """Say in which grey scale and spectrum a method works. clamped: whether it has no negatives."""
+    if method != "wiener":
+        say_scale(observations[0], settings, say)
+    if observations and (method != "wiener" or clamped):
+        say_spectrum(observations[0].spectrum, method, say)
+
+
+def expected_of(
+    answers: dict[str, list[Tensor]], halves: list[Tensor], settings: DenoiseSettings, voxel_size
+) -> dict[str, float]:
+    """`expected_auc` of the average and of answers, with the half maps outside of the mask."""
+    masked = {"average": halves}
+    for name, pair in answers.items():
+        masked[name] = [settings.inside_mask(x, y) for x, y in zip(pair, halves)]
+    return expected_auc(halves, masked, voxel_size)
 
 
 def clamp(x: Tensor) -> Tensor:
@@ -186,7 +208,10 @@ def noise_of_half_maps(
         curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
     densities = [half.density for half in halves]
-    return posterior.noise_and_signal(densities, curve, first.voxel_size)
+    found = posterior.noise_and_signal(densities, curve, first.voxel_size)
+    if len(halves) == 2:
+        check_agreement(*densities, first.voxel_size)
+    return found
 
 
 def resolution_of(curve: Tensor, map: Map) -> float:

@@ -110,4 +110,7 @@ def uncertainty_maps(
     # Density far above its expected error (_snr over 3) is unlikely to be an error.
     snr = torch.where(std > 0, mean / std.clamp(min=1e-30), 0)
     maps = {"_std": settings.inside_mask(std, 0), "_snr": settings.inside_mask(snr, 0)}
+    if settings.mask is not None:
+        facts["std_outside_mask"] = 0.0
+        say("_std and _snr are 0 outside of --mask, where the input is kept and not restored")
     return maps, facts

@@ -19,6 +19,7 @@ from checkpoint import Prior
 from memory import check_memory
 from mrc import Map
 from report import Progress, Result, say_work
+from sampling_checks import check_given_maximum, say_unlike_a_map
 from sampling_grey_scale import facts_of, to_work_scale
 from sampling_settings import GenerateSettings, LikelihoodSettings
 
@@ -95,11 +96,13 @@ def log_likelihood(
     if settings.solvent is None:
         settings = replace(settings, background=volume.find_background(map.density))
     work, grey = to_work_scale(map, settings, say)
+    say_unlike_a_map(work.density, say)
 
     # Cut the map into tiles. Its sides are filled up with solvent.
     box = prior.box
     # The prior knows one voxel size.
     work = mrc.resample_map(work, prior.voxel_size)
+    check_given_maximum(volume.top_value(work.density, 99.999), settings, say)
     x, _ = volume.normalise(work.density, prior.mean, prior.std, maximum=settings.maximum)
     padded = torch.full([math.ceil(n / box) * box for n in x.shape], -prior.mean / prior.std)
     padded[tuple(slice(n) for n in x.shape)] = x

@@ -39,8 +39,9 @@ from sampling_checks import (
     check_positivity,
     check_wedge,
     say_too_fine,
+    without_detail,
 )
-from sampling_grey_scale import in_work_scale, say_scale, scale_facts
+from sampling_grey_scale import in_work_scale, say_scale, say_spectrum, scale_facts
 from sampling_networks import ask_network
 from sampling_posterior import (
     choose_method,
@@ -82,8 +83,11 @@ def restore_wedge(
     observation = None
     if method != "pocs" or not is_coarse(map, prior):
         observation, noise = observe_wedge(map, prior, settings)
-        say_scale(observation, settings, say)
         facts = scale_facts([observation])
+        method = without_detail(observation, settings, method, "POCS", say)
+        if method != "pocs":
+            say_scale(observation, settings, say)
+        say_spectrum(observation.spectrum, method, say)
 
     # The classical answer is shown beside the result, or is the result itself.
     voxel_size = relative_voxel_size(map, prior)

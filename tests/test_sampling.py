@@ -39,6 +39,7 @@ import fsc
 import fsc_score
 import mrc
 import posterior
+import report
 import sampling
 import sampling_half_maps
 import sampling_tasks
@@ -314,6 +315,13 @@ def test_no_resolution_is_printed_beyond_the_box(small, run, capsys):
     assert all("> 24.00 Å" in line for line in lines[first + 1 : first + 4])
 
 
+def test_the_grey_scale_of_the_prior_is_not_said_of_a_wiener_filter(run, halves, capsys):
+    for method in ("wiener", "prior"):
+        run(f"denoise half1.mrc half2.mrc -o {method}.mrc --method {method}")
+        said = "protein would reach" in capsys.readouterr().out
+        assert said == (method == "prior")
+
+
 def test_half_maps_share_no_noise_of_the_sampler(run, halves, monkeypatch):
     seeds = []
 
@@ -362,6 +370,8 @@ def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(run, hal
     run(f"denoise {maps} -o same.mrc")
     tilt, angles, one = (values(f"{name}.mrc") for name in ("tilt", "angles", "one"))
     assert close(one, values("same.mrc"), 1e-4)  # alpha 1 is isotropic
+    # A Wiener filter by direction is an answer of its own.
+    assert "Wiener" in report_of("tilt")["expected_auc"]
     assert not close(tilt, one, 1e-2)
     assert not close(angles, tilt, 1e-2)
 
@@ -431,6 +441,22 @@ def test_outside_of_a_mask_the_input_is_kept(small, run, halves, command):
     assert torch.equal(masked[12:], before[12:])
     assert torch.equal(masked[4:12], full[4:12])
     assert close(masked[3], (before[3] + full[3]) / 2)
+
+
+def test_a_mask_counts_in_what_is_expected_and_in_the_standard_deviation(run, halves, capsys):
+    mask = torch.zeros(SHAPE)
+    mask[4:12] = 1
+    write_mrc("mask.mrc", mask)
+    run("denoise half1.mrc half2.mrc --mask mask.mrc --method prior --background 0")
+    written = [values(f"half_mean_denoise_half{i}.mrc") for i in (1, 2)]
+    found = report_of("half_mean_denoise")
+    expected = report.expected_auc(halves, {"restored": written}, 1.5)
+    assert found["expected_auc"]["restored"] == pytest.approx(expected["restored"], abs=1e-5)
+    curve = fsc.fsc(*written, convention="cryofm")[1:]
+    assert found["fsc_of_restored_halves"] == pytest.approx(curve.tolist(), abs=1e-5)
+    assert found["std_outside_mask"] == 0
+    assert not values("half_mean_denoise_std.mrc")[mask == 0].any()
+    assert "_std and _snr are 0 outside of --mask" in capsys.readouterr().out
 
 
 def test_scores_are_those_of_the_masked_maps(run):
@@ -531,6 +557,18 @@ def test_a_map_is_clipped_to_the_percentiles_that_the_network_was_trained_with(t
     assert close(result.densities[""], clipped, 1e-5)
 
 
+@pytest.mark.parametrize("task", ["sharpen", "superres"])
+def test_a_network_that_changes_what_it_should_keep_gets_a_warning(ask, capsys, task):
+    y = molecule((32, 32, 32), (1.0,) * 3)
+    write_mrc("in.mrc", y, (1.0,) * 3)
+    for name, net in (("kept", lambda x: x), ("changed", lambda x: x.roll(3, -1))):
+        ask(f"{task} in.mrc -o {name}.mrc", Seen(net))
+        out = capsys.readouterr().out
+        assert ("warning: between 5 and 10 Å" in out) == (name == "changed")
+    kept = report_of("kept")["fsc_with_input_5_to_10"]
+    assert kept == pytest.approx(1, abs=0.01)
+
+
 def test_super_resolution_keeps_the_grey_scale_of_what_map_and_answer_share(ask):
     y = molecule((24, 24, 24), (1.0,) * 3)
     write_mrc("in.mrc", y, (1.0,) * 3)
@@ -584,6 +622,23 @@ def test_a_given_grey_scale_is_that_of_the_network_and_of_the_report(run, halves
     assert not close(values("other_mean.mrc"), given, 1e-3)
     run("denoise half1.mrc half2.mrc --grey-scale 3")
     assert report_of("half_mean_denoise")["maximum"] == [3, 3]
+
+
+@pytest.mark.parametrize("task", ["wedge in.mrc", "likelihood in.mrc"])
+def test_a_grey_scale_far_from_the_map_is_refused_or_gets_a_warning(run, task, capsys):
+    write_mrc("in.mrc", degraded(molecule(SHAPE), wedge(SHAPE)))
+    if "likelihood" in task:
+        task += " --probes 2 --tolerance 10"
+    for maximum in ("1e30", "1e-30"):
+        with pytest.raises(ValueError, match="in.mrc: --grey-scale .* give another MAX"):
+            run(f"{task} --grey-scale {maximum} 0")
+    run(f"{task} --grey-scale 50 0")
+    assert "warning: --grey-scale 50" in capsys.readouterr().out
+    name = task.split()[0]
+    (warning,) = report_of(f"in_{name}")["warnings"]
+    assert warning.startswith("--grey-scale 50")
+    run(f"{task} --grey-scale 2 0 -o usual.mrc")
+    assert not report_of("usual")["warnings"]
 
 
 def test_networks_of_one_pass_take_a_given_grey_scale(ask):

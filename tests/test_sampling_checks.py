@@ -33,6 +33,41 @@ def half_maps(truth, sigma):
     return maps, [degrade.expand_shells(power, truth.shape) for power in powers], signal
 
 
+def test_half_maps_of_noise_are_no_signal():
+    for seed in range(20):
+        noise = [random(SHAPE, 2 * seed + i) for i in (0, 1)]
+        with pytest.raises(ValueError, match="no signal"):
+            sampling_checks.check_agreement(*noise, 1.5)
+        truth = molecule(SHAPE)
+        halves = [truth + 3 * truth.std() * x for x in noise]
+        sampling_checks.check_agreement(*halves, 1.5)
+
+
+def test_padding_and_hot_voxels_are_said_where_they_change_a_likelihood():
+    map = molecule(SHAPE, resolution=5.0) + 0.03 * random(SHAPE)
+    padded, hot = map.clone(), map.clone()
+    padded[:8] = 0
+    hot[0, 5, 31] = 3
+    for x, words in ((map, []), (padded, ["25% of the voxels"]), (hot, ["voxel 0 5 31 (z y x)"])):
+        said = []
+        sampling_checks.say_unlike_a_map(x, said.append)
+        assert len(said) == len(words)
+        assert all(word in line for word, line in zip(words, said))
+
+
+@pytest.mark.parametrize("brightness, method", [(0.5, "prior"), (8.0, "pocs")])
+def test_a_map_without_detail_gets_the_classical_answer(brightness, method):
+    # White noise is far brighter than what is estimated for a sharp density.
+    start = torch.full((8, 8, 8), brightness)
+    observation = posterior.Observation(start, start > 0, 0.1, start)
+    said = []
+    for asked, want in (("auto", method), ("prior", "prior")):
+        settings = WedgeSettings(method=asked)
+        found = sampling_checks.without_detail(observation, settings, "prior", "POCS", said.append)
+        assert found == want
+    assert len(said) == (2 if method == "pocs" else 0)
+
+
 # ---- The wedge
 
 
