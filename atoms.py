@@ -150,6 +150,8 @@ def read_archive(path: Path) -> list[Structure]:
 
     # The arrays must fit together.
     label, start, *numbers = (arrays[name] for name in wanted)
+    if any(array.dtype.kind not in "iuf" for array in (start, *numbers)):
+        raise ValueError(f"{path}: no archive of structures, it holds other than real numbers")
     xyz, element, b_factor = (array.astype(np.float32) for array in numbers)
     count = len(xyz)
     fits = xyz.shape == (count, 3) and element.shape == b_factor.shape == (count,)

@@ -259,6 +259,14 @@ def test_arrays_of_an_archive_that_do_not_fit_together_are_refused(tmp_path):
             read_structures(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("kind", ["c8", "U5", "?"])
+def test_an_archive_whose_coordinates_are_no_real_numbers_is_refused(tmp_path, kind):
+    fields = dict(label=["a"], atom_start=[0, 2], element=[6, 6], bfactor=[9, 9])
+    np.savez(tmp_path / "a.npz", xyz=np.zeros((2, 3)).astype(kind), **fields)
+    with pytest.raises(ValueError, match="other than real numbers"):
+        read_structures(tmp_path / "a.npz")
+
+
 # ---- What training sees
 
 
