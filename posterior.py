@@ -286,11 +286,10 @@ def sample_posterior(
     ratios = [t / max(1 - t, 1e-3) for t in times[:-1]]
     r = torch.tensor(ratios, dtype=torch.float64)
     variances = (r**2 / least_rho(sigma, measured, r)).tolist()
-    missed = Missed(y, measured, sigma)
-
     # (6) is needed for those coefficients that `put_back` transforms.
-    noise_power = fourier.stored_half((sigma**2).expand(y.shape))
     seen = fourier.stored_half(measured)
+    noise_power = fourier.stored_half((sigma**2).expand(y.shape))
+    missed = Missed(y, seen, noise_power)
 
     x = (1 - t_start) * observation.start + t_start * draw_noise()
     for t, s, variance in zip(times, times[1:], variances):
@@ -354,18 +353,18 @@ class Missed:
     The mean of |F(y - x)|^2 / N - sigma^2 over the measured coefficients of a shell, 0 unless it
     exceeds the noise, as in Morozov's discrepancy principle. Where it does, the network has lost
     what y shows well, and (6) trusts y more. Not from the papers.
+
+    seen, noise_power: m and sigma^2 on the half of the grid that `rfft3` stores.
     """
 
-    def __init__(self, y: Tensor, measured: Tensor, sigma: Tensor):
+    def __init__(self, y: Tensor, seen: Tensor, noise_power: Tensor):
         # What is the same in every step. Half of the coefficients hold all of a real map.
         self.y, self.shells = y, y.shape[-1] // 2
         shell = fsc.shells(y.shape, half=True, rounding="down", device=y.device)
         self.shell = shell.clamp_(max=self.shells).int()
-        seen = fourier.stored_half(measured)
         self.weight = fsc.half_weight(y.shape, device=y.device) * seen
         self.count = self.shell_sum(torch.ones_like(self.weight)).clamp(min=1e-12)
-        noise = fourier.stored_half((sigma**2).expand(y.shape))
-        self.noise = self.shell_sum(noise) / self.count
+        self.noise = self.shell_sum(noise_power) / self.count
 
     def shell_sum(self, power: Tensor) -> Tensor:
         return fsc.shell_sum(power * self.weight, self.shell, self.shells)

@@ -24,13 +24,21 @@ COARSE_RESOLUTION = 12.0  # Å
 
 
 def shipped_prior(maps: list[Map], say=print) -> Path:
-    """The weights for no map, a map or a stack, or two half maps. Says why it is not the first."""
-    why = ""
-    if maps and max(maps[0].voxel_size) > COARSE_VOXELS:
-        why = f"voxels of {max(maps[0].voxel_size):.3g} Å"
-    elif len(maps) == 2 and half_map_resolution(*maps) > COARSE_RESOLUTION:
-        why = f"half maps that agree to {half_map_resolution(*maps):.3g} Å"
-    if not why:
+    """The weights for no map, for a map or a stack, or for two half maps.
+
+    Says why, if they are those of 3 Å per voxel.
+    """
+    voxels = max(maps[0].voxel_size) if maps else 0.0
+    # The resolution costs two transforms, so it is measured only where voxels do not decide.
+    agree = 0.0
+    if len(maps) == 2 and voxels <= COARSE_VOXELS:
+        agree = half_map_resolution(*maps)
+
+    if voxels > COARSE_VOXELS:
+        why = f"voxels of {voxels:.3g} Å"
+    elif agree > COARSE_RESOLUTION:
+        why = f"half maps that agree to {agree:.3g} Å"
+    else:
         return WEIGHTS / "hdit_tiny.pt"
     say(f"{why}: the prior of 3 Å per voxel, hdit_tiny_l.pt; --ckpt names another")
     return WEIGHTS / "hdit_tiny_l.pt"

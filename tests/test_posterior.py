@@ -374,7 +374,7 @@ def test_missed_is_the_error_that_y_shows_beyond_its_noise():
     size = torch.where((shell == 3) | (shell == 5), 2.0, 0.1)
     error = filtered(random((2, *shape), 2), size)
     y = truth[0] + filtered(random(shape, 3), sigma) + filtered(random(shape, 4) * 99, ~measured)
-    missed = posterior.Missed(y, measured, sigma)
+    missed = posterior.Missed(y, *map(fourier.stored_half, (measured, sigma**2)))
     found = missed(truth[:1] + error[:1])
     assert found.shape == (1, *half.shape)
     assert float(found[0][half == 5].mean()) == pytest.approx(4, rel=0.2)  # 2^2, noise is 0.25
