@@ -7,7 +7,10 @@ nothing but the prior. The classical answer is the Wiener filter of the average.
 
 CryoFM: arXiv:2410.08631, appendices D and E.
 Departure 1: where much of the density is negative, "auto" takes the Wiener filter.
+Departure 2: and where the half maps expect it to be closer to the truth (report.py (3)).
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ import posterior
 from checkpoint import Prior
 from mrc import Map
 from posterior import Moments, Observation
-from report import Progress, Result, expected_auc, say_work
+from report import EXPECTED_ERROR, Progress, Result, expected_auc, say_work
 from sampling_checks import (
     NEGATIVE_TO_REFUSE,
     check_agreement,
@@ -41,6 +44,9 @@ from sampling_posterior import (
     uncertainty_maps,
 )
 from sampling_settings import AnisotropicSettings, DenoiseSettings
+
+POSITIVE = "Wiener, positive"
+EVERY_SHELL = "Wiener, every shell"
 
 
 @in_work_scale
@@ -60,6 +66,7 @@ def restore_half_maps(
     """
     # Noise and signal, from the difference between the halves.
     halves = [half_map_1] if half_map_2 is None else [half_map_1, half_map_2]
+    densities = [half.density for half in halves]
     powers, signal, curve = noise_of_half_maps(halves, settings)
 
     # Bring the half maps to the prior's grid, grey scale and spectrum, with their noise.
@@ -73,53 +80,23 @@ def restore_half_maps(
         spectrum = observations[0].spectrum
         method = without_detail(observations[0], settings, method, "Wiener", say)
 
-    # The classical answer is the Wiener filter of the average, which has less noise.
-    average = torch.stack([half.density for half in halves]).mean(0)
-    noise = torch.stack(powers).sum(0) / len(powers) ** 2
-    noise = settings.noise_on_grid(noise, half_map_1)
-    relative = relative_voxel_size(half_map_1, prior)
-    classical = posterior.wiener(average, noise, signal, voxel_size)
-    positive = grey_scale.in_spectrum(spectrum, classical, clamp, relative)
-    name = "average" if half_map_2 else "input"
-    shown = {name: average, "Wiener": classical, "Wiener, positive": positive}
-
-    # The prior and every clamp expect density above 0. Measure how far that fails in the prior's
-    # spectrum.
-    noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
-    densities = [half.density for half in halves]
-    filtered = [posterior.wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
-    gain = grey_scale.expand(spectrum, average.shape, relative)
-    negative = negative_power(
-        [fourier.apply_fourier(y, gain) for y in densities],
-        [p * gain**2 for p in noises],
-        degrade.expand_shells(signal, average.shape, voxel_size) * gain**2,
-        voxel_size,
-    )
-    answer = positive
-    if negative > NEGATIVE_TO_REFUSE:
-        answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
-        method = without_clamps(method, settings.method, negative, say)
-    say_method(observations, method, answer is positive, settings, say)
+    # The classical answers. The prior and every clamp expect density above 0.
+    found = classical_answers(halves, powers, signal, spectrum, prior, settings)
+    if found.negative > NEGATIVE_TO_REFUSE:
+        method = without_clamps(method, settings.method, found.negative, say)
+    say_method(observations, method, found.chosen == POSITIVE, settings, say)
     facts = {
         "method": method,
         "fsc_of_halves": curve.tolist(),
         "resolution_0143": resolution_of(curve, half_map_1),
-        "negative_power": negative,
+        "negative_power": found.negative,
     } | scale_facts(observations)
+    expected = {}
     if half_map_2:
         # The score that the halves expect of each answer. The chosen one comes last.
-        positives = [grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in filtered]
-        # Where noise differs between directions, a Wiener filter changes the FSC.
-        answers = {"Wiener": filtered} if isinstance(settings, AnisotropicSettings) else {}
-        answers["Wiener, positive"] = positives
-        if answer is not positive:
-            kept = [keeps_every_shell(power, signal, voxel_size) for power in noises]
-            pairs = zip(densities, noises, kept)
-            answers["Wiener, every shell"] = [posterior.wiener(*pair) for pair in pairs]
-        facts["expected_auc"] = expected_of(answers, densities, settings, voxel_size)
+        expected = facts["expected_auc"] = expected_of(found, densities, settings, voxel_size)
     if method == "wiener":
-        restored = settings.inside_mask(answer, average)
-        return Result(half_map_1, {"": restored}, shown | {"restored": restored}, facts)
+        return classical_result(half_map_1, found, settings, facts)
 
     # Say how much work is ahead.
     sampler = posterior.DENOISE[method] | steps_of(settings)
@@ -127,7 +104,9 @@ def restore_half_maps(
     count = settings.samples * len(halves)
     box = observations[0].y.shape
     facts |= {"steps": steps, "box": list(box)}
-    words = fsc.resolution_words(facts["resolution_0143"], average.shape[-1] * voxel_size[2])
+    words = fsc.resolution_words(
+        facts["resolution_0143"], half_map_1.density.shape[-1] * voxel_size[2]
+    )
     say_work(prior, box, count, steps, f"FSC 0.143 at {words}", say)
 
     # Restore each half by itself.
@@ -139,12 +118,15 @@ def restore_half_maps(
         moments = Moments()
         numbers = dict(samples=settings.samples, seed=seed, tick=tick)
         posterior.add_samples(prior, observation, sampler, moments, pooled, **numbers)
-        x = posterior.with_fine_detail(moments.mean, filtered[i])
+        x = posterior.with_fine_detail(moments.mean, found.of_halves["Wiener"][i])
         restored_halves.append(settings.inside_mask(x, densities[i]))
 
     if half_map_2:
-        answers = {"restored": restored_halves}
-        facts["expected_auc"] |= expected_auc(densities, answers, voxel_size)
+        expected |= expected_auc(densities, {"restored": restored_halves}, voxel_size)
+        if settings.method == "auto" and choose_expected(found, expected, say):
+            facts["method"] = "wiener"
+            found.shown["prior"] = torch.stack(restored_halves).mean(0)
+            return classical_result(half_map_1, found, settings, facts)
 
     # The result is the mean of the restored halves.
     restored = torch.stack(restored_halves).mean(0)
@@ -158,7 +140,98 @@ def restore_half_maps(
         prior, observations, sampler, settings, pooled, restored, say=say
     )
     facts |= spread_facts
-    return Result(half_map_1, written | maps, shown | {"restored": restored}, facts)
+    return Result(half_map_1, written | maps, found.shown | {"restored": restored}, facts)
+
+
+@dataclass
+class Classical:
+    """The answers to half maps without a prior, by name."""
+
+    average: Tensor  # of the half maps
+    shown: dict[str, Tensor]  # the average and its filters
+    of_halves: dict[str, list[Tensor]]  # the filters, each of one half map alone
+    chosen: str  # which of them is the answer of method "wiener"
+    negative: float  # share of the signal's power that is negative density
+
+
+def classical_answers(
+    halves: list[Map],
+    powers: list[Tensor],
+    signal: Tensor,
+    spectrum: Tensor | None,
+    prior: Prior,
+    settings: DenoiseSettings,
+) -> Classical:
+    """Wiener filters of the average, which has less noise, and of each half map.
+
+    powers: of the noise of each half, signal: of what they share, both by shell. spectrum: in which
+    density is clamped. Where much of it is negative, a filter without a clamp is the chosen one.
+    """
+    # The noise of the average, and of the halves.
+    first = halves[0]
+    voxel_size = first.voxel_size
+    relative = relative_voxel_size(first, prior)
+    densities = [half.density for half in halves]
+    average = torch.stack(densities).mean(0)
+    noise = settings.noise_on_grid(torch.stack(powers).sum(0) / len(powers) ** 2, first)
+    noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
+
+    # Filter the average and each half; then clamp, in the prior's spectrum.
+    filtered = posterior.wiener(average, noise, signal, voxel_size)
+    filters = [posterior.wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
+    positive, *positives = [
+        grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in (filtered, *filters)
+    ]
+    name = "average" if len(halves) == 2 else "input"
+    shown = {name: average, "Wiener": filtered, POSITIVE: positive}
+    of_halves = {"Wiener": filters, POSITIVE: positives}
+
+    # How much of the signal is below 0, in that spectrum.
+    gain = grey_scale.expand(spectrum, average.shape, relative)
+    negative = negative_power(
+        [fourier.apply_fourier(y, gain) for y in densities],
+        [p * gain**2 for p in noises],
+        degrade.expand_shells(signal, average.shape, voxel_size) * gain**2,
+        voxel_size,
+    )
+    if negative <= NEGATIVE_TO_REFUSE:
+        return Classical(average, shown, of_halves, POSITIVE, negative)
+
+    # A clamp would lose it.
+    def every_shell(y: Tensor, noise: Tensor) -> Tensor:
+        return posterior.wiener(y, noise, keeps_every_shell(noise, signal, voxel_size))
+
+    shown[EVERY_SHELL] = every_shell(average, noise)
+    of_halves[EVERY_SHELL] = [every_shell(y, p) for y, p in zip(densities, noises)]
+    return Classical(average, shown, of_halves, EVERY_SHELL, negative)
+
+
+def classical_result(
+    half_map_1: Map, found: Classical, settings: DenoiseSettings, facts: dict
+) -> Result:
+    """The chosen one of the classical answers as the result."""
+    restored = settings.inside_mask(found.shown[found.chosen], found.average)
+    return Result(half_map_1, {"": restored}, found.shown | {"restored": restored}, facts)
+
+
+def choose_expected(found: Classical, expected: dict[str, float], say=print) -> bool:
+    """Whether a classical answer is expected to be better than the prior's (Departure 2).
+
+    Then it becomes the chosen one, and the last one of `expected`.
+    """
+    filters = [name for name in found.of_halves if name in expected]
+    best = max(filters, key=expected.get)
+    restored = expected["restored"]
+    if expected[best] <= restored + 2 * EXPECTED_ERROR:
+        return False
+    say(
+        f"the half maps expect FSC_AUC {expected[best]:.3f} with the truth of {best}, and "
+        f"{restored:.3f} of the prior's result: {best} is written; --method prior keeps the other"
+    )
+    found.chosen = best
+    expected["prior"] = expected.pop("restored")
+    expected[best] = expected.pop(best)
+    return True
 
 
 def say_method(
@@ -172,13 +245,21 @@ def say_method(
 
 
 def expected_of(
-    answers: dict[str, list[Tensor]], halves: list[Tensor], settings: DenoiseSettings, voxel_size
+    found: Classical, halves: list[Tensor], settings: DenoiseSettings, voxel_size
 ) -> dict[str, float]:
-    """`expected_auc` of the average and of answers, with the half maps outside of the mask."""
-    masked = {"average": halves}
-    for name, pair in answers.items():
-        masked[name] = [settings.inside_mask(x, y) for x, y in zip(pair, halves)]
-    return expected_auc(halves, masked, voxel_size)
+    """`expected_auc` of the average and of classical answers, with half maps outside of the mask.
+
+    The chosen one comes last.
+    """
+    answers = {"average": halves}
+    names = [name for name in found.of_halves if name != found.chosen]
+    # Where noise is the same in all directions, a Wiener filter alone changes no shell's FSC.
+    if not isinstance(settings, AnisotropicSettings):
+        names.remove("Wiener")
+    for name in (*names, found.chosen):
+        pair = found.of_halves[name]
+        answers[name] = [settings.inside_mask(x, y) for x, y in zip(pair, halves)]
+    return expected_auc(halves, answers, voxel_size)
 
 
 def clamp(x: Tensor) -> Tensor:

@@ -228,8 +228,11 @@ def sharpen_scores(case: Case, network: Prior, args: argparse.Namespace) -> dict
         "B-factor": sharpened(map, case.resolution),
         "network": sharpen(map, network, NetworkSettings(), silent).densities[""],
     }
+    return model_scores(found, map, case)
 
-    # Heavy atoms inside the map.
+
+def model_scores(found: dict[str, Tensor], map: Map, case: Case) -> dict:
+    """CCs and Q-score of densities on the grid of a map with the heavy atoms inside it."""
     model = atoms.read_model(case.model)
     inside = atoms.atoms_inside(model.xyz, map.density.shape, map.voxel_size, map.corner)
     inside &= model.atomic_number > 1

@@ -297,6 +297,26 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, 
     assert close(torch.stack(list(samples)).mean(0), restored[1], 1e-4)
 
 
+def test_auto_writes_the_filter_if_the_halves_expect_more_of_it(run, halves, monkeypatch, capsys):
+    # A prior that answers with noise.
+    def noise(prior, observation, sampler, moments, pooled, samples, seed, tick):
+        generator = torch.Generator().manual_seed(seed % 1000)
+        for found in (moments, pooled):
+            found.add(torch.randn(SHAPE, generator=generator))
+
+    monkeypatch.setattr(posterior, "add_samples", noise)
+    Path("half1_truth.mrc").unlink()
+    maps = "denoise half1.mrc half2.mrc"
+    run(f"{maps} -o wiener.mrc --method wiener")
+    run(f"{maps} -o prior.mrc --method prior")
+    assert "better than the result (restored)" in capsys.readouterr().out
+    run(f"{maps} -o auto.mrc")
+    assert "is written; --method prior keeps the other" in capsys.readouterr().out
+    assert close(values("auto.mrc"), values("wiener.mrc"))
+    assert report_of("auto")["method"] == "wiener"
+    assert list(report_of("auto")["expected_auc"])[-2:] == ["prior", "Wiener, positive"]
+
+
 def test_likelihood_takes_a_given_background(small, run):
     write_mrc("offset.mrc", values(small) + 3)
     top = float(volume.top_value(values(small), 99.999))
