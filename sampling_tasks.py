@@ -57,6 +57,7 @@ from sampling_settings import (
     TiltSettings,
     WedgeSettings,
 )
+from wedge_check import Answer, hide_tilts, pocs_is_better, say_hidden, scale_missing
 
 # ---- Missing wedge (CryoFM 5.2, CryoLVM 4.4)
 
@@ -69,7 +70,8 @@ def restore_wedge(
 
     The result "" keeps every measured coefficient. "_mean" is the posterior mean, where measured
     coefficients lose their noise too. "_std" is the standard deviation that we expect of
-    the error of "_mean" (uncertainty.py), "_snr" the mean over it.
+    the error of "_mean" (uncertainty.py), "_snr" the mean over it. What fills the wedge is scaled
+    by how true it was for tilts that were hidden (wedge_check.py), but for method "paper".
     """
     # Refuse what cannot work.
     y = map.density
@@ -80,7 +82,7 @@ def restore_wedge(
     # Bring the map to the prior's grid, grey scale and spectrum, with its noise. Non-negativity
     # works better in that spectrum, so that the classical answer gets it, too.
     facts = {}
-    observation = None
+    observation, noise = None, settings.noise
     if method != "pocs" or not is_coarse(map, prior):
         observation, noise = observe_wedge(map, prior, settings)
         facts = scale_facts([observation])
@@ -89,11 +91,20 @@ def restore_wedge(
             say_scale(observation, settings, say)
         say_spectrum(observation.spectrum, method, say)
 
+    # Fill in tilts that are hidden for a test. How much of that is true?
+    factor = torch.ones(1)
+    if method != "paper":
+        answers = test_hidden(map, prior, replace(settings, noise=noise), method, say)
+        facts |= say_hidden(answers, settings, say)
+        if settings.method == "auto" and method == "prior" and pocs_is_better(answers, method, say):
+            method = "pocs"
+        factor = answers["POCS" if method == "pocs" else method].factor
+
     # The classical answer is shown beside the result, or is the result itself.
     voxel_size = relative_voxel_size(map, prior)
     answer = classical_wedge(map, measured, settings, observation, voxel_size)
     if method == "pocs":
-        return replace(answer, report=answer.report | facts)
+        return replace(scaled(answer, factor, settings), report=answer.report | facts)
     sampler = posterior.WEDGE[method] | steps_of(settings)
     steps = sampler["steps"]
     estimated = settings.noise is None
@@ -112,6 +123,8 @@ def restore_wedge(
 
     # Go back to the grid of the map.
     mean = posterior.with_fine_detail(moments.mean, answer.shown["POCS"])
+    if method != "paper":
+        mean = scale_missing(mean, measured, factor, map.voxel_size)
     restored = settings.inside_mask(fourier.put_back(mean, y, measured), y)
     mean = settings.inside_mask(mean, y)
     densities = {"": restored, "_mean": mean}
@@ -133,6 +146,30 @@ def restore_wedge(
     }
     shown = answer.shown | {"restored": restored, "posterior mean": mean}
     return replace(answer, densities=densities, shown=shown, report=facts)
+
+
+def test_hidden(
+    map: Map, prior: Prior, settings: WedgeSettings, method: str, say=print
+) -> dict[str, Answer]:
+    """How well POCS, and the prior if it is the method, fill in tilts that are hidden from them."""
+    sampler = posterior.WEDGE.get(method, {"steps": 0}) | steps_of(settings)
+    tick = Progress(settings.samples * sampler["steps"], say, "step of the test")
+
+    def fill(given: Map, narrow: WedgeSettings) -> dict[str, Tensor]:
+        seen = narrow.measured(given)
+        observation = None
+        if method != "pocs" or not is_coarse(map, prior):
+            observation, _ = observe_wedge(given, prior, narrow)
+        voxel_size = relative_voxel_size(map, prior)
+        answer = classical_wedge(given, seen, narrow, observation, voxel_size).shown["POCS"]
+        if method == "pocs":
+            return {"POCS": answer}
+        moments = Moments()
+        numbers = dict(samples=settings.samples, seed=settings.seed, tick=tick)
+        posterior.add_samples(prior, observation, sampler, moments, **numbers)
+        return {"POCS": answer, method: posterior.with_fine_detail(moments.mean, answer)}
+
+    return hide_tilts(map, settings, fill)
 
 
 def check_map(
@@ -171,6 +208,15 @@ def classical_wedge(
         region=~measured,
         across="zyx".index(settings.tilt_axis),
     )
+
+
+def scaled(answer: Result, factor: Tensor, settings: WedgeSettings) -> Result:
+    """The answer of POCS, scaled where nothing was measured."""
+    y = answer.grid.density
+    filled = scale_missing(answer.shown["POCS"], ~answer.region, factor, answer.grid.voxel_size)
+    restored = settings.inside_mask(filled, y)
+    shown = answer.shown | {"restored": restored}
+    return replace(answer, densities={"": restored}, shown=shown)
 
 
 def on_network_grid(map: Map, prior: Prior, settings: TiltSettings) -> tuple[Map, Tensor]:

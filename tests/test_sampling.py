@@ -44,6 +44,7 @@ import sampling
 import sampling_half_maps
 import sampling_tasks
 import volume
+import wedge_check
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 from report import silent
@@ -175,7 +176,7 @@ def test_a_restored_map_is_the_input_with_its_wedge_filled(
     measured = wedge(shape, (-50, 60), tilt_axis, voxel_size)
     write_mrc("in.mrc", 50 * degraded(truth, measured), voxel_size, axes)
     write_mrc("in_truth.mrc", truth, voxel_size, axes)  # found by its name
-    assert run(f"wedge in.mrc --tilt-range -50 60 --tilt-axis {tilt_axis}") == 0
+    assert run(f"wedge in.mrc --tilt-range -50 60 --tilt-axis {tilt_axis} --method prior") == 0
     same_header("in.mrc", "in_wedge.mrc")
     same_header("in.mrc", "in_wedge_std.mrc")
 
@@ -216,9 +217,10 @@ def test_mean_and_spread_are_those_of_samples_that_depend_on_seed_and_number_alo
     assert close(samples[0], first)  # other batches round otherwise
     assert not close(samples[0], samples[1], 1e-2)
     run("wedge in.mrc --samples 3 --seed 4 --noise 0.05 --method prior")
-    restored = fourier.put_back(samples.mean(0), map.density, wedge(SHAPE))
-    assert close(values("in_wedge.mrc"), restored)
-    assert close(values("in_wedge_mean.mrc"), samples.mean(0))
+    factor = torch.tensor(report_of("in_wedge")["fill_factor"]["prior"])
+    mean = wedge_check.scale_missing(samples.mean(0), wedge(SHAPE), factor, 1.5)
+    assert close(values("in_wedge.mrc"), fourier.put_back(mean, map.density, wedge(SHAPE)))
+    assert close(values("in_wedge_mean.mrc"), mean)
     assert close(values("in_wedge_std.mrc"), samples.std(0))
 
 
@@ -232,7 +234,7 @@ def test_the_function_gives_what_the_program_writes(small, run, ckpt):
 
 def test_a_seed_fixes_every_byte_and_another_seed_gives_another_map(small, run):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run(f"wedge in.mrc --seed {seed} -o {name}.mrc")
+        run(f"wedge in.mrc --seed {seed} -o {name}.mrc --method prior")
     a, b, c = (Path(f"{name}.mrc").read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -242,7 +244,7 @@ def test_a_seed_fixes_every_byte_and_another_seed_gives_another_map(small, run):
 def test_the_grey_scale_of_the_input_is_kept(small, run):
     write_mrc("big.mrc", 1024 * values(small))  # a power of two: the same rounding everywhere
     for name in ("in", "big"):
-        run(f"wedge {name}.mrc")
+        run(f"wedge {name}.mrc --method prior")
     for end in ("", "_std"):
         assert close(values(f"big_wedge{end}.mrc"), 1024 * values(f"in_wedge{end}.mrc"))
 
@@ -269,12 +271,37 @@ def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_is_found(
 
 def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run, capsys):
     run("wedge in.mrc --method pocs")
-    assert close(values("in_wedge.mrc"), posterior.pocs(values(small), wedge(SHAPE)))
+    factor = torch.tensor(report_of("in_wedge")["fill_factor"]["POCS"])
+    answer = posterior.pocs(values(small), wedge(SHAPE))
+    want = wedge_check.scale_missing(answer, wedge(SHAPE), factor, 1.5)
+    assert close(values("in_wedge.mrc"), want)
     capsys.readouterr()
     run("wedge in.mrc --voxel-size 9 -o coarse.mrc --grey-scale 2")
     assert report_of("coarse")["method"] == "pocs"
     # The fixture gives two of these flags.
     assert "--samples, --steps, --grey-scale: not used by method pocs" in capsys.readouterr().out
+
+
+def test_a_wrong_filling_fades_out_and_auto_takes_pocs_instead(small, run, monkeypatch, capsys):
+    # A prior that answers with noise as strong as the map.
+    def noise(prior, observation, sampler, moments, samples, seed, tick):
+        for _ in range(samples):
+            moments.add(observation.to_map(random(observation.y.shape, seed % 1000)))
+
+    monkeypatch.setattr(posterior, "add_samples", noise)
+    write_mrc("in_truth.mrc", molecule(SHAPE))
+    run("wedge in.mrc --method prior -o prior.mrc")
+    whole = {name: score["auc"] for name, score in report_of("prior")["fsc"].items()}
+    # Noise at full strength in the wedge costs .09. Chance in the few coefficients of this box
+    # leaves .02 of it.
+    assert whole["restored"] > whole["input"] - 0.04
+
+    capsys.readouterr()
+    run("wedge in.mrc")
+    assert "POCS was better in this test" in capsys.readouterr().out
+    run("wedge in.mrc --method pocs -o pocs.mrc")
+    assert report_of("in_wedge")["method"] == "pocs"
+    assert close(values("in_wedge.mrc"), values("pocs.mrc"))
 
 
 # ---- Half maps
@@ -620,7 +647,8 @@ def test_a_wedge_is_filled_the_same_whatever_the_grey_scale(run):
     write_mrc("in.mrc", y)
     write_mrc("other.mrc", 40 - 8 * y)
     for name in ("in", "other"):
-        run(f"wedge {name}.mrc --noise 0.05 --background {0 if name == 'in' else 40}")
+        background = 0 if name == "in" else 40
+        run(f"wedge {name}.mrc --noise 0.05 --background {background} --method prior")
     for end in ("", "_mean"):
         want = values(f"in_wedge{end}.mrc")
         assert close((40 - values(f"other_wedge{end}.mrc")) / 8, want)
@@ -630,7 +658,7 @@ def test_a_wedge_is_filled_the_same_whatever_the_grey_scale(run):
 
 def test_a_given_grey_scale_is_that_of_the_network_and_of_the_report(run, halves, capsys):
     write_mrc("in.mrc", degraded(molecule(SHAPE), wedge(SHAPE)) + 40)
-    run("wedge in.mrc --grey-scale 2.5 40")
+    run("wedge in.mrc --grey-scale 2.5 40 --method prior")
     report = report_of("in_wedge")
     assert (report["maximum"], report["maximum_error"], report["spectrum"]) == (2.5, 0, None)
     assert report["background"] == 40
@@ -638,7 +666,7 @@ def test_a_given_grey_scale_is_that_of_the_network_and_of_the_report(run, halves
 
     # It changes the result. Half maps have one each.
     given = values("in_wedge_mean.mrc")
-    run("wedge in.mrc -o other.mrc --background 40")
+    run("wedge in.mrc -o other.mrc --background 40 --method prior")
     assert not close(values("other_mean.mrc"), given, 1e-3)
     run("denoise half1.mrc half2.mrc --grey-scale 3")
     assert report_of("half_mean_denoise")["maximum"] == [3, 3]
@@ -866,7 +894,7 @@ def test_one_bad_file_in_a_folder_is_named_and_counted_and_stops_nothing(small, 
 def test_a_folder_is_restored_from_its_inputs_alone(small, run):
     write_mrc("in_truth.mrc", values(small))
     for _ in range(2):  # the second time it holds results, too
-        run("wedge . --overwrite")
+        run("wedge . --overwrite --method prior")
     maps = [name for name in names(Path()) if name.endswith(".mrc")]
     assert maps == ["in.mrc", "in_truth.mrc"] + [
         f"in_wedge{end}.mrc" for end in ("", "_mean", "_snr", "_std")
@@ -880,7 +908,7 @@ def test_existing_files_stay_without_overwrite_and_the_input_always(small, run):
     with pytest.raises(OSError, match="in_wedge.mrc: exists.*--overwrite"):
         run("wedge in.mrc")
     assert Path("in_wedge.mrc").read_bytes() == first
-    run("wedge in.mrc --overwrite")
+    run("wedge in.mrc --overwrite --method prior")
     assert Path("in_wedge.mrc").read_bytes() != first
     Path("in_wedge.mrc").unlink()
     with pytest.raises(OSError, match="in_wedge_mean.mrc: exists"):  # files beside it count

@@ -1,0 +1,101 @@
+"""How much of what fills a missing wedge is true: asked of tilts that are hidden for a test.
+
+    c_k = Re <x, y>_k / <x, x>_k,   0 <= c_k <= 1     over the hidden coefficients of shell k    (1)
+
+The tilts at both ends of the measured range are taken out of the map y, and filled in as the wedge
+will be. That gives x. c_k makes |y - c x|^2 smallest. The noise of y knows nothing of x, so that
+c_k is right for the truth, too. What fills the wedge is multiplied by it: where a method guesses,
+its detail fades out and does not stand there like a measurement.
+
+A factor per shell changes no FSC within the wedge. That of the whole map gains, because wrong
+coefficients weigh less beside measured ones. Ours; the idea is that of cross-validation, like the
+free R factor of crystallography (Brünger 1992). Measured on real maps in RESULTS.md, section 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import fourier
+import fsc
+from mrc import Map
+from sampling_settings import TiltSettings
+
+HIDDEN = 1 / 12  # of the tilt range, at each of its ends: 10 degrees of +-60
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How well a method filled in the hidden tilts."""
+
+    auc: float  # FSC_AUC with what was measured there; its noise counts as signal
+    factor: Tensor  # c_k of (1) by shell, up to the corners
+
+
+def hide_tilts(
+    map: Map, settings: TiltSettings, fill: Callable[[Map, TiltSettings], dict[str, Tensor]]
+) -> dict[str, Answer]:
+    """How well each method fills in tilts that were measured, by its name.
+
+    fill: takes a map and settings of a smaller tilt range; returns the filled maps (D, H, W).
+    """
+    low, high = settings.tilt_range
+    angle = HIDDEN * (high - low)
+    narrow = replace(settings, tilt_range=(low + angle, high - angle))
+    seen = narrow.measured(map)
+    hidden = settings.measured(map) & ~seen
+
+    given = replace(map, density=fourier.apply_fourier(map.density, seen))
+    answers = fill(given, narrow)
+    return {name: compare(x, map, hidden) for name, x in answers.items()}
+
+
+def compare(x: Tensor, map: Map, hidden: Tensor) -> Answer:
+    """(1) for what was filled in, x (D, H, W). hidden: boolean (D, H, W), `fftfreq` layout."""
+    # Sums over the hidden coefficients of each shell.
+    shell = fsc.shells(x.shape, map.voxel_size, half=True)
+    n = int(shell.max()) + 1
+    weight = fsc.half_weight(x.shape, hidden)
+    X, Y = fourier.rfft3(x), fourier.rfft3(map.density)
+    product = fsc.shell_sum(weight * (X * Y.conj()).real, shell, n)
+    power = fsc.shell_sum(weight * X.abs().square(), shell, n)
+
+    # Where nothing was hidden, or nothing filled in, there is nothing to scale.
+    factor = (product / power.clamp(min=torch.finfo(power.dtype).tiny)).clamp(0, 1)  # (1)
+    factor = torch.where(power > 0, factor, 1.0)
+    curve = fsc.fsc(x, map.density, hidden, voxel_size=map.voxel_size)
+    return Answer(float(fsc.auc(curve)), factor)
+
+
+def scale_missing(x: Tensor, measured: Tensor, factor: Tensor, voxel_size) -> Tensor:
+    """A filled map (D, H, W) whose missing coefficients are multiplied by c_k.
+
+    measured: boolean (D, H, W), `fftfreq` layout.
+    """
+    shell = fsc.shells(x.shape, voxel_size, half=True)
+    lost = (1 - factor).float()[shell] * ~fourier.stored_half(measured)
+    return fourier.put_back(x, torch.zeros_like(x), lost)
+
+
+def say_hidden(answers: dict[str, Answer], settings: TiltSettings, say=print) -> dict:
+    """Print how well hidden tilts were filled in; returns it for the .json."""
+    low, high = settings.tilt_range
+    words = ", ".join(f"{name} {answer.auc:.3f}" for name, answer in answers.items())
+    say(
+        f"test: {HIDDEN * (high - low):.3g} degrees of measured tilts at each end were hidden and "
+        f"filled in; FSC_AUC with what was measured there, noise included: {words}"
+    )
+    return {
+        "hidden_auc": {name: answer.auc for name, answer in answers.items()},
+        "fill_factor": {name: answer.factor.tolist() for name, answer in answers.items()},
+    }
+
+
+def pocs_is_better(answers: dict[str, Answer], name: str, say=print) -> bool:
+    """Whether POCS filled in the hidden tilts better than method `name`; says so."""
+    better = answers["POCS"].auc > answers[name].auc
+    if better:
+        say(f"POCS was better in this test: it fills in the wedge; --method {name} goes on")
+    return better
