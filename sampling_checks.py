@@ -69,18 +69,6 @@ def check_detail(map: Map, network: Prior, instead: str) -> None:
         )
 
 
-def say_too_fine(map: Map, network: Prior, say=print) -> None:
-    """Say so if a map has much finer voxels than a network for the wedge."""
-    # Of 19 maps of 0.65 to 2.4 Å the network of 4 Å was worse than POCS on 18, by .1 on the mean.
-    voxel_size = max(map.voxel_size)
-    if voxel_size < network.voxel_size / 1.5:
-        say(
-            f"warning: voxels of {voxel_size:g} Å hold finer detail than this network of "
-            f"{network.voxel_size:g} Å was trained on; on such maps POCS was better, give "
-            "--method pocs, or leave out --model scunet"
-        )
-
-
 def missing_power(map: Map, measured: Tensor) -> tuple[float, float]:
     """(1) for a map and its mask `measured` (D, H, W), and the region's share of all power.
 

@@ -38,7 +38,6 @@ from report import Progress, Result, say_work
 from sampling_checks import (
     check_positivity,
     check_wedge,
-    say_too_fine,
     without_detail,
 )
 from sampling_grey_scale import in_work_scale, say_scale, say_spectrum, scale_facts
@@ -260,27 +259,49 @@ def fill_wedge(
 
     The result "" keeps every measured coefficient. "_network" is what the network made of the map.
     """
-    # The classical answer, as for the prior.
+    # As with the prior: the choice of a method, and tilts that are hidden for a test.
     y = map.density
     measured = settings.measured(map)
     check_map(map, measured, settings, say)
-    answer = classical_wedge(map, measured, settings)
-    if choose_method(map, network, settings, "POCS", say) == "pocs":
-        return answer
-    say_too_fine(map, network, say)
+    method = "pocs"
+    if choose_method(map, network, settings, "POCS", say) != "pocs":
+        method = "network"
 
-    # The network was trained on maps with zeros in the wedge, so remove what the map has there.
-    work, known = on_network_grid(map, network, settings)
-    seen = fourier.put_back(torch.zeros_like(work.density), work.density, known)
-    found, facts = ask_network(seen, network, settings, say)
+    def fill(given: Map, narrow: NetworkWedgeSettings) -> dict[str, Tensor]:
+        answer = classical_wedge(given, narrow.measured(given), narrow).shown["POCS"]
+        if method == "pocs":
+            return {"POCS": answer}
+        found, _ = ask_for_wedge(given, network, narrow, say)
+        return {"POCS": answer, method: posterior.with_fine_detail(found, answer)}
+
+    answers = hide_tilts(map, settings, fill)
+    facts = say_hidden(answers, settings, say)
+    if settings.method == "auto" and method == "network" and pocs_is_better(answers, method, say):
+        method = "pocs"
+    answer = classical_wedge(map, measured, settings)
+    if method == "pocs":
+        factor = answers["POCS"].factor
+        return replace(scaled(answer, factor, settings), report=answer.report | facts)
 
     # Departure 1: put the measured coefficients back. `alone` is the network's answer without.
+    found, network_facts = ask_for_wedge(map, network, settings, say)
     restored = posterior.with_fine_detail(found, answer.shown["POCS"])
+    restored = scale_missing(restored, measured, answers[method].factor, map.voxel_size)
     restored = settings.inside_mask(fourier.put_back(restored, y, measured), y)
     alone = settings.inside_mask(fourier.resample(found, y.shape), y)
     shown = answer.shown | {"restored": restored, "network": alone}
     densities = {"": restored, "_network": alone}
-    return replace(answer, densities=densities, shown=shown, report=facts)
+    return replace(answer, densities=densities, shown=shown, report=facts | network_facts)
+
+
+def ask_for_wedge(
+    map: Map, network: Prior, settings: NetworkWedgeSettings, say
+) -> tuple[Tensor, dict]:
+    """What the network makes of a map, on its own grid, and facts for the .json."""
+    # It was trained on maps with zeros in the wedge, so remove what the map has there.
+    work, known = on_network_grid(map, network, settings)
+    seen = fourier.put_back(torch.zeros_like(work.density), work.density, known)
+    return ask_network(seen, network, settings, say)
 
 
 # ---- Ab initio (CryoFM 5.4)

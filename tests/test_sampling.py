@@ -802,7 +802,8 @@ def test_the_network_fills_the_wedge_and_what_was_measured_stays(ask, voxel_size
     write_mrc("in.mrc", y, size)
     write_mrc("in_truth.mrc", truth, size)
     net = Seen(lambda tiles: tiles.clamp(max=0.5))
-    ask("wedge in.mrc --tilt-range -50 60 --discard-measured", net)
+    ask("wedge in.mrc --tilt-range -50 60 --discard-measured --method network", net)
+    shown_after_the_test = net.tiles[len(net.tiles) // 2]
 
     # The network sees the measured coefficients that both grids hold.
     n = round(side * voxel_size / 4)
@@ -811,13 +812,16 @@ def test_the_network_fills_the_wedge_and_what_was_measured_stays(ask, voxel_size
     known = wedge((n,) * 3, (-50, 60)) & held[:, None, None] & held[:, None] & held
     shown = clipped(filtered(fourier.resample(y, (n,) * 3), known))
     top = float(shown.max())
-    assert close(net.tiles[0][0, 0], volume.pad(shown / top, 12)[:12, :12, :12])
+    first_tile = volume.pad(shown / top, 12)[:12, :12, :12]
+    assert close(shown_after_the_test[0, 0], first_tile)
     alone = fourier.resample(shown.clamp(max=0.5 * top), shape)
     assert close(values("in_wedge_network.mrc"), alone)
     x = fft(values("in_wedge.mrc"))
     assert close(x[measured], fft(y)[measured])
     if n == side:
-        assert close(x[~measured], fft(alone)[~measured])
+        factor = torch.tensor(report_of("in_wedge")["fill_factor"]["network"])
+        want = wedge_check.scale_missing(alone, measured, factor, size)
+        assert close(x[~measured], fft(want)[~measured])
     assert list(report_of("in_wedge")["fsc"]) == ["input", "POCS", "restored", "network"]
 
 
@@ -826,12 +830,12 @@ def test_detail_that_the_networks_grid_cannot_hold_comes_from_pocs(ask):
     measured = wedge(shape)
     y = filtered(molecule(shape, size, 5.0), measured)
     write_mrc("in.mrc", y, size)
-    ask("wedge in.mrc")
+    ask("wedge in.mrc --method network")
     largest = torch.stack(torch.broadcast_tensors(*fourier.freq_grid(shape))).abs().amax(0)
     beyond = ~measured & (largest > 0.25)
-    assert close(
-        fft(values("in_wedge.mrc"))[beyond], fft(posterior.pocs(y, measured))[beyond], 1e-3
-    )
+    factor = torch.tensor(report_of("in_wedge")["fill_factor"]["network"])
+    want = wedge_check.scale_missing(posterior.pocs(y, measured), measured, factor, size)
+    assert close(fft(values("in_wedge.mrc"))[beyond], fft(want)[beyond], 1e-3)
 
 
 def save_scunet(task):
@@ -846,7 +850,7 @@ def save_scunet(task):
     [
         ("sharpen", "sharpen", "in_sharpen"),
         ("superres", "superres", "in_superres"),
-        ("wedge --model scunet", "wedge3d", "in_wedge_network"),
+        ("wedge --model scunet --method network", "wedge3d", "in_wedge_network"),
     ],
 )
 def test_a_map_of_one_tile_becomes_what_its_network_makes_of_it(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_maps import bright_solvent, degraded, fft, filtered, molecule, prior_of, random, wedge
+from made_maps import bright_solvent, degraded, fft, filtered, molecule, random, wedge
 
 import degrade
 import fourier
@@ -15,15 +15,6 @@ from report import silent
 from sampling_settings import NetworkWedgeSettings, WedgeSettings
 
 SHAPE = (32, 32, 32)
-
-
-def test_a_wedge_network_of_coarser_voxels_comes_with_a_warning():
-    said = []
-    network = prior_of(torch.nn.Identity(), 24, voxel_size=4.0)
-    for voxel_size in (1.0, 3.5, 5.0):
-        map = mrc.Map(torch.zeros(SHAPE), voxel_size)
-        sampling_checks.say_too_fine(map, network, said.append)
-    assert len(said) == 1 and "voxels of 1 Å hold finer detail than this network of 4 Å" in said[0]
 
 
 def half_maps(truth, sigma):
