@@ -18,10 +18,20 @@ def test_the_factor_undoes_a_wrong_amplitude_and_never_raises_one(gain, factor):
     map = Map(random(SHAPE), 1.5)
     hidden = wedge(SHAPE) & ~wedge(SHAPE, (-50, 50))
     answer = wedge_check.compare(gain * map.density, map, hidden)
-    # A shell in which nothing was hidden keeps its filling.
-    count = fsc.shell_sum(hidden, fsc.shells(SHAPE), len(answer.factor))
-    want = torch.where(count > 0, factor, 1.0).double()
-    torch.testing.assert_close(answer.factor, want)
+    torch.testing.assert_close(answer.factor, torch.full_like(answer.factor, factor))
+
+
+def test_nothing_filled_in_is_not_scaled():
+    map = Map(random(SHAPE), 1.5)
+    hidden = wedge(SHAPE) & ~wedge(SHAPE, (-50, 50))
+    assert (wedge_check.compare(torch.zeros(SHAPE), map, hidden).factor == 1).all()
+
+
+def test_a_factor_below_1_by_chance_alone_is_1():
+    # Right, but buried in noise: the scatter of r_k is as large as 1.
+    map = Map(random(SHAPE) + 30 * random(SHAPE, 2), 1.5)
+    hidden = wedge(SHAPE) & ~wedge(SHAPE, (-50, 50))
+    assert wedge_check.compare(random(SHAPE), map, hidden).factor.mean() > 0.9
 
 
 def test_noise_of_what_was_measured_does_not_change_the_factor():
@@ -31,7 +41,7 @@ def test_noise_of_what_was_measured_does_not_change_the_factor():
     noisy = Map(truth + random(shape, 2), 1.5)
     # A filling of which half of the power is right.
     answer = wedge_check.compare(truth + random(shape, 3), noisy, hidden)
-    # The widest shells: some 700 coefficients, so that one standard deviation is .03.
+    # Some 700 coefficients in each of the widest shells: one standard deviation is .03.
     assert answer.factor[16:24].mean() == pytest.approx(0.5, abs=0.05)
 
 
