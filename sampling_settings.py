@@ -204,8 +204,8 @@ class TiltSettings(MaskSettings):
 AXIS = opt("y", "of tilting; the beam is along z (for axis z: along x)", choices=("x", "y", "z"))
 METHOD = (
     "prior: the best we know; paper: its algorithm as printed; pocs (wedge), wiener (denoise), "
-    "classical (abinitio): no network; auto: prior, or no network where voxels are too coarse, much "
-    "density is negative, or a test on the data shows it to be better"
+    "classical (abinitio): no network; auto: prior, or no network where voxels are too coarse, "
+    "much density is negative, or a test on the data shows it to be better"
 )
 
 
