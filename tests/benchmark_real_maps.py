@@ -9,16 +9,18 @@ so that a row takes less than a minute. A restored map is scored by its FSC_AUC 
 up to Nyquist of that grid. Noise and mask edges of the map count as signal.
 
     wedge           tilts beyond +-60 degrees are taken out: POCS, the prior; scored in the missing
-                    region and over all coefficients ("mean": measured coefficients change, too)
+                    region and over all coefficients ("mean": measured coefficients change, too;
+                    "zeros": nothing in the wedge)
     denoise         two half maps, each the map with white noise of the map's own standard
                     deviation: their average, Wiener filtered and clamped at 0, the prior
     sharpen         against the model: the map, a B-factor (Guinier, told the resolution), the
                     fine-tuned network
     wedge-scunet    as wedge, by the fine-tuned network
 
-The `auto` column is the method that the program takes when it is not told. A row is written as soon
-as it is known. Rows that exist are left out, unless the network or a setting is another one. They
-know nothing of changes of the code: give another --out for these.
+The `auto` column is the method that the program takes when it is not told, and "written" is the
+score of what it writes then. A row is written as soon as it is known. Rows that exist are left out,
+unless the network or a setting is another one. They know nothing of changes of the code: give
+another --out for these.
 """
 
 import argparse
@@ -155,7 +157,7 @@ def on_grid_of(network: Prior, map: Map, side: int) -> Map:
 
 
 def wedge_scores(case: Case, prior: Prior, args: argparse.Namespace) -> dict:
-    """FSC_AUC of POCS and of the prior."""
+    """FSC_AUC of POCS, of the prior, and of what the program writes."""
     settings = WedgeSettings(samples=args.samples, steps=args.steps, discard_measured=True)
     names = {"POCS": "POCS", "prior": "restored", "mean": "posterior mean"}
     return scores_without_wedge(case, restore_wedge, prior, settings, args.side, names)
@@ -174,11 +176,14 @@ def scores_without_wedge(case: Case, task, network: Prior, settings, side: int, 
     measured = settings.measured(truth)
     y = replace(truth, density=fourier.apply_fourier(truth.density, measured))
     result, auto = by_network(task, [y], network, settings)
-    missing = {
-        f"missing {name}": agreement(result, names[name], truth, ~measured) for name in names
-    }
-    whole = {f"all {name}": agreement(result, names[name], truth) for name in names}
-    return {"auto": auto} | missing | whole
+    scores = {"auto": auto.report["method"]}
+    for part, region in (("missing", ~measured), ("all", None)):
+        for name, shown in names.items():
+            scores[f"{part} {name}"] = agreement(result, shown, truth, region)
+        curve = fsc(auto.shown["restored"], truth.density, region, voxel_size=truth.voxel_size)
+        scores[f"{part} written"] = float(auc(curve))
+    scores["all zeros"] = float(auc(fsc(y.density, truth.density, voxel_size=truth.voxel_size)))
+    return scores
 
 
 def denoise_scores(case: Case, prior: Prior, args: argparse.Namespace) -> dict:
@@ -193,18 +198,20 @@ def denoise_scores(case: Case, prior: Prior, args: argparse.Namespace) -> dict:
     settings = DenoiseSettings(samples=args.samples, steps=args.steps)
     result, auto = by_network(restore_half_maps, halves, prior, settings)
     names = {"average": "average", "Wiener, positive": "Wiener, positive", "prior": "restored"}
-    return {"auto": auto} | {name: agreement(result, names[name], truth) for name in names}
+    scores = {name: agreement(result, names[name], truth) for name in names}
+    curve = fsc(auto.shown["restored"], truth.density, voxel_size=truth.voxel_size)
+    return {"auto": auto.report["method"]} | scores | {"written": float(auc(curve))}
 
 
-def by_network(task, maps: list[Map], network: Prior, settings) -> tuple[Result, str]:
-    """What a network makes of maps, and the method that the program chooses by itself.
+def by_network(task, maps: list[Map], network: Prior, settings) -> tuple[Result, Result]:
+    """What a network makes of maps, and what the program chooses by itself.
 
-    Where voxels are too coarse for the network, the result is the classical one.
+    Where voxels are too coarse for the network, both are the classical one.
     """
-    result = task(*maps, network, settings, silent)
-    auto = result.report["method"]
-    if auto in CLASSICAL and max(maps[0].voxel_size) <= 2 * network.voxel_size:
-        result = task(*maps, network, replace(settings, method="prior"), silent)
+    result = auto = task(*maps, network, settings, silent)
+    if auto.report["method"] in CLASSICAL and max(maps[0].voxel_size) <= 2 * network.voxel_size:
+        method = "network" if task is fill_wedge else "prior"
+        result = task(*maps, network, replace(settings, method=method), silent)
     return result, auto
 
 
