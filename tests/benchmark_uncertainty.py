@@ -13,7 +13,7 @@ restored with default settings. One row per structure and case, with
     gauss              the same share of the molecule within 1.645 _std
     error_over_std     root mean squares in the molecule (density above a tenth of the maximum)
 
-Rows that the csv holds already are skipped.
+Rows that the csv holds already are skipped. --picture draws the expected scores against the true.
 """
 
 import argparse
@@ -108,6 +108,23 @@ def say_table(rows: list[list]) -> None:
     )
 
 
+def draw(rows: list[list], path: str) -> None:
+    """Draw the expected FSC_AUC of every row against the true one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    for case in CASES:
+        points = [(float(row[2]), float(row[4])) for row in rows if row[0] == case]
+        if points:
+            axes.scatter(*zip(*points), s=14, label=case)
+    axes.axline((0.5, 0.5), slope=1, color="grey", linewidth=0.8)
+    axes.set_xlabel("FSC_AUC with the truth")
+    axes.set_ylabel("expected without the truth")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = cli.add_argument
@@ -119,6 +136,7 @@ def main() -> None:
     add("--cases", nargs="+", default=list(CASES), choices=CASES)
     add("--samples", type=int, default=4)
     add("--csv", default="runs/uncertainty.csv")
+    add("--picture", help="draws `expected` against `auc` (needs matplotlib)")
     args = cli.parse_args()
     prior, structures = read_inputs(
         args.ckpt, args.structures, args.held_out, args.first, args.count
@@ -135,7 +153,7 @@ def main() -> None:
         path.write_text(",".join(COLUMNS) + "\n")
     done = {(row[0], row[1]) for row in rows}
 
-    settings = {"samples": args.samples}
+    settings = {"samples": args.samples, "method": "prior"}
     for i, structure in enumerate(structures):
         truth = truth_of(structure)
         for case in args.cases:
@@ -151,6 +169,8 @@ def main() -> None:
             with open(path, "a", newline="") as file:
                 csv.writer(file).writerow(row)
     say_table(rows)
+    if args.picture:
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":
