@@ -90,10 +90,17 @@ def restore_wedge(
             say_scale(observation, settings, say)
         say_spectrum(observation.spectrum, method, say)
 
+    # Say how much work is ahead.
+    sampler = posterior.WEDGE.get(method, {}) | steps_of(settings)
+    if method != "pocs":
+        words = f"noise {noise:.3f} of the map's maximum"
+        words += " (estimated)" if settings.noise is None else ""
+        words += "; twice, first for a test" if method != "paper" else ""
+        say_work(prior, observation.y.shape, settings.samples, sampler["steps"], words, say)
+
     # Fill in tilts that are hidden for a test. How much of that is true?
-    factor = torch.ones(1)
     if method != "paper":
-        answers = test_hidden(map, prior, replace(settings, noise=noise), method, say)
+        answers = fill_hidden_tilts(map, prior, replace(settings, noise=noise), method, say)
         facts |= say_hidden(answers, settings, say)
         if settings.method == "auto" and method == "prior" and pocs_is_better(answers, method, say):
             method = "pocs"
@@ -104,11 +111,6 @@ def restore_wedge(
     answer = classical_wedge(map, measured, settings, observation, voxel_size)
     if method == "pocs":
         return replace(scaled(answer, factor, settings), report=answer.report | facts)
-    sampler = posterior.WEDGE[method] | steps_of(settings)
-    steps = sampler["steps"]
-    estimated = settings.noise is None
-    words = f"noise {noise:.3f} of the map's maximum" + (" (estimated)" if estimated else "")
-    say_work(prior, observation.y.shape, settings.samples, steps, words, say)
 
     # The prior expects density above 0. Check that the measured data allow it.
     sigma = noise * volume.top_value(y, 99.999)
@@ -116,7 +118,7 @@ def restore_wedge(
 
     # Draw samples of the posterior.
     moments = Moments()
-    tick = Progress(settings.samples * steps, say)
+    tick = Progress(settings.samples * sampler["steps"], say)
     numbers = dict(samples=settings.samples, seed=settings.seed, tick=tick)
     posterior.add_samples(prior, observation, sampler, moments, **numbers)
 
@@ -138,16 +140,16 @@ def restore_wedge(
     facts |= {
         "method": method,
         "noise": noise,
-        "noise_estimated": estimated,
+        "noise_estimated": settings.noise is None,
         "positive_misfit": misfit,
-        "steps": steps,
+        "steps": sampler["steps"],
         "box": list(observation.y.shape),
     }
     shown = answer.shown | {"restored": restored, "posterior mean": mean}
     return replace(answer, densities=densities, shown=shown, report=facts)
 
 
-def test_hidden(
+def fill_hidden_tilts(
     map: Map, prior: Prior, settings: WedgeSettings, method: str, say=print
 ) -> dict[str, Answer]:
     """How well POCS, and the prior if it is the method, fill in tilts that are hidden from them."""
