@@ -26,7 +26,7 @@ import volume
 from checkpoint import Prior
 from mrc import Map
 from posterior import Observation
-from sampling_settings import GreySettings, TiltSettings
+from sampling_settings import DenoiseSettings, GreySettings, Settings, TiltSettings, flag_of
 
 # A wedge that was cut out in Fourier space and rounded holds up to 3e-4. Cropping or masking such a
 # map lets 2 to 10 % leak in, and a tilt range that is 5 degrees too narrow on either side 12 %.
@@ -56,6 +56,13 @@ LEAST_AGREEMENT = 3.0
 # Share of voxels with one value, and a voxel over its neighbours.
 EQUAL_TO_NOTE = 0.1
 HOT = 5.0
+
+
+def say_unused(settings: Settings, method: str, say=print) -> None:
+    """Name the flags that were given and that the method does not use."""
+    flags = [flag_of(name) for name in settings.set_in_vain(method)]
+    if flags:
+        say(f"{', '.join(flags)}: not used by method {method}")
 
 
 def check_detail(map: Map, network: Prior, instead: str) -> None:
@@ -259,10 +266,11 @@ def without_detail(
     elif brightness > USUAL_BRIGHTNESS[1]:
         words = (
             "warning: this map holds no detail that the prior knows: it is noise alone, or blurred "
-            "beyond 10 Å. If it is noise, every result of it means nothing"
+            "more than all it was trained on. If it is noise, every result of it means nothing"
         )
         if settings.method == "auto":
             say(f"{words}; {classical} instead, name a --method to use the prior all the same")
+            say_unused(settings, classical.lower(), say)
             return classical.lower()
         say(words)
     return method
@@ -306,14 +314,15 @@ def keeps_every_shell(noise: Tensor, signal: Tensor, voxel_size, floor: float = 
     return torch.maximum(expanded, floor * noise)
 
 
-def without_clamps(method: str, asked: str, negative: float, say=print) -> str:
+def without_clamps(method: str, settings: DenoiseSettings, negative: float, say=print) -> str:
     """The method for a map of which the share `negative` of the signal's power is negative."""
     words = f"{negative:.0%} of the signal's power is negative density, which no prior here knows"
-    if asked == "auto":
-        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
-        return "wiener"
-    if asked == "wiener":
+    if method == "wiener":
         say(f"{words}, so that the result keeps it")
+    elif settings.method == "auto":
+        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
+        say_unused(settings, "wiener", say)
+        method = "wiener"
     else:
-        say(f"{words}: --method {asked} will lose it")
+        say(f"{words}: --method {method} will lose it")
     return method

@@ -98,7 +98,7 @@ def restore_half_maps(
     answer = positive
     if negative > NEGATIVE_TO_REFUSE:
         answer = posterior.wiener(average, noise, keeps_every_shell(noise, signal, voxel_size))
-        method = without_clamps(method, settings.method, negative, say)
+        method = without_clamps(method, settings, negative, say)
     say_method(observations, method, answer is positive, settings, say)
     facts = {
         "method": method,

@@ -217,7 +217,8 @@ DISCARD = opt(
 @dataclass(frozen=True)
 class WedgeSettings(SampleSettings, TiltSettings):
     suffixes = ("", "_mean", "_std", "_snr")
-    unread = {"pocs": (*SAMPLING, "grey_scale")}
+    # In fine voxels POCS works in the prior's spectrum, which the noise helps to find.
+    unread = {"pocs": (*SAMPLING, "grey_scale"), "pocs on coarse voxels": ("noise",)}
     tilt_axis: str = AXIS
     discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))

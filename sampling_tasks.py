@@ -39,6 +39,7 @@ from sampling_checks import (
     check_positivity,
     check_wedge,
     say_too_fine,
+    say_unused,
     without_detail,
 )
 from sampling_grey_scale import in_work_scale, say_scale, say_spectrum, scale_facts
@@ -47,7 +48,6 @@ from sampling_posterior import (
     choose_method,
     is_coarse,
     relative_voxel_size,
-    say_unused,
     steps_of,
     uncertainty_maps,
 )

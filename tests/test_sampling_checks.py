@@ -62,10 +62,11 @@ def test_a_map_without_detail_gets_the_classical_answer(brightness, method):
     observation = posterior.Observation(start, start > 0, 0.1, start)
     said = []
     for asked, want in (("auto", method), ("prior", "prior")):
-        settings = WedgeSettings(method=asked)
+        settings = WedgeSettings(method=asked, steps=7)
         found = sampling_checks.without_detail(observation, settings, "prior", "POCS", said.append)
         assert found == want
-    assert len(said) == (2 if method == "pocs" else 0)
+    assert len(said) == (3 if method == "pocs" else 0)
+    assert ("--steps: not used by method pocs" in said) == (method == "pocs")
 
 
 # ---- The wedge
