@@ -33,6 +33,9 @@ from sampling_settings import DenoiseSettings, GreySettings, Settings, TiltSetti
 LEAK_TO_NOTE = 1e-3
 LEAK_TO_REFUSE = 0.1
 
+# Real maps hold .3 or more in the outermost 5 degrees of a tilt range that was measured.
+END_STEP = 5.0
+
 # Simulated maps hold up to .02. From .1 on the average of real half maps is better than its
 # positive part at low noise.
 NEGATIVE_TO_REFUSE = 0.1
@@ -88,11 +91,13 @@ def say_too_fine(map: Map, network: Prior, say=print) -> None:
         )
 
 
-def missing_power(map: Map, measured: Tensor) -> tuple[float, float]:
+def missing_power(map: Map, measured: Tensor, missing: Tensor | None = None) -> tuple[float, float]:
     """(1) for a map and its mask `measured` (D, H, W), and the region's share of all power.
 
-    The mean of the map does not count.
+    missing: the region (default: all that was not measured). The mean of the map does not count.
     """
+    if missing is None:
+        missing = ~measured
     y = map.density - map.density.mean()
     power = fourier.fft3(y).abs().square()
     box, _ = fsc.shell_side(y.shape, map.voxel_size)
@@ -102,21 +107,30 @@ def missing_power(map: Map, measured: Tensor) -> tuple[float, float]:
     # What the missing region would hold, shell by shell.
     count = fsc.shell_sum(measured, shell, n).clamp(min=1)
     mean = fsc.shell_sum(power * measured, shell, n) / count
-    expected = (mean * fsc.shell_sum(~measured, shell, n))[1:].sum()
-    found = fsc.shell_sum(power * ~measured, shell, n)[1:].sum()
-    share = (power * ~measured).sum() / power.sum().clamp(min=1e-30)
+    expected = (mean * fsc.shell_sum(missing, shell, n))[1:].sum()
+    found = fsc.shell_sum(power * missing, shell, n)[1:].sum()
+    share = (power * missing).sum() / power.sum().clamp(min=1e-30)
     return float(found / expected.clamp(min=1e-30)), float(share)  # (1)
 
 
 def check_wedge(map: Map, measured: Tensor, settings: TiltSettings, discard: bool, say) -> None:
     """Say how much of the map lies where nothing was measured, and would be thrown away.
 
-    Raises ValueError if it is far more than leaks into a wedge, unless `discard`.
+    Say also if tilts that were measured, by the settings, hold nothing.
+    Raises ValueError if what is thrown away is far more than leaks into a wedge, unless `discard`.
     """
+    low, high = settings.tilt_range
+    first, last = tilts_with_power(map, settings)
+    if (first, last) != (low, high):
+        say(
+            f"warning: tilts of {low:g} to {high:g} degrees about {settings.tilt_axis} count as "
+            f"measured, but only those of {first:g} to {last:g} hold power in this map. The others "
+            f"stay empty; if they were not taken, give --tilt-range {first:g} {last:g}"
+        )
+
     leak, share = missing_power(map, measured)
     if leak < LEAK_TO_NOTE:
         return
-    low, high = settings.tilt_range
     words = (
         f"the region that tilts of {low:g} to {high:g} degrees about {settings.tilt_axis} leave "
         f"out holds {share:.1%} of the map's power, {leak:.1%} of what it would hold if measured"
@@ -132,6 +146,33 @@ def check_wedge(map: Map, measured: Tensor, settings: TiltSettings, discard: boo
         )
 
 
+def small_copy(map: Map) -> Map:
+    """The low frequencies of a map, 96 voxels along each axis at most: faster, and they tell."""
+    shape = [min(n, 96) for n in map.density.shape]
+    voxel_size = [v * n / m for v, n, m in zip(map.voxel_size, map.density.shape, shape)]
+    return replace(map, density=fourier.resample(map.density, shape), voxel_size=voxel_size)
+
+
+def tilts_with_power(map: Map, settings: TiltSettings) -> tuple[float, float]:
+    """The tilt range without its ends, in steps of END_STEP, that hold hardly any power.
+
+    "Hardly any" is less than LEAK_TO_REFUSE of what they would hold by (1).
+    """
+    small = small_copy(map)
+
+    def is_empty(inner: tuple[float, float], outer: tuple[float, float]) -> bool:
+        measured = replace(settings, tilt_range=inner).measured(small)
+        end = replace(settings, tilt_range=outer).measured(small) & ~measured
+        return bool(end.any()) and missing_power(small, measured, end)[0] < LEAK_TO_REFUSE
+
+    low, high = settings.tilt_range
+    while high - low > 4 * END_STEP and is_empty((low + END_STEP, high), (low, high)):
+        low += END_STEP
+    while high - low > 4 * END_STEP and is_empty((low, high - END_STEP), (low, high)):
+        high -= END_STEP
+    return low, high
+
+
 def emptiest_wedge(map: Map, settings: TiltSettings) -> str:
     """A sentence on the axis and the tilt range that leave out the least of a map's power.
 
@@ -139,10 +180,8 @@ def emptiest_wedge(map: Map, settings: TiltSettings) -> str:
     """
     can_turn = "tilt_axis" in {setting.name for setting in fields(settings)}
     axes = "yxz" if can_turn else settings.tilt_axis
-    # Low frequencies tell. A small map keeps this fast.
-    shape = [min(n, 96) for n in map.density.shape]
-    voxel_size = [v * n / m for v, n, m in zip(map.voxel_size, map.density.shape, shape)]
-    small = replace(map, density=fourier.resample(map.density, shape), voxel_size=voxel_size)
+    small = small_copy(map)
+    shape, voxel_size = small.density.shape, small.voxel_size
     found = []
     for axis in axes:
         for tilt in (40, 50, 60, 70):
