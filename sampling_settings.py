@@ -167,7 +167,9 @@ class GreySettings(Settings):
 @dataclass(frozen=True)
 class MaskSettings(GreySettings):
     mask: Tensor | None = opt(
-        None, "0 to 1: where to change the map; elsewhere the input is kept", metavar="MAP"
+        None,
+        "0 to 1: where to change the map; elsewhere the input is kept, and _std and _snr are 0",
+        metavar="MAP",
     )
 
     def inside_mask(self, x: Tensor, before: Tensor | float) -> Tensor:

@@ -512,7 +512,8 @@ def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise():
     prior = prior_of(HDiT(SMALL_HDIT).eval(), 16)  # v = 0: p_0 is p_1
     truth = molecule((16, 20, 16))
     map = mrc.Map(7 * truth, 1.5)  # its scale does not matter
-    result = log_likelihood(map, prior, LikelihoodSettings())
+    said = []
+    result = log_likelihood(map, prior, LikelihoodSettings(), said.append)
     x = volume.normalise(truth, 0.04, 0.09)[0].double()
     padded = torch.full((16, 32, 16), -0.04 / 0.09).double()
     padded[:, :20] = x
@@ -521,6 +522,9 @@ def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise():
         constant = 0.5 * math.log(2 * math.pi) + math.log(0.09)
         return float(-0.5 * x.square().sum()) - x.numel() * constant
 
+    # What raises it, and what it may be compared with, is said.
+    assert any(line.startswith("38% of the voxels of these tiles are solvent") for line in said)
+    assert any("by the prior of 1.5 Å" in line for line in said)
     out, report = result.densities[""], result.report
     assert report["nats"] == pytest.approx(log_p(padded), rel=1e-5)
     assert report["standard_error"] == 0
