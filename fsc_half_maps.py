@@ -415,6 +415,7 @@ def read_fsc(path: str, box: int, voxel_size: float) -> Tensor:
     the x axis. The values are clamped to lie inside 0 .. 1. Raises ValueError for any other file.
     """
     n = box // 2
+    end = math.inf
     try:
         # Split the file into cells. A file that is no text raises a ValueError, too.
         text = Path(path).read_text()
@@ -423,15 +424,24 @@ def read_fsc(path: str, box: int, voxel_size: float) -> Tensor:
             # A table: take the curve without a mask at the middle of each shell.
             header, *rows = lines
             column = header.index("unmasked")
-            frequency = [float(row[1]) for row in rows]
-            curve = [float(row[column]) for row in rows]
+            points = np.array([(float(row[1]), float(row[column])) for row in rows])
+            # Shell 0 is nan in CryoFM's convention.
+            frequency, curve = points[np.isfinite(points[:, 1])].T
             middle = (np.arange(n) + 0.5) / (box * voxel_size)
+            end = frequency[-1] + 1 / (box * voxel_size)
             curve = np.interp(middle, frequency, curve)
         else:
             curve = np.array([float(number) for (number,) in lines])
     except (ValueError, IndexError):
         message = f"{path}: neither half maps' .csv of fsc.py nor one FSC value per line"
         raise ValueError(message) from None
-    if len(curve) != n or not np.isfinite(curve).all():
+    if end < (n - 0.5) / (box * voxel_size):
+        raise ValueError(
+            f"{path}: the curve ends at {1 / frequency[-1]:.3g} Å, the map's grid at "
+            f"{2 * voxel_size:.3g} Å; give the FSC of half maps of this grid"
+        )
+    if not np.isfinite(curve).all():
+        raise ValueError(f"{path}: a value is NaN or infinite; give the FSC of shells 1 to {n}")
+    if len(curve) != n:
         raise ValueError(f"{path}: {len(curve)} shells; a box of {box} needs shells 1 to {n}")
     return torch.from_numpy(curve).clamp(1e-6, 1 - 1e-6)

@@ -143,8 +143,8 @@ def log_likelihood(
     per_voxel = total / len(tiles) / box**3
     say(
         f"log p = {total:.0f} +- {error:.0f} nats ({len(tiles)} x {box**3} voxels), "
-        f"{per_voxel:.4f} per voxel, by the prior of {prior.voxel_size:g} Å (compare only with log p "
-        "by the same prior)"
+        f"{per_voxel:.4f} per voxel, by the prior of {prior.voxel_size:g} Å (log p of other priors "
+        "cannot be compared)"
     )
 
     # Nearest neighbour back to the map's grid: a tile's value has no detail to keep.

@@ -256,6 +256,15 @@ def test_a_csv_of_fsc_py_is_read_at_the_middle_of_each_shell(tmp_path):
     ours = read_fsc(file, 8, 2.0)  # 8 voxels of 2 Å: its shell k begins where shell k begins here
     np.testing.assert_allclose(ours, [0.95, 0.85, 0.75, 0.65])
 
+    # A grid that goes on beyond the curve is that of another map.
+    with pytest.raises(ValueError, match="ends at 2 Å, the map's grid at 1 Å"):
+        read_fsc(file, 32, 0.5)
+
+    # Convention cryofm has no shell 0.
+    lines[1] = "0,0,inf,nan,nan"
+    file.write_text("\n".join(lines))
+    np.testing.assert_allclose(read_fsc(file, 8, 2.0), [0.9, 0.85, 0.75, 0.65])
+
 
 def test_a_csv_is_read_at_the_middle_of_the_shells_of_an_odd_box(tmp_path):
     file = tmp_path / "fsc.csv"
