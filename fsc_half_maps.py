@@ -35,6 +35,10 @@ from fsc import (
 )
 from mrc import Map
 
+# In standard deviations of chance. The best of all shifts of 28 real maps with up to 10 times their
+# own noise, white or low-passed, reached 4.
+CLEAR_SHIFT = 6.0
+
 # Two grey scales
 
 
@@ -97,7 +101,34 @@ def place_notes(half_map_1: Map, half_map_2: Map) -> list[str]:
     z, y, x = shift
     return [
         f"half map 2 lies {x:g} {y:g} {z:g} Å (x y z) from half map 1, by their headers; "
-        "compared voxel by voxel all the same"
+        "compared voxel by voxel all the same",
+    ]
+
+
+def shift_notes(half_map_1: Tensor, half_map_2: Tensor) -> list[str]:
+    """A note if half maps (D, H, W) correlate better, beyond chance, when moved by whole voxels."""
+    # Their correlation for every shift of half map 2, without the mean.
+    shape = half_map_1.shape
+    A, B = (rfft3(x - x.mean()) for x in (half_map_1, half_map_2))
+    power_1, power_2 = A.abs().square(), B.abs().square()
+    weight = half_weight(shape)
+    total = float(((weight * power_1).sum() * (weight * power_2).sum()).sqrt())
+    found = (irfft3(A * B.conj(), shape) * math.prod(shape) / total).abs()
+    shift = [int(i) for i in torch.unravel_index(found.argmax(), shape)]
+    gain = float(found.max() - found[0, 0, 0])
+
+    # By chance, noise changes it by this standard deviation. Noise has the share 1 - FSC^2.
+    n = min(shape) // 2 + 1
+    curve = F.pad(fsc(half_map_1, half_map_2.roll(shift, (0, 1, 2))).nan_to_num(), (0, 1))
+    noise = (1 - curve**2)[shells(shape, half=True).clamp_(max=n)]
+    chance = float((weight * noise * power_1 * power_2).sum().sqrt()) / total
+    if gain < max(0.01, CLEAR_SHIFT * chance):
+        return []
+    z, y, x = (i - side if i > side // 2 else i for i, side in zip(shift, shape))
+    return [
+        f"the half maps correlate {float(found.max()):.2f} instead of "
+        f"{float(found[0, 0, 0]):.2f} when half map 2 is moved by {x} {y} {z} voxels (x y z): "
+        "align them first"
     ]
 
 

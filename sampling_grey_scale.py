@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 import volume
-from fsc_half_maps import match_half_maps, place_notes
+from fsc_half_maps import match_half_maps, place_notes, shift_notes
 from mrc import Map
 from posterior import Observation
 from report import Result
@@ -134,4 +134,6 @@ def matched(half_map_1: Map, half_map_2: Map, say=print) -> Map:
     notes += place_notes(half_map_1, half_map_2)
     for note in notes:
         say(note)
+    for note in shift_notes(half_map_1.density, density):
+        say(f"warning: {note}")
     return replace(half_map_2, density=density)
