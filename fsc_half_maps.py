@@ -89,7 +89,7 @@ def match_half_maps(half_map_1: Tensor, half_map_2: Tensor) -> tuple[Tensor, lis
         factor = -factor
     elif abs(math.log(factor)) <= max(0.05, by_noise):
         return half_map_2, []
-    note = f"half map 2 has {factor:.4g} times the grey scale of half map 1: brought to it"
+    note = f"half map 2 has {factor:.4g} times the grey scale of half map 1"
     return half_map_2 / factor, [note]
 
 
@@ -248,7 +248,7 @@ def guinier_b_factor(density: Tensor, curve: Tensor, voxel_size: float, d_min: f
     if fit.sum() < 3:
         raise ValueError(
             f"only {int(fit.sum())} shells between {LOWEST:g} and {d_min:g} Å: too few for a "
-            "Guinier fit; give the B-factor"
+            "Guinier fit; give the B-factor (--b-factor)"
         )
 
     # The slope of the straight line through them is -B / 4.

@@ -130,6 +130,7 @@ def draw_power(axis, name: str, x: Tensor, brightest_map: Tensor, across: int, s
     axis.imshow(power.numpy(), cmap="magma", vmin=low, vmax=highest, origin="lower", extent=extent)
     axis.set_title(f"{name}: Fourier power\nk{AXES[right]} k{AXES[up]} plane (1/Å)", fontsize=10)
     axis.tick_params(labelsize=8)
+    axis.locator_params(nbins=5)  # labels such as -0.075 need their room
 
 
 def draw_halves(axis, content: dict[str, Any], side: float) -> None:

@@ -255,6 +255,11 @@ def ab_initio(
         )
     method = settings.method
     say_unused(settings, method, say)
+    if is_coarse(stack, prior) and method != "classical":
+        say(
+            f"warning: pixels of {voxel_size:g} Å hold no detail that this network "
+            f"({prior.voxel_size:g} Å) knows; compare with --method classical"
+        )
     say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
 
     # Only the network runs on the GPU, so move the maps there and the velocity back.
