@@ -30,9 +30,9 @@ from augment import (
     uniform,
     window,
 )
-from data_prepare import SETTINGS, read_index, read_settings
+from data_prepare import SETTINGS, on_training_grid, read_index, read_settings
 from files import list_files
-from mrc import MAP_SUFFIXES, read_map, resample_map
+from mrc import MAP_SUFFIXES, read_map
 from volume import CLIP, GreyScale, center_crop, cube, density_mask, normalise, rotate
 
 
@@ -78,10 +78,11 @@ def read_cube(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """A deposited map on the grid of voxel_size (Å), scaled to 0..1: (n, n, n) float16; notes.
 
-    Raises ValueError if it holds hardly any density or, with `box`, none in its middle.
+    Raises ValueError if its voxels are too coarse, or if it holds hardly any density or, with
+    `box`, none in its middle.
     """
     # Resample, scale to 0..1 and pad to a cube.
-    density, statistics = cube(resample_map(read_map(file), voxel_size).density, percentiles)
+    density, statistics = cube(on_training_grid(read_map(file), voxel_size).density, percentiles)
     if box and center_crop(density, min(box, len(density))).max() <= 0.1:
         raise ValueError(f"hardly any density in the middle {box} voxels; centre it first")
     grey = GreyScale(statistics["background"], statistics["sign"])

@@ -42,7 +42,7 @@ import torch
 from data_download import build_archive, fetch_maps, map_url
 from data_quality import choose_pairs, read_ids
 from files import atomic_write, refuse_existing, write_json
-from mrc import read_map, resample_map
+from mrc import Map, read_map, resample_map
 from terminal import one_line_for_memory, run_program, say
 from volume import CLIP, LITERAL, cube
 
@@ -198,6 +198,20 @@ def begin_or_continue(folder: Path, settings: dict) -> dict[str, dict]:
     return done
 
 
+def on_training_grid(map: Map, voxel_size: float) -> Map:
+    """The map at the voxel size (Å) of a data set.
+
+    Raises ValueError if its own voxels are over twice as large: a network would learn the blur.
+    """
+    coarsest = max(map.voxel_size)
+    if coarsest > 2.01 * voxel_size:
+        raise ValueError(
+            f"voxels of {coarsest:.4g} Å hold none of the detail of {voxel_size:g} Å per voxel; "
+            "leave it out, or give a larger --voxel-size"
+        )
+    return resample_map(map, voxel_size)  # a low-pass, too
+
+
 def prepare_map(
     file: Path, out: Path, voxel_size: float, max_side: float, percentiles=CLIP
 ) -> dict:
@@ -218,7 +232,7 @@ def prepare_map(
         if side > max_side:
             return dict(row, skipped=f"side longer than {max_side:g} Å")
         with one_line_for_memory(f"give a larger --voxel-size than {voxel_size:g}"):
-            map = resample_map(map, voxel_size)  # a low-pass, too
+            map = on_training_grid(map, voxel_size)
             x, statistics = cube(map.density, percentiles)
     except (ValueError, OSError) as error:
         return dict(row, skipped=f"unreadable: {error}")

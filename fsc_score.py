@@ -28,10 +28,7 @@ from fsc_agreement import (
     sharpened_mean,
     without_background,
 )
-from fsc_half_maps import (
-    local_resolution,
-    place_notes,
-)
+from fsc_half_maps import local_resolution, place_notes, shift_notes
 from fsc_picture import draw_fsc
 from fsc_tables import csv_table, emdb_xml, postprocess_star
 from mrc import MAP_SUFFIXES, Map, read_map, stem, write_map
@@ -211,7 +208,7 @@ def measure(args: argparse.Namespace, maps: list[Map]) -> Agreement:
         found = compare_with_truth(a, b, **how)
     else:
         found = compare_half_maps(a, b, seed=args.seed, **how)
-        notes += place_notes(*maps[:2])
+        notes += place_notes(*maps[:2]) + shift_notes(a, b)
     found.notes += notes
 
     # What else was asked for.

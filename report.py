@@ -200,17 +200,17 @@ def compare_without_truth(result: Result, say=print) -> Result:
 
 def compare_halves(result: Result, say=print) -> dict[str, float]:
     """Resolution in Å and FSC_AUC of the half maps before and after; prints them."""
-    # The curves begin with shell 1 of the x axis. Shell 0 is the mean, which halves share.
-    W = result.grid.density.shape[-1]
+    # The curves begin with shell 1. Shell 0 is the mean, which halves share.
+    box, voxel_size = fsc.shell_side(result.grid.density.shape, result.grid.voxel_size)
     facts = {}
     names = {"given": "fsc_of_halves", "restored": "fsc_of_restored_halves"}
     for name, key in names.items():
         if key in result.report:
             curve = torch.tensor([1.0, *result.report[key]], dtype=torch.float64)
-            resolution = float(fsc.resolution(curve, result.grid.voxel_size[2], box=W))
+            resolution = float(fsc.resolution(curve, voxel_size, box=box))
             auc = float(fsc.auc(curve))
             facts |= {f"halves_{name}_0143": resolution, f"halves_{name}_auc": auc}
-            words = fsc.resolution_words(resolution, W * result.grid.voxel_size[2])
+            words = fsc.resolution_words(resolution, box * voxel_size)
             say(f"half maps as {name}: FSC 0.143 at {words}, FSC_AUC {auc:.3f}")
     if "halves_restored_auc" in facts:
         say("  (restored halves share the prior, so that their FSC is no gold standard)")

@@ -53,7 +53,7 @@ def draw(result, content: dict[str, Any]):
         box, voxel_size = fsc.shell_side(shape, content["truth_voxel_size"])
         panels.append((draw_scores, content["fsc"], box * voxel_size))
     elif "fsc_of_halves" in content:
-        panels.append((draw_halves, content, sides[2]))
+        panels.append((draw_halves, content, min(sides)))
 
     # At most four panels in a row.
     rows = math.ceil(len(panels) / 4)
@@ -130,10 +130,11 @@ def draw_power(axis, name: str, x: Tensor, brightest_map: Tensor, across: int, s
     axis.imshow(power.numpy(), cmap="magma", vmin=low, vmax=highest, origin="lower", extent=extent)
     axis.set_title(f"{name}: Fourier power\nk{AXES[right]} k{AXES[up]} plane (1/Å)", fontsize=10)
     axis.tick_params(labelsize=8)
+    axis.locator_params(nbins=5)  # labels such as -0.075 need their room
 
 
 def draw_halves(axis, content: dict[str, Any], side: float) -> None:
-    """The FSC of the half maps before and after. side: of the box along x in Å."""
+    """The FSC of the half maps before and after. side: of the box in Å, the shortest one."""
     # The curves begin with shell 1.
     curves = {"given": [1.0, *content["fsc_of_halves"]]}
     if "fsc_of_restored_halves" in content:

@@ -26,12 +26,15 @@ import volume
 from checkpoint import Prior
 from mrc import Map
 from posterior import Observation
-from sampling_settings import GreySettings, TiltSettings
+from sampling_settings import DenoiseSettings, GreySettings, Settings, TiltSettings, flag_of
 
 # A wedge that was cut out in Fourier space and rounded holds up to 3e-4. Cropping or masking such a
 # map lets 2 to 10 % leak in, and a tilt range that is 5 degrees too narrow on either side 12 %.
 LEAK_TO_NOTE = 1e-3
 LEAK_TO_REFUSE = 0.1
+
+# Real maps hold .3 or more in the outermost 5 degrees of a tilt range that was measured.
+END_STEP = 5.0
 
 # Simulated maps hold up to .02. From .1 on the average of real half maps is better than its
 # positive part at low noise.
@@ -58,6 +61,13 @@ EQUAL_TO_NOTE = 0.1
 HOT = 5.0
 
 
+def say_unused(settings: Settings, method: str, say=print) -> None:
+    """Name the flags that were given and that the method does not use."""
+    flags = [flag_of(name) for name in settings.set_in_vain(method)]
+    if flags:
+        say(f"{', '.join(flags)}: not used by method {method}")
+
+
 def check_detail(map: Map, network: Prior, instead: str) -> None:
     """Raises ValueError if the voxels hold none of the detail that a network was trained on."""
     voxel_size = max(map.voxel_size)
@@ -69,11 +79,13 @@ def check_detail(map: Map, network: Prior, instead: str) -> None:
         )
 
 
-def missing_power(map: Map, measured: Tensor) -> tuple[float, float]:
+def missing_power(map: Map, measured: Tensor, missing: Tensor | None = None) -> tuple[float, float]:
     """(1) for a map and its mask `measured` (D, H, W), and the region's share of all power.
 
-    The mean of the map does not count.
+    missing: the region (default: all that was not measured). The mean of the map does not count.
     """
+    if missing is None:
+        missing = ~measured
     y = map.density - map.density.mean()
     power = fourier.fft3(y).abs().square()
     box, _ = fsc.shell_side(y.shape, map.voxel_size)
@@ -83,21 +95,30 @@ def missing_power(map: Map, measured: Tensor) -> tuple[float, float]:
     # What the missing region would hold, shell by shell.
     count = fsc.shell_sum(measured, shell, n).clamp(min=1)
     mean = fsc.shell_sum(power * measured, shell, n) / count
-    expected = (mean * fsc.shell_sum(~measured, shell, n))[1:].sum()
-    found = fsc.shell_sum(power * ~measured, shell, n)[1:].sum()
-    share = (power * ~measured).sum() / power.sum().clamp(min=1e-30)
+    expected = (mean * fsc.shell_sum(missing, shell, n))[1:].sum()
+    found = fsc.shell_sum(power * missing, shell, n)[1:].sum()
+    share = (power * missing).sum() / power.sum().clamp(min=1e-30)
     return float(found / expected.clamp(min=1e-30)), float(share)  # (1)
 
 
 def check_wedge(map: Map, measured: Tensor, settings: TiltSettings, discard: bool, say) -> None:
     """Say how much of the map lies where nothing was measured, and would be thrown away.
 
-    Raises ValueError if it is far more than leaks into a wedge, unless `discard`.
+    Say also if tilts that were measured, by the settings, hold nothing.
+    Raises ValueError if what is thrown away is far more than leaks into a wedge, unless `discard`.
     """
+    low, high = settings.tilt_range
+    first, last = tilts_with_power(map, settings)
+    if (first, last) != (low, high):
+        say(
+            f"warning: tilts of {low:g} to {high:g} degrees about {settings.tilt_axis} count as "
+            f"measured, but only those of {first:g} to {last:g} hold power in this map. The others "
+            f"stay empty; if they were not taken, give --tilt-range {first:g} {last:g}"
+        )
+
     leak, share = missing_power(map, measured)
     if leak < LEAK_TO_NOTE:
         return
-    low, high = settings.tilt_range
     words = (
         f"the region that tilts of {low:g} to {high:g} degrees about {settings.tilt_axis} leave "
         f"out holds {share:.1%} of the map's power, {leak:.1%} of what it would hold if measured"
@@ -113,6 +134,33 @@ def check_wedge(map: Map, measured: Tensor, settings: TiltSettings, discard: boo
         )
 
 
+def small_copy(map: Map) -> Map:
+    """The low frequencies of a map, 96 voxels along each axis at most: faster, and they tell."""
+    shape = [min(n, 96) for n in map.density.shape]
+    voxel_size = [v * n / m for v, n, m in zip(map.voxel_size, map.density.shape, shape)]
+    return replace(map, density=fourier.resample(map.density, shape), voxel_size=voxel_size)
+
+
+def tilts_with_power(map: Map, settings: TiltSettings) -> tuple[float, float]:
+    """The tilt range without its ends, in steps of END_STEP, that hold hardly any power.
+
+    "Hardly any" is less than LEAK_TO_REFUSE of what they would hold by (1).
+    """
+    small = small_copy(map)
+
+    def is_empty(inner: tuple[float, float], outer: tuple[float, float]) -> bool:
+        measured = replace(settings, tilt_range=inner).measured(small)
+        end = replace(settings, tilt_range=outer).measured(small) & ~measured
+        return bool(end.any()) and missing_power(small, measured, end)[0] < LEAK_TO_REFUSE
+
+    low, high = settings.tilt_range
+    while high - low > 4 * END_STEP and is_empty((low + END_STEP, high), (low, high)):
+        low += END_STEP
+    while high - low > 4 * END_STEP and is_empty((low, high - END_STEP), (low, high)):
+        high -= END_STEP
+    return low, high
+
+
 def emptiest_wedge(map: Map, settings: TiltSettings) -> str:
     """A sentence on the axis and the tilt range that leave out the least of a map's power.
 
@@ -120,10 +168,8 @@ def emptiest_wedge(map: Map, settings: TiltSettings) -> str:
     """
     can_turn = "tilt_axis" in {setting.name for setting in fields(settings)}
     axes = "yxz" if can_turn else settings.tilt_axis
-    # Low frequencies tell. A small map keeps this fast.
-    shape = [min(n, 96) for n in map.density.shape]
-    voxel_size = [v * n / m for v, n, m in zip(map.voxel_size, map.density.shape, shape)]
-    small = replace(map, density=fourier.resample(map.density, shape), voxel_size=voxel_size)
+    small = small_copy(map)
+    shape, voxel_size = small.density.shape, small.voxel_size
     found = []
     for axis in axes:
         for tilt in (40, 50, 60, 70):
@@ -247,10 +293,11 @@ def without_detail(
     elif brightness > USUAL_BRIGHTNESS[1]:
         words = (
             "warning: this map holds no detail that the prior knows: it is noise alone, or blurred "
-            "beyond 10 Å. If it is noise, every result of it means nothing"
+            "more than all it was trained on. If it is noise, every result of it means nothing"
         )
         if settings.method == "auto":
             say(f"{words}; {classical} instead, name a --method to use the prior all the same")
+            say_unused(settings, classical.lower(), say)
             return classical.lower()
         say(words)
     return method
@@ -294,14 +341,15 @@ def keeps_every_shell(noise: Tensor, signal: Tensor, voxel_size, floor: float = 
     return torch.maximum(expanded, floor * noise)
 
 
-def without_clamps(method: str, asked: str, negative: float, say=print) -> str:
+def without_clamps(method: str, settings: DenoiseSettings, negative: float, say=print) -> str:
     """The method for a map of which the share `negative` of the signal's power is negative."""
     words = f"{negative:.0%} of the signal's power is negative density, which no prior here knows"
-    if asked == "auto":
-        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
-        return "wiener"
-    if asked == "wiener":
+    if method == "wiener":
         say(f"{words}, so that the result keeps it")
+    elif settings.method == "auto":
+        say(f"{words}: Wiener filter instead; name a --method to use the prior all the same")
+        say_unused(settings, "wiener", say)
+        method = "wiener"
     else:
-        say(f"{words}: --method {asked} will lose it")
+        say(f"{words}: --method {method} will lose it")
     return method

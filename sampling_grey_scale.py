@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 import volume
-from fsc_half_maps import match_half_maps, place_notes
+from fsc_half_maps import match_half_maps, place_notes, shift_notes
 from mrc import Map
 from posterior import Observation
 from report import Result
@@ -131,7 +131,9 @@ def matched(half_map_1: Map, half_map_2: Map, say=print) -> Map:
     if half_map_1.density.shape != half_map_2.density.shape:
         return half_map_2
     density, notes = match_half_maps(half_map_1.density, half_map_2.density)
-    notes += place_notes(half_map_1, half_map_2)
-    for note in notes:
+    notes = [f"{note}: brought to it" for note in notes]
+    for note in notes + place_notes(half_map_1, half_map_2):
         say(note)
+    for note in shift_notes(half_map_1.density, density):
+        say(f"warning: {note}")
     return replace(half_map_2, density=density)

@@ -67,7 +67,7 @@ def restore_half_maps(
     # Noise and signal, from the difference between the halves.
     halves = [half_map_1] if half_map_2 is None else [half_map_1, half_map_2]
     densities = [half.density for half in halves]
-    powers, signal, curve = noise_of_half_maps(halves, settings)
+    powers, signal = noise_of_half_maps(halves, settings)
 
     # Bring the half maps to the prior's grid, grey scale and spectrum, with their noise.
     voxel_size = half_map_1.voxel_size
@@ -83,16 +83,15 @@ def restore_half_maps(
     # The classical answers. The prior and every clamp expect density above 0.
     found = classical_answers(halves, powers, signal, spectrum, prior, settings)
     if found.negative > NEGATIVE_TO_REFUSE:
-        method = without_clamps(method, settings.method, found.negative, say)
+        method = without_clamps(method, settings, found.negative, say)
     say_method(observations, method, found.chosen == POSITIVE, settings, say)
-    facts = {
-        "method": method,
-        "fsc_of_halves": curve.tolist(),
-        "resolution_0143": resolution_of(curve, half_map_1),
-        "negative_power": found.negative,
-    } | scale_facts(observations)
+    facts = {"method": method, "negative_power": found.negative} | scale_facts(observations)
+    words = "noise as given"
     expected = {}
     if half_map_2:
+        curve, resolution, side = agreement(*densities, voxel_size)
+        facts |= {"fsc_of_halves": curve, "resolution_0143": resolution}
+        words = f"FSC 0.143 at {fsc.resolution_words(resolution, side)}"
         # The score that the halves expect of each answer. The chosen one comes last.
         expected = facts["expected_auc"] = expected_of(found, densities, settings, voxel_size)
     if method == "wiener":
@@ -104,10 +103,7 @@ def restore_half_maps(
     count = settings.samples * len(halves)
     box = observations[0].y.shape
     facts |= {"steps": steps, "box": list(box)}
-    words = fsc.resolution_words(
-        facts["resolution_0143"], half_map_1.density.shape[-1] * voxel_size[2]
-    )
-    say_work(prior, box, count, steps, f"FSC 0.143 at {words}", say)
+    say_work(prior, box, count, steps, words, say)
 
     # Restore each half by itself.
     tick = Progress(count * steps, say)
@@ -133,8 +129,7 @@ def restore_half_maps(
     written = {"": restored}
     if half_map_2:
         # Not a gold standard: the halves share the prior, and what it adds to both correlates.
-        curve = fsc.fsc(*restored_halves, convention="cryofm", voxel_size=voxel_size)[1:]
-        facts["fsc_of_restored_halves"] = curve.tolist()
+        facts["fsc_of_restored_halves"], *_ = agreement(*restored_halves, voxel_size)
         written |= {"_half1": restored_halves[0], "_half2": restored_halves[1]}
     maps, spread_facts = uncertainty_maps(
         prior, observations, sampler, settings, pooled, restored, say=say
@@ -267,10 +262,11 @@ def clamp(x: Tensor) -> Tensor:
     return x.clamp(min=0)
 
 
-def noise_of_half_maps(
-    halves: list[Map], settings: DenoiseSettings
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """`posterior.noise_and_signal` of half maps on one grid, or of one map by its settings."""
+def noise_of_half_maps(halves: list[Map], settings: DenoiseSettings) -> tuple[list[Tensor], Tensor]:
+    """Noise power of each map and signal power, per shell: `posterior.noise_and_signal`.
+
+    halves: half maps on one grid, or one map, whose noise is in the settings.
+    """
     # Two half maps of one grid are wanted, or one map and its noise.
     first, last = halves[0], halves[-1]
     if settings.describes_one_map != (len(halves) == 1):
@@ -289,18 +285,19 @@ def noise_of_half_maps(
         curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
     densities = [half.density for half in halves]
-    found = posterior.noise_and_signal(densities, curve, first.voxel_size)
+    powers, signal, _ = posterior.noise_and_signal(densities, curve, first.voxel_size)
     if len(halves) == 2:
         check_agreement(*densities, first.voxel_size)
-    return found
+    return powers, signal
 
 
-def resolution_of(curve: Tensor, map: Map) -> float:
-    """FSC_0.143 in Å of a curve over shells 1 .. W//2."""
-    # The curve begins with shell 1. Shell 0 is the mean, which halves share. Its shells are those
-    # of the x axis.
-    curve = torch.cat([curve.new_ones(1), curve])
-    return float(fsc.resolution(curve, map.voxel_size[2], box=map.density.shape[-1]))
+def agreement(
+    half_map_1: Tensor, half_map_2: Tensor, voxel_size
+) -> tuple[list[float], float, float]:
+    """FSC of two half maps from shell 1 on, FSC_0.143 and the box side in Å, as fsc.py counts."""
+    curve = fsc.fsc(half_map_1, half_map_2, voxel_size=voxel_size)
+    box, voxel = fsc.shell_side(half_map_1.shape, voxel_size)
+    return curve[1:].tolist(), float(fsc.resolution(curve, voxel, box=box)), box * voxel
 
 
 def observe_half_map(

@@ -13,7 +13,8 @@ from checkpoint import Prior
 from mrc import Map
 from posterior import Moments, Observation
 from report import Progress
-from sampling_settings import SampleSettings, Settings, flag_of
+from sampling_checks import say_unused
+from sampling_settings import SampleSettings, Settings
 
 
 def is_coarse(map: Map, prior: Prior) -> bool:
@@ -40,14 +41,9 @@ def choose_method(map: Map, prior: Prior, settings: Settings, classical: str, sa
     elif method == "auto":
         method = "prior"
     say_unused(settings, method, say)
+    if coarse:
+        say_unused(settings, f"{method} on coarse voxels", say)
     return method
-
-
-def say_unused(settings: Settings, method: str, say=print) -> None:
-    """Name the flags that were given and that the method does not use."""
-    flags = [flag_of(name) for name in settings.set_in_vain(method)]
-    if flags:
-        say(f"{', '.join(flags)}: not used by method {method}")
 
 
 def steps_of(settings: SampleSettings) -> dict[str, int]:

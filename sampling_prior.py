@@ -19,7 +19,7 @@ from checkpoint import Prior
 from memory import check_memory
 from mrc import Map
 from report import Progress, Result, say_work
-from sampling_checks import check_given_maximum, say_unlike_a_map
+from sampling_checks import EQUAL_TO_NOTE, check_given_maximum, say_unlike_a_map
 from sampling_grey_scale import facts_of, to_work_scale
 from sampling_settings import GenerateSettings, LikelihoodSettings
 
@@ -109,6 +109,12 @@ def log_likelihood(
     corners = volume.tile_starts(padded.shape, box, box)
     device = posterior.device_of(prior)
     tiles = volume.cut_tiles(padded, corners, box)[:, None].to(device)  # (tiles, 1, box, box, box)
+    share = 1 - x.numel() / padded.numel()
+    if share > EQUAL_TO_NOTE:
+        say(
+            f"{share:.0%} of the voxels of these tiles are solvent around the map, which raises "
+            "log p per voxel: compare maps of one box"
+        )
     say(f"{len(tiles)} tile(s) of {box}^3 on {device}, {settings.probes} probes")
 
     # log p of each tile, with the standard error over the probes.
@@ -137,7 +143,8 @@ def log_likelihood(
     per_voxel = total / len(tiles) / box**3
     say(
         f"log p = {total:.0f} +- {error:.0f} nats ({len(tiles)} x {box**3} voxels), "
-        f"{per_voxel:.4f} per voxel"
+        f"{per_voxel:.4f} per voxel, by the prior of {prior.voxel_size:g} Å (log p of other priors "
+        "cannot be compared)"
     )
 
     # Nearest neighbour back to the map's grid: a tile's value has no detail to keep.

@@ -167,7 +167,9 @@ class GreySettings(Settings):
 @dataclass(frozen=True)
 class MaskSettings(GreySettings):
     mask: Tensor | None = opt(
-        None, "0 to 1: where to change the map; elsewhere the input is kept", metavar="MAP"
+        None,
+        "0 to 1: where to change the map; elsewhere the input is kept, and _std and _snr are 0",
+        metavar="MAP",
     )
 
     def inside_mask(self, x: Tensor, before: Tensor | float) -> Tensor:
@@ -217,7 +219,8 @@ DISCARD = opt(
 @dataclass(frozen=True)
 class WedgeSettings(SampleSettings, TiltSettings):
     suffixes = ("", "_mean", "_std", "_snr")
-    unread = {"pocs": (*SAMPLING, "grey_scale")}
+    # In fine voxels POCS works in the prior's spectrum, which the noise helps to find.
+    unread = {"pocs": (*SAMPLING, "grey_scale"), "pocs on coarse voxels": ("noise",)}
     tilt_axis: str = AXIS
     discard_measured: bool = DISCARD
     method: str = opt("auto", METHOD, choices=("auto", "prior", "paper", "pocs"))

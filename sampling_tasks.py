@@ -38,6 +38,7 @@ from report import Progress, Result, say_work
 from sampling_checks import (
     check_positivity,
     check_wedge,
+    say_unused,
     without_detail,
 )
 from sampling_grey_scale import in_work_scale, say_scale, say_spectrum, scale_facts
@@ -46,7 +47,6 @@ from sampling_posterior import (
     choose_method,
     is_coarse,
     relative_voxel_size,
-    say_unused,
     steps_of,
     uncertainty_maps,
 )
@@ -324,6 +324,11 @@ def ab_initio(
         )
     method = settings.method
     say_unused(settings, method, say)
+    if is_coarse(stack, prior) and method != "classical":
+        say(
+            f"warning: pixels of {voxel_size:g} Å hold no detail that this network "
+            f"({prior.voxel_size:g} Å) knows; compare with --method classical"
+        )
     say(f"{count} projections of {voxel_size:g} Å, {method} on {n}^3 voxels on the CPU")
 
     # Only the network runs on the GPU, so move the maps there and the velocity back.

@@ -42,19 +42,21 @@ class GreyScale:
     """Where solvent lies in a map's grey scale, and whether protein is brighter than it.
 
     background: in the map's units. sign: 1 for bright protein, -1 for dark protein. unclear: the
-    sign is a guess.
+    sign is a guess. given: the background was not measured.
     """
 
     background: float = 0.0
     sign: int = 1
     unclear: bool = False
+    given: bool = False
 
     @property
     def notes(self) -> list[str]:
         """What was found and is done about it."""
         notes = []
         if self.background != 0:
-            notes.append(f"background {self.background:.5g} found and subtracted")
+            origin = "as given" if self.given else "found and"
+            notes.append(f"background {self.background:.5g} {origin} subtracted")
         if self.sign < 0:
             notes.append("protein is dark: inverted")
         if self.unclear:
@@ -135,7 +137,7 @@ def find_grey_scale(
     top = top_value(sign * (density - level), 99.999)
     if background is None and abs(level) <= 0.03 * top:
         level = 0.0
-    return GreyScale(level, sign, unclear=found == 0)
+    return GreyScale(level, sign, unclear=found == 0, given=background is not None)
 
 
 class Scale(NamedTuple):

@@ -7,6 +7,7 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from made_maps import prior_of
 from test_abinitio_poses import density, projections, random_rotations, rng
 
 import abinitio
@@ -20,6 +21,8 @@ import posterior
 import sampling
 from checkpoint import Prior
 from model_hdit import HDiT, HDiTConfig
+from sampling_settings import AbInitioSettings
+from sampling_tasks import ab_initio
 
 SMALL = HDiTConfig(depths=(1, 1), widths=(24, 48), d_head=12, patch_size=4)
 
@@ -174,6 +177,19 @@ def test_the_program_writes_a_density_and_says_which_hand_it_has(tmp_path, monke
     assert report["mirrored"]["restored"] == mirrored
     printed = capsys.readouterr().out.split("restored")[1].splitlines()[0]
     assert ("mirrored" if mirrored else "as it is") in printed
+
+
+@pytest.mark.parametrize(
+    "size, method, warned", [(4, "prior", 1), (4, "classical", 0), (2, "prior", 0)]
+)
+def test_pixels_too_coarse_for_the_prior_get_a_warning(size, method, warned, monkeypatch):
+    density = torch.zeros(24, 24, 24)
+    monkeypatch.setattr(abinitio, "samples_of", lambda *_, **__: [(method, density)])
+    prior = prior_of(torch.nn.Identity(), 16)  # of 1.5 Å
+    said = []
+    stack = mrc.Map(torch.ones(3, 24, 24), size)
+    ab_initio(stack, prior, AbInitioSettings(method=method), said.append)
+    assert sum(f"pixels of {size} Å hold no detail" in line for line in said) == warned
 
 
 def test_a_row_of_table_6_reaches_algorithm_3_and_a_folder_its_default_name(tmp_path, monkeypatch):

@@ -174,6 +174,7 @@ def test_folders_of_maps_are_read_on_one_grid_and_bad_files_named(tmp_path):
     hardly_any = gaussians((40, 40, 40), (0.5, 0.5, 0.5), sigma=0.3)
     write(tmp_path, "emd_4.ccp4", hardly_any)
     (tmp_path / "emd_5.mrc").write_bytes((tmp_path / "emd_2.mrc").read_bytes()[:2000])
+    write(tmp_path, "emd_6.mrc", gaussians((16, 16, 16), (0, 0, 0)), voxel_size=3.54)
     (tmp_path / "notes.txt").write_text("not a map")
     volumes, refused = data.read_volumes(tmp_path, 1.5)
     assert [v.label for v in volumes] == ["emd_1", "emd_2", "emd_3"]
@@ -185,10 +186,11 @@ def test_folders_of_maps_are_read_on_one_grid_and_bad_files_named(tmp_path):
     want = gaussians((16, 16, 16), (0, 0, 0))
     torch.testing.assert_close(volumes[2].density, (want / want.max()).half(), rtol=0, atol=1e-3)
     assert volumes[2].notes == ("protein is dark: inverted",)
-    for name, line in zip(("emd_4.ccp4", "emd_5.mrc"), refused, strict=True):
+    for name, line in zip(("emd_4.ccp4", "emd_5.mrc", "emd_6.mrc"), refused, strict=True):
         assert name in line and "\n" not in line
     assert "hardly any density" in refused[0]
     assert "truncated" in refused[1]
+    assert "voxels of 3.54 Å hold none of the detail" in refused[2]
 
 
 def test_centre_crops_need_density_in_the_middle(tmp_path):

@@ -22,6 +22,7 @@ from fsc_half_maps import (
     randomise_phases,
     read_fsc,
     sharpen,
+    shift_notes,
     sphericity,
 )
 from mrc import Map
@@ -86,6 +87,19 @@ def test_half_maps_that_lie_apart_get_a_note():
     here, moved = Map(x, 1.5), Map(x, 1.5, origin=(0, 0, 3))
     assert not place_notes(here, here)
     assert "half map 2 lies 3 0 0 Å" in place_notes(here, moved)[0]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_half_maps_that_are_shifted_get_a_note_and_noisy_ones_do_not(sign):
+    signal = filtered_noise(24, lambda r: 30 * torch.exp(-((r / 6) ** 2)))
+    a, b = (signal + 2 * noise(24, 24, 24, seed=seed) for seed in (1, 2))
+    assert not shift_notes(a, sign * b)
+    (note,) = shift_notes(a, sign * b.roll((1, -2), (0, 2)))
+    assert "when half map 2 is moved by 2 0 -1 voxels (x y z)" in note
+    # In noise some other shift is always better, by chance.
+    for seed in range(5):
+        a, b = (signal / 100 + noise(24, 24, 24, seed=10 * seed + i) for i in (1, 2))
+        assert not shift_notes(a, b)
 
 
 def test_masked_curves_and_their_correction_equal_the_oracle():
@@ -255,6 +269,15 @@ def test_a_csv_of_fsc_py_is_read_at_the_middle_of_each_shell(tmp_path):
     file.write_text("\n".join(lines))
     ours = read_fsc(file, 8, 2.0)  # 8 voxels of 2 Å: its shell k begins where shell k begins here
     np.testing.assert_allclose(ours, [0.95, 0.85, 0.75, 0.65])
+
+    # A grid that goes on beyond the curve is that of another map.
+    with pytest.raises(ValueError, match="ends at 2 Å, the map's grid at 1 Å"):
+        read_fsc(file, 32, 0.5)
+
+    # Convention cryofm has no shell 0.
+    lines[1] = "0,0,inf,nan,nan"
+    file.write_text("\n".join(lines))
+    np.testing.assert_allclose(read_fsc(file, 8, 2.0), [0.9, 0.85, 0.75, 0.65])
 
 
 def test_a_csv_is_read_at_the_middle_of_the_shells_of_an_odd_box(tmp_path):

@@ -222,6 +222,14 @@ def test_a_note_on_a_map_that_is_compared_with_itself_is_told_once(maps, capsys)
 # ---- What is refused
 
 
+def test_an_inverted_half_map_stays_inverted_and_no_note_says_otherwise(maps, capsys):
+    write("c.mrc", -maps["b"])
+    score("a.mrc c.mrc")
+    screen = capsys.readouterr().out
+    assert "times the grey scale of half map 1" in screen and "brought" not in screen
+    assert json.loads(Path("a_fsc.json").read_text())["unmasked"]["auc"] < 0
+
+
 def test_files_are_replaced_only_when_asked(maps):
     score("a.mrc b.mrc --quiet -o out")
     assert "out.json: exists" in refusal("a.mrc b.mrc --quiet -o out")

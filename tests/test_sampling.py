@@ -276,10 +276,12 @@ def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run,
     want = wedge_check.scale_missing(answer, wedge(SHAPE), factor, 1.5)
     assert close(values("in_wedge.mrc"), want)
     capsys.readouterr()
-    run("wedge in.mrc --voxel-size 9 -o coarse.mrc --grey-scale 2")
+    run("wedge in.mrc --voxel-size 9 -o coarse.mrc --grey-scale 2 --noise 0.1")
     assert report_of("coarse")["method"] == "pocs"
     # The fixture gives two of these flags.
-    assert "--samples, --steps, --grey-scale: not used by method pocs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--samples, --steps, --grey-scale: not used by method pocs" in said
+    assert "--noise: not used by method pocs on coarse voxels" in said
 
 
 def test_a_wrong_filling_fades_out_and_auto_takes_pocs_instead(small, run, monkeypatch, capsys):
@@ -402,9 +404,23 @@ def test_the_fsc_of_the_halves_gives_the_noise_of_their_mean_whatever_the_box(ru
     fsc_score.main(["a.mrc", "b.mrc", "-o", "curve", "--quiet"])
     mean = mrc.read_map("mean.mrc")
     settings = sampling.read_files(DenoiseSettings(noise_from_fsc="curve.csv"), mean, {})
-    (power,), _, _ = sampling_half_maps.noise_of_half_maps([mean], settings)
+    (power,), _ = sampling_half_maps.noise_of_half_maps([mean], settings)
     # E|F n|^2 of the mean is N 0.1^2 / 2 in every shell; large shells find it within 10 %.
     assert float((power / (truth.numel() * 0.005) - 1)[8:].abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("shape, sides", [(SHAPE, (1.5, 1.5, 1.5)), ((24, 16, 20), (1.5, 2, 1.2))])
+def test_half_maps_have_the_resolution_that_fsc_py_finds(run, shape, sides):
+    truth = molecule(shape, sides)
+    for i in (1, 2):
+        write_mrc(f"a{i}.mrc", truth + 0.2 * random(shape, i), sides)
+    run("denoise a1.mrc a2.mrc")
+    found = report_of("a_mean_denoise")
+    for name, stem in (("given", "a"), ("restored", "a_mean_denoise_half")):
+        fsc_score.main([f"{stem}1.mrc", f"{stem}2.mrc", "-o", name])
+        wanted = report_of(name)["unmasked"]
+        assert found[f"halves_{name}_0143"] == pytest.approx(wanted["resolution_0143"], rel=1e-4)
+        assert found[f"halves_{name}_auc"] == pytest.approx(wanted["auc"], abs=1e-4)
 
 
 def test_anisotropic_noise_comes_from_a_tilt_range_or_from_orientations(run, halves):
@@ -434,7 +450,10 @@ def test_negative_density_gets_the_classical_answer_without_clamps(run, capsys):
     assert report["method"] == "wiener"
     share = float(truth.clamp(max=0).square().sum() / truth.square().sum())
     assert report["negative_power"] == pytest.approx(share, abs=0.1)
-    assert "of the signal's power is negative density" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of the signal's power is negative density" in said
+    # The fixture gives these flags.
+    assert "--samples, --steps: not used by method wiener" in said
 
     # In every shell it is the average times one number.
     restored = values("a_mean_denoise.mrc")
@@ -499,7 +518,7 @@ def test_a_mask_counts_in_what_is_expected_and_in_the_standard_deviation(run, ha
     found = report_of("half_mean_denoise")
     expected = report.expected_auc(halves, {"restored": written}, 1.5)
     assert found["expected_auc"]["restored"] == pytest.approx(expected["restored"], abs=1e-5)
-    curve = fsc.fsc(*written, convention="cryofm")[1:]
+    curve = fsc.fsc(*written)[1:]
     assert found["fsc_of_restored_halves"] == pytest.approx(curve.tolist(), abs=1e-5)
     assert found["std_outside_mask"] == 0
     assert not values("half_mean_denoise_std.mrc")[mask == 0].any()
@@ -540,7 +559,8 @@ def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise():
     prior = prior_of(HDiT(SMALL_HDIT).eval(), 16)  # v = 0: p_0 is p_1
     truth = molecule((16, 20, 16))
     map = mrc.Map(7 * truth, 1.5)  # its scale does not matter
-    result = log_likelihood(map, prior, LikelihoodSettings())
+    said = []
+    result = log_likelihood(map, prior, LikelihoodSettings(), said.append)
     x = volume.normalise(truth, 0.04, 0.09)[0].double()
     padded = torch.full((16, 32, 16), -0.04 / 0.09).double()
     padded[:, :20] = x
@@ -549,6 +569,9 @@ def test_the_likelihood_of_an_untrained_network_is_that_of_white_noise():
         constant = 0.5 * math.log(2 * math.pi) + math.log(0.09)
         return float(-0.5 * x.square().sum()) - x.numel() * constant
 
+    # What raises it, and what it may be compared with, is said.
+    assert any(line.startswith("38% of the voxels of these tiles are solvent") for line in said)
+    assert any("by the prior of 1.5 Å" in line for line in said)
     out, report = result.densities[""], result.report
     assert report["nats"] == pytest.approx(log_p(padded), rel=1e-5)
     assert report["standard_error"] == 0
@@ -722,7 +745,7 @@ def test_half_maps_are_brought_to_one_grey_scale(run, halves, capsys):
     write_mrc("other.mrc", 10 * values("half2.mrc"))
     capsys.readouterr()
     run("denoise half1.mrc other.mrc -o matched.mrc --background 0")
-    assert "times the grey scale of half map 1" in capsys.readouterr().out
+    assert "times the grey scale of half map 1: brought to it" in capsys.readouterr().out
     # The ratio of two noisy maps' amplitudes is known to some per cent.
     assert close(values("matched.mrc"), values("plain.mrc"), 0.1)
 

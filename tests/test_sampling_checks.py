@@ -53,10 +53,11 @@ def test_a_map_without_detail_gets_the_classical_answer(brightness, method):
     observation = posterior.Observation(start, start > 0, 0.1, start)
     said = []
     for asked, want in (("auto", method), ("prior", "prior")):
-        settings = WedgeSettings(method=asked)
+        settings = WedgeSettings(method=asked, steps=7)
         found = sampling_checks.without_detail(observation, settings, "prior", "POCS", said.append)
         assert found == want
-    assert len(said) == (2 if method == "pocs" else 0)
+    assert len(said) == (3 if method == "pocs" else 0)
+    assert ("--steps: not used by method pocs" in said) == (method == "pocs")
 
 
 # ---- The wedge
@@ -99,6 +100,17 @@ def test_measured_data_are_not_thrown_away_unless_told_to(axis, tilt, words):
     said = []
     sampling_checks.check_wedge(map, measured, settings, True, said.append)
     assert "% of the map's power" in said[0]
+
+
+@pytest.mark.parametrize("given", [(-60, 60), (-40, 55), (-40, 50)])
+def test_tilts_that_hold_nothing_are_said(given):
+    shape = (32, 32, 32)
+    map = mrc.Map(degraded(molecule(shape), wedge(shape, (-40, 50)), 0.05), 1.5)
+    settings = WedgeSettings(tilt_range=given)
+    said = []
+    sampling_checks.check_wedge(map, settings.measured(map), settings, False, said.append)
+    assert len(said) == (given != (-40, 50))
+    assert all(line.startswith("warning") and "--tilt-range -40 50" in line for line in said)
 
 
 def test_a_map_without_a_wedge_is_refused_and_a_crop_of_one_with_it_is_not():

@@ -106,6 +106,7 @@ def test_noise_alone_has_no_sign_unless_it_is_given():
     assert volume.find_grey_scale(x, invert=True).sign == -1
     assert not volume.find_grey_scale(x, invert=False).unclear
     assert volume.find_grey_scale(x, background=2.0).background == 2
+    assert "as given" in volume.find_grey_scale(x, background=2.0).notes[0]
 
 
 def test_training_maps_lose_background_and_sign():
