@@ -40,6 +40,12 @@ def test_coarse_voxels_and_coarse_half_maps_get_the_coarse_prior(maps, name):
     assert len(said) == (name == "hdit_tiny_l.pt")
 
 
+def test_voxels_that_no_prior_knows_are_left_to_the_task_to_speak_of():
+    said = []
+    sampling_choice.shipped_prior([Map(noise(0), 7.0)], said.append)
+    assert not said
+
+
 def test_each_network_is_read_once_and_a_named_one_is_taken_for_every_map(monkeypatch):
     read = []
     monkeypatch.setattr(checkpoint, "load", lambda path, **_: read.append(path))
