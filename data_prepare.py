@@ -218,7 +218,7 @@ def prepare_map(
     """One map -> out/emd_1234.npy, float16 (n, n, n) scaled to 0..1. Returns its row of the index.
 
     voxel_size and max_side in Å; percentiles: as in volume.CLIP. A map that is too large
-    or unreadable is skipped.
+    or not usable is skipped.
     """
     label = file.name.split(".")[0].lower()
     row = dict(entry=label, file=file, split="test" if held_out(label) else "train")
@@ -235,7 +235,7 @@ def prepare_map(
             map = on_training_grid(map, voxel_size)
             x, statistics = cube(map.density, percentiles)
     except (ValueError, OSError) as error:
-        return dict(row, skipped=f"unreadable: {error}")
+        return dict(row, skipped=f"not usable: {error}")
 
     # Write the map, then describe it.
     with atomic_write(out / f"{label}.npy") as target:
@@ -358,7 +358,7 @@ def prepare(
 
 def say_summary(rows: list[dict], out: Path, say) -> None:
     """Say how many entries were skipped for each reason, and how many were prepared."""
-    # "unreadable: why" counts as "unreadable".
+    # "not usable: why" counts as "not usable".
     reasons = Counter(row["skipped"].split(":")[0] for row in rows)
     taken = reasons.pop("", 0)
     for why, count in reasons.most_common():

@@ -44,7 +44,7 @@ REASONS = {
     1007: "helical",
     1008: "not single particle",
     1009: "side longer than 40 Å",
-    1010: "unreadable",
+    1010: "not usable",
     1012: "not in the metadata",
 }
 
@@ -385,7 +385,7 @@ def test_the_program_prints_progress_and_reasons(emdb, capsys):
     assert "11 maps: 7 done or ruled out, 4 to prepare" in out
     assert "4/4" in out and "ETA 0:00:00" in out
     assert "     2 skipped: resolution not stated" in out
-    assert "     1 skipped: unreadable" in out
+    assert "     1 skipped: not usable" in out
     assert json.loads((emdb / "out/settings.json").read_text())["voxel_size"] == 1.5
 
 
