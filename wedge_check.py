@@ -7,7 +7,7 @@
 The tilts at both ends of the measured range are taken out of the map y, and filled in as the wedge
 will be. That gives x. r_k makes |y - r x|^2 smallest. The noise of y knows nothing of x, so that
 r_k is right for the truth, too. (3) moves r towards 1 by what chance can do (James & Stein 1961).
-What fills the wedge is multiplied by c_k, at most 1: where a method guesses, its detail fades out
+What fills the wedge is multiplied by c_k, .01 to 1: where a method guesses, its detail fades out
 and does not stand there like a measurement.
 
 A factor per shell changes no FSC within the wedge. That of the whole map gains, because wrong
@@ -28,6 +28,7 @@ from mrc import Map
 from sampling_settings import TiltSettings
 
 HIDDEN = 1 / 12  # of the tilt range, at each of its ends: 10 degrees of +-60
+LEAST = 0.01  # of (3): a shell is never emptied, so that its FSC stays
 SMOOTH = 2.0  # shells: standard deviation of the Gaussian over which (1) and (2) are averaged
 
 
@@ -90,7 +91,7 @@ def factor_of(product: Tensor, power: Tensor, data: Tensor, count: Tensor) -> Te
 
     below = 1 - ratio
     chance = 2 * error / (below**2).clamp(min=tiny)
-    factor = (1 - below * (1 - chance).clamp(min=0)).clamp(0, 1)  # (3)
+    factor = (1 - below * (1 - chance).clamp(min=0)).clamp(LEAST, 1)  # (3)
     return torch.where(total[:, 0] > 0, factor, 1.0)
 
 
