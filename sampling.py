@@ -406,9 +406,15 @@ def say_notes(map: Map, say) -> None:
         say(f"{map.path}: {note}")
 
 
-def plain_truth(truth: Map, say) -> Tensor:
-    """The truth with background 0 and bright protein, as what a Result shows."""
+def plain_truth(truth: Map, sign: int | list[int], say) -> Tensor:
+    """The truth with background 0 and bright protein, as what a Result shows.
+
+    sign: of the input, or of its half maps. It is the truth's, too, where that is not clear.
+    """
     grey = volume.find_grey_scale(truth.density)
+    if grey.unclear:
+        dark = min(sign if isinstance(sign, list) else [sign]) < 0
+        grey = volume.find_grey_scale(truth.density, invert=dark)
     for note in grey.notes:
         say(f"{truth.path.name}: {note}, to compare")
     return grey.to_work(truth.density)
@@ -423,7 +429,8 @@ def compare(result: Result, truth: Map, align: bool, say) -> Result:
     shown = result.shown
     facts = {"truth_voxel_size": truth.voxel_size}
     if not align:
-        truth = replace(truth, density=plain_truth(truth, say))
+        density = plain_truth(truth, result.report.get("sign", 1), say)
+        truth = replace(truth, density=density)
     title, hands = f"with {truth.path.name}", None
     if align:
         aligned = {name: abinitio.align(x, truth.density) for name, x in shown.items()}

@@ -356,6 +356,15 @@ def test_likelihood_takes_a_given_background(small, run):
     assert first["nats_per_voxel"] == pytest.approx(second["nats_per_voxel"], rel=0.05)
 
 
+def test_a_truth_whose_sign_is_not_clear_has_that_of_the_input(run):
+    # As much bright as dark in the truth; the input lost some of what is bright.
+    truth = molecule(SHAPE) - molecule(SHAPE).flip(0)
+    write_mrc("in.mrc", filtered(truth, wedge(SHAPE)).clamp(max=0.5))
+    write_mrc("in_truth.mrc", truth)
+    run("wedge in.mrc --method pocs --discard-measured --invert")
+    assert report_of("in_wedge")["fsc"]["input"]["auc"] > 0.3
+
+
 def test_no_resolution_is_printed_beyond_the_box(small, run, capsys):
     write_mrc("truth.mrc", molecule(SHAPE).roll(8, 0))
     run("wedge in.mrc --method pocs --truth truth.mrc")
