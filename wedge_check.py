@@ -53,8 +53,7 @@ def hide_tilts(
     seen = narrow.measured(map)
     hidden = settings.measured(map) & ~seen
 
-    given = replace(map, density=fourier.apply_fourier(map.density, seen))
-    answers = fill(given, narrow)
+    answers = fill(replace(map, density=fourier.apply_fourier(map.density, seen)), narrow)
     return {name: compare(x, map, hidden) for name, x in answers.items()}
 
 
@@ -63,16 +62,21 @@ def compare(x: Tensor, map: Map, hidden: Tensor) -> Answer:
 
     hidden: boolean (D, H, W), `fftfreq` layout.
     """
-    # Sums over the hidden coefficients of each shell.
+    # Sums over the hidden coefficients of each shell, one after the other: maps may be large.
     shell = fsc.shells(x.shape, map.voxel_size, half=True)
     n = int(shell.max()) + 1
     weight = fsc.half_weight(x.shape, hidden)
     X, Y = fourier.rfft3(x), fourier.rfft3(map.density)
-    sums = [weight * (X * Y.conj()).real, weight * X.abs().square(), weight * Y.abs().square()]
-    product, power, data = (fsc.shell_sum(values, shell, n) for values in sums)
+    pairs = ((X, Y), (X, X), (Y, Y))
+    product, power, data = (
+        fsc.shell_sum(fsc.real_dot(A, B).mul_(weight), shell, n) for A, B in pairs
+    )
     count = fsc.shell_sum(weight.expand(shell.shape), shell, n)
     factor = factor_of(product, power, data, count)
-    curve = fsc.fsc(x, map.density, hidden, voxel_size=map.voxel_size)
+
+    # The FSC, up to Nyquist.
+    box, _ = fsc.shell_side(x.shape, map.voxel_size)
+    curve = (product / (power * data).sqrt())[: box // 2 + 1]
     return Answer(float(fsc.auc(curve)), factor)
 
 
