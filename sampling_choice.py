@@ -5,7 +5,7 @@ A prior knows the voxels and the resolutions that it was trained on. Those that 
     hdit_tiny.pt      1.5 Å per voxel, 2.5 to 4 Å      on the grid of CryoFM-S
     hdit_tiny_l.pt    3 Å per voxel, 6 to 20 Å         on the grid of CryoFM-L
 
-The second one takes voxels above COARSE_VOXELS, half way between them, and half maps that agree to
+The second one takes voxels above COARSE_VOXELS, their geometric mean, and half maps that agree to
 no better than COARSE_RESOLUTION. On finer voxels the first one was better up to 8.5 Å, on held-out
 training structures (RESULTS.md, "The coarse prior"). Of one map alone the resolution is not known,
 so that its voxels decide. Ours; the paper chooses by hand.

@@ -281,8 +281,11 @@ def noise_of_half_maps(halves: list[Map], settings: DenoiseSettings) -> tuple[li
     curve = None
     if len(halves) == 1:
         # A map that is the mean of two halves has twice their SNR, degrade.py (3).
-        snr = settings.snr or 2 / (1 / settings.noise_from_fsc - 1)
-        curve = torch.as_tensor(snr / (1 + snr), dtype=torch.float64)
+        if settings.snr:
+            curve = settings.snr / (1 + settings.snr)
+        else:
+            curve = 2 * settings.noise_from_fsc / (1 + settings.noise_from_fsc)
+        curve = torch.as_tensor(curve, dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
     densities = [half.density for half in halves]
     powers, signal, _ = posterior.noise_and_signal(densities, curve, first.voxel_size)

@@ -30,11 +30,12 @@ import grey_scale
 import mrc
 import posterior
 import volume
+import wedge_check
 from checkpoint import Prior
 from memory import check_grid
 from mrc import Map
 from posterior import Moments, Observation
-from report import Progress, Result, say_work
+from report import Progress, Result, say_work, silent
 from sampling_checks import (
     check_positivity,
     check_wedge,
@@ -56,7 +57,6 @@ from sampling_settings import (
     TiltSettings,
     WedgeSettings,
 )
-from wedge_check import Answer, hide_tilts, pocs_is_better, say_hidden, scale_missing
 
 # ---- Missing wedge (CryoFM 5.2, CryoLVM 4.4)
 
@@ -70,7 +70,8 @@ def restore_wedge(
     The result "" keeps every measured coefficient. "_mean" is the posterior mean, where measured
     coefficients lose their noise too. "_std" is the standard deviation that we expect of
     the error of "_mean" (uncertainty.py), "_snr" the mean over it. What fills the wedge is scaled
-    by how true it was for tilts that were hidden (wedge_check.py), but for method "paper".
+    by how true it was for tilts that were hidden (wedge_check.py), except by method "paper". "_std"
+    knows nothing of that factor, so that it is too large where a filling fades out.
     """
     # Refuse what cannot work.
     y = map.density
@@ -100,11 +101,13 @@ def restore_wedge(
 
     # Fill in tilts that are hidden for a test. How much of that is true?
     if method != "paper":
-        answers = fill_hidden_tilts(map, prior, replace(settings, noise=noise), method, say)
-        facts |= say_hidden(answers, settings, say)
-        if settings.method == "auto" and method == "prior" and pocs_is_better(answers, method, say):
+        tests = try_prior(map, prior, replace(settings, noise=noise), method, say)
+        wedge_check.say_tests(tests, settings, say)
+        facts |= wedge_check.facts_of(tests)
+        may_change = settings.method == "auto" and method == "prior"
+        if may_change and wedge_check.pocs_is_better(tests, method, say):
             method = "pocs"
-        factor = answers["POCS" if method == "pocs" else method].factor
+        factor = tests["POCS" if method == "pocs" else method].factor
 
     # The classical answer is shown beside the result, or is the result itself.
     voxel_size = relative_voxel_size(map, prior)
@@ -125,7 +128,7 @@ def restore_wedge(
     # Go back to the grid of the map.
     mean = posterior.with_fine_detail(moments.mean, answer.shown["POCS"])
     if method != "paper":
-        mean = scale_missing(mean, measured, factor, map.voxel_size)
+        mean = wedge_check.scale_missing(mean, measured, factor, map.voxel_size)
     restored = settings.inside_mask(fourier.put_back(mean, y, measured), y)
     mean = settings.inside_mask(mean, y)
     densities = {"": restored, "_mean": mean}
@@ -149,10 +152,13 @@ def restore_wedge(
     return replace(answer, densities=densities, shown=shown, report=facts)
 
 
-def fill_hidden_tilts(
+def try_prior(
     map: Map, prior: Prior, settings: WedgeSettings, method: str, say=print
-) -> dict[str, Answer]:
-    """How well POCS, and the prior if it is the method, fill in tilts that are hidden from them."""
+) -> dict[str, wedge_check.Test]:
+    """How well POCS, and the prior if it is the method, fill in tilts that are hidden from them.
+
+    settings.noise: of the map, which is still the noise when tilts are hidden.
+    """
     sampler = posterior.WEDGE.get(method, {"steps": 0}) | steps_of(settings)
     tick = Progress(settings.samples * sampler["steps"], say, "step of the test")
 
@@ -160,17 +166,20 @@ def fill_hidden_tilts(
         seen = narrow.measured(given)
         observation = None
         if method != "pocs" or not is_coarse(map, prior):
-            observation, _ = observe_wedge(given, prior, narrow)
+            # As a fraction of the maximum, noise grows when hidden tilts take some of that away.
+            before, after = (volume.normalise(x.density, 0, 1)[1].maximum for x in (map, given))
+            noise = settings.noise * before / after
+            observation, _ = observe_wedge(given, prior, replace(narrow, noise=noise))
         voxel_size = relative_voxel_size(map, prior)
-        answer = classical_wedge(given, seen, narrow, observation, voxel_size).shown["POCS"]
+        pocs = classical_wedge(given, seen, narrow, observation, voxel_size).shown["POCS"]
         if method == "pocs":
-            return {"POCS": answer}
+            return {"POCS": pocs}
         moments = Moments()
         numbers = dict(samples=settings.samples, seed=settings.seed, tick=tick)
         posterior.add_samples(prior, observation, sampler, moments, **numbers)
-        return {"POCS": answer, method: posterior.with_fine_detail(moments.mean, answer)}
+        return {"POCS": pocs, method: posterior.with_fine_detail(moments.mean, pocs)}
 
-    return hide_tilts(map, settings, fill)
+    return wedge_check.try_on_hidden_tilts(map, settings, fill)
 
 
 def check_map(
@@ -214,7 +223,9 @@ def classical_wedge(
 def scaled(answer: Result, factor: Tensor, settings: WedgeSettings) -> Result:
     """The answer of POCS, scaled where nothing was measured."""
     y = answer.grid.density
-    filled = scale_missing(answer.shown["POCS"], ~answer.region, factor, answer.grid.voxel_size)
+    filled = wedge_check.scale_missing(
+        answer.shown["POCS"], ~answer.region, factor, answer.grid.voxel_size
+    )
     restored = settings.inside_mask(filled, y)
     shown = answer.shown | {"restored": restored}
     return replace(answer, densities={"": restored}, shown=shown)
@@ -270,25 +281,28 @@ def fill_wedge(
         method = "network"
 
     def fill(given: Map, narrow: NetworkWedgeSettings) -> dict[str, Tensor]:
-        answer = classical_wedge(given, narrow.measured(given), narrow).shown["POCS"]
+        pocs = classical_wedge(given, narrow.measured(given), narrow).shown["POCS"]
         if method == "pocs":
-            return {"POCS": answer}
-        found, _ = ask_for_wedge(given, network, narrow, say)
-        return {"POCS": answer, method: posterior.with_fine_detail(found, answer)}
+            return {"POCS": pocs}
+        found, _ = ask_for_wedge(given, network, narrow, silent)
+        return {"POCS": pocs, method: posterior.with_fine_detail(found, pocs)}
 
-    answers = hide_tilts(map, settings, fill)
-    facts = say_hidden(answers, settings, say)
-    if settings.method == "auto" and method == "network" and pocs_is_better(answers, method, say):
+    tests = wedge_check.try_on_hidden_tilts(map, settings, fill)
+    wedge_check.say_tests(tests, settings, say)
+    facts = wedge_check.facts_of(tests)
+    may_change = settings.method == "auto" and method == "network"
+    if may_change and wedge_check.pocs_is_better(tests, method, say):
         method = "pocs"
     answer = classical_wedge(map, measured, settings)
     if method == "pocs":
-        factor = answers["POCS"].factor
+        factor = tests["POCS"].factor
         return replace(scaled(answer, factor, settings), report=answer.report | facts)
 
     # Departure 1: put the measured coefficients back. `alone` is the network's answer without.
     found, network_facts = ask_for_wedge(map, network, settings, say)
     restored = posterior.with_fine_detail(found, answer.shown["POCS"])
-    restored = scale_missing(restored, measured, answers[method].factor, map.voxel_size)
+    factor = tests[method].factor
+    restored = wedge_check.scale_missing(restored, measured, factor, map.voxel_size)
     restored = settings.inside_mask(fourier.put_back(restored, y, measured), y)
     alone = settings.inside_mask(fourier.resample(found, y.shape), y)
     shown = answer.shown | {"restored": restored, "network": alone}
