@@ -55,6 +55,7 @@ import volume
 from checkpoint import Prior
 from fsc import auc, fsc, resolution
 from mrc import Map
+from posterior import Observation
 from report import silent
 from sampling_half_maps import restore_half_maps
 from sampling_settings import AnisotropicSettings, DenoiseSettings, WedgeSettings
@@ -193,9 +194,11 @@ def by_the_paper(
         noises = [settings.noise_on_grid(power, maps[0]) for power in powers]
         sigma = (torch.stack(noises) / truth.numel()).sqrt()
 
-    # `observe` takes the grey scale from its last argument. The paper's samplers begin with noise
-    # and use nothing else of it.
-    observation = posterior.observe(prior, y, measured, sigma, truth)
+    # The paper's samplers begin with noise, so that `start` is not used.
+    x, scale = volume.normalise(truth, prior.mean, prior.std)
+    y = (y / scale.maximum - prior.mean) / prior.std
+    sigma = torch.as_tensor(sigma, dtype=torch.float32) / scale.maximum / prior.std
+    observation = Observation(y, measured, sigma, x, scale)
     drawn = posterior.draw_samples(prior, observation, sampler, samples=len(maps), seed=0)
     return torch.stack(list(drawn)).mean(0)
 

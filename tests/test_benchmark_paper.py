@@ -3,7 +3,7 @@
 import benchmark_paper
 import pytest
 import torch
-from made_maps import close, molecule, random, rng
+from made_maps import close, fft, molecule, prior_of, random, rng
 
 import posterior
 from posterior import Observation
@@ -47,3 +47,18 @@ def test_half_maps_restored_together_are_as_if_restored_alone(monkeypatch):
         observation = Observation(y[i], everywhere, sigma[i], y[i])
         alone = posterior.algorithm_1(None, observation, [rng(i)], steps=5)
         assert close(together[i], alone[0])
+
+
+def test_the_papers_sampler_keeps_what_was_measured_of_a_wedge_and_runs_on_half_maps(monkeypatch):
+    monkeypatch.setattr(posterior, "tiled_velocity", lambda prior, x, *_, **__: 0.1 * x)
+    prior = prior_of(torch.nn.Identity(), 24, mean=0.05, std=0.13)
+    truth = molecule((24, 24, 24))
+    for row, sampler in (("wedge", posterior.WEDGE), ("4.3", posterior.DENOISE)):
+        settings = benchmark_paper.settings_of(row)
+        maps = benchmark_paper.degrade_truth(row, truth, settings, seed=0)
+        numbers = sampler["paper"] | {"steps": 3}
+        x = benchmark_paper.by_the_paper(maps, truth, prior, settings, numbers)
+        assert x.isfinite().all()
+        if row == "wedge":
+            measured = settings.measured(maps[0])
+            assert close(fft(x)[measured], fft(maps[0].density)[measured], 1e-4)
