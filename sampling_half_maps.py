@@ -220,8 +220,8 @@ def choose_expected(found: Classical, expected: dict[str, float], say=print) -> 
     if expected[best] <= restored + 2 * EXPECTED_ERROR:
         return False
     say(
-        f"the half maps expect FSC_AUC {expected[best]:.3f} with the truth of {best}, and "
-        f"{restored:.3f} of the prior's result: {best} is written; --method prior keeps the other"
+        f"FSC_AUC with the truth that the half maps let expect: {best} {expected[best]:.3f}, prior "
+        f"{restored:.3f}; so {best} is written, and --method prior writes the other"
     )
     found.chosen = best
     expected["prior"] = expected.pop("restored")

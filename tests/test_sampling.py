@@ -340,7 +340,7 @@ def test_auto_writes_the_filter_if_the_halves_expect_more_of_it(run, halves, mon
     run(f"{maps} -o prior.mrc --method prior")
     assert "better than the result (restored)" in capsys.readouterr().out
     run(f"{maps} -o auto.mrc")
-    assert "is written; --method prior keeps the other" in capsys.readouterr().out
+    assert "is written, and --method prior writes the other" in capsys.readouterr().out
     assert close(values("auto.mrc"), values("wiener.mrc"))
     assert report_of("auto")["method"] == "wiener"
     assert list(report_of("auto")["expected_auc"])[-2:] == ["prior", "Wiener, positive"]
