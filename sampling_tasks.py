@@ -102,18 +102,14 @@ def restore_wedge(
     # Fill in tilts that are hidden for a test. How much of that is true?
     if method != "paper":
         tests = try_prior(map, prior, replace(settings, noise=noise), method, say)
-        wedge_check.say_tests(tests, settings, say)
-        facts |= wedge_check.facts_of(tests)
-        may_change = settings.method == "auto" and method == "prior"
-        if may_change and wedge_check.pocs_is_better(tests, method, say):
-            method = "pocs"
-        factor = tests["POCS" if method == "pocs" else method].factor
+        method, factor, test_facts = wedge_check.judge(tests, method, settings, say)
+        facts |= test_facts
 
     # The classical answer is shown beside the result, or is the result itself.
     voxel_size = relative_voxel_size(map, prior)
     answer = classical_wedge(map, measured, settings, observation, voxel_size)
     if method == "pocs":
-        return replace(scaled(answer, factor, settings), report=answer.report | facts)
+        return scaled(answer, factor, settings, facts)
 
     # The prior expects density above 0. Check that the measured data allow it.
     sigma = noise * volume.top_value(y, 99.999)
@@ -220,15 +216,18 @@ def classical_wedge(
     )
 
 
-def scaled(answer: Result, factor: Tensor, settings: WedgeSettings) -> Result:
-    """The answer of POCS, scaled where nothing was measured."""
+def scaled(
+    answer: Result, factor: Tensor, settings: WedgeSettings | NetworkWedgeSettings, facts: dict
+) -> Result:
+    """The answer of POCS, scaled where nothing was measured, with facts for the .json."""
     y = answer.grid.density
     filled = wedge_check.scale_missing(
         answer.shown["POCS"], ~answer.region, factor, answer.grid.voxel_size
     )
     restored = settings.inside_mask(filled, y)
     shown = answer.shown | {"restored": restored}
-    return replace(answer, densities={"": restored}, shown=shown)
+    report = answer.report | facts
+    return replace(answer, densities={"": restored}, shown=shown, report=report)
 
 
 def on_network_grid(map: Map, prior: Prior, settings: TiltSettings) -> tuple[Map, Tensor]:
@@ -288,20 +287,14 @@ def fill_wedge(
         return {"POCS": pocs, method: posterior.with_fine_detail(found, pocs)}
 
     tests = wedge_check.try_on_hidden_tilts(map, settings, fill)
-    wedge_check.say_tests(tests, settings, say)
-    facts = wedge_check.facts_of(tests)
-    may_change = settings.method == "auto" and method == "network"
-    if may_change and wedge_check.pocs_is_better(tests, method, say):
-        method = "pocs"
+    method, factor, facts = wedge_check.judge(tests, method, settings, say)
     answer = classical_wedge(map, measured, settings)
     if method == "pocs":
-        factor = tests["POCS"].factor
-        return replace(scaled(answer, factor, settings), report=answer.report | facts)
+        return scaled(answer, factor, settings, facts)
 
     # Departure 1: put the measured coefficients back. `alone` is the network's answer without.
     found, network_facts = ask_for_wedge(map, network, settings, say)
     restored = posterior.with_fine_detail(found, answer.shown["POCS"])
-    factor = tests[method].factor
     restored = wedge_check.scale_missing(restored, measured, factor, map.voxel_size)
     restored = settings.inside_mask(fourier.put_back(restored, y, measured), y)
     alone = settings.inside_mask(fourier.resample(found, y.shape), y)

@@ -134,12 +134,21 @@ def say_tests(tests: dict[str, Test], settings: TiltSettings, say=print) -> None
     )
 
 
-def facts_of(tests: dict[str, Test]) -> dict:
-    """What the .json holds of the tests, by the names of the methods."""
-    return {
+def judge(
+    tests: dict[str, Test], method: str, settings: TiltSettings, say=print
+) -> tuple[str, Tensor, dict]:
+    """The method after the tests, c_k of what it fills in, and facts for the .json.
+
+    "auto" takes POCS where it was better than the method.
+    """
+    say_tests(tests, settings, say)
+    if settings.method == "auto" and method != "pocs" and pocs_is_better(tests, method, say):
+        method = "pocs"
+    facts = {
         "hidden_auc": {name: test.auc for name, test in tests.items()},
         "fill_factor": {name: test.factor.tolist() for name, test in tests.items()},
     }
+    return method, tests["POCS" if method == "pocs" else method].factor, facts
 
 
 def pocs_is_better(tests: dict[str, Test], name: str, say=print) -> bool:
