@@ -1,0 +1,120 @@
+"""data_deposited.py: maps as they might be deposited, simulated from atomic models."""
+
+import numpy as np
+import pytest
+import torch
+
+import atoms
+import augment
+import data_chains
+import data_deposited
+import degrade
+import fsc
+
+GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
+
+
+@pytest.fixture(scope="module")
+def structure():
+    """A rule-built chain, cut to what fits a box of 48 Å."""
+    s = data_chains.ProceduralChains(0)[0]
+    near = np.abs(s.xyz - s.xyz[0]).max(1) < 18
+    return atoms.Structure(
+        "a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near]
+    )
+
+
+def deposits(structure, resolution, count=12, **options):
+    xyz, b = torch.from_numpy(structure.xyz), torch.zeros(len(structure.xyz))
+    return [
+        data_deposited.deposited(
+            xyz,
+            structure.atomic_number,
+            resolution,
+            b_factor=b,
+            generator=augment.item_generator(0, i),
+            **GRID,
+            **options,
+        )
+        for i in range(count)
+    ]
+
+
+def test_a_deposited_map_agrees_with_its_model_up_to_its_resolution(structure):
+    xyz = torch.from_numpy(structure.xyz)
+    clean = atoms.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0]
+    curves = torch.stack([fsc.fsc(x, clean) for x in deposits(structure, 4.0)])
+    shell = round(48 / 4.0)
+    # With noise as strong as the signal, the FSC to the truth is 0.71. The smooth B-factors lower
+    # that a little.
+    assert 0.5 < float(curves[:, shell].mean()) < 0.75
+    assert float(curves[:, shell // 2].mean()) > 0.9
+    assert float(curves[:, shell // 2].mean()) > float(curves[:, shell].mean())
+
+
+def test_a_deposited_map_has_power_beyond_its_resolution_only_if_it_is_masked(structure):
+    beyond = fsc.radius((48,) * 3) > 48 / 4.0 + 2
+    shares = []
+    for x in deposits(structure, 4.0):
+        power = torch.fft.fftn(x.double()).abs() ** 2
+        shares.append(float(power[beyond].sum() / power.sum()))
+    # 4 of these 12 are cut out by a mask. It spreads the coefficients at the edge of the low-pass,
+    # and most in a sharpened map.
+    assert sum(share < 1e-9 for share in shares) == 8 and max(shares) < 2e-3
+
+
+def test_amplitudes_fall_by_a_factor_between_e_and_e_cubed_at_the_resolution(
+    structure, monkeypatch
+):
+    # Leave out noise, solvent and sharpening (the draw from 0 to 8).
+    draw = augment.uniform
+
+    def without_sharpening(low, high, generator):
+        return draw(low, 0 if high == 8 else high, generator)
+
+    monkeypatch.setattr(data_deposited, "add_spectral_noise", lambda x, power, generator: x)
+    monkeypatch.setattr(data_deposited, "uniform", without_sharpening)
+
+    # molmap at 1.8 Å has a decay of its own, so compare with it, relative to shell 1.
+    xyz = torch.from_numpy(structure.xyz)
+    clean = degrade.radial_power(atoms.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0])
+    shell = 11  # just below 1 / 4 Å
+    for x in deposits(structure, 4.0):
+        ratio = degrade.radial_power(x) / clean
+        fall = float((ratio[shell] / ratio[1]).sqrt())
+        assert np.exp(-3.2) < fall < np.exp(-0.8)
+
+
+def test_sharpening_multiplies_each_coefficient_by_the_b_factor_exponential(structure, monkeypatch):
+    def deposit(b):
+        # The draws from 0 to 1: noise exponent, no preferred views, sharpened, not masked.
+        draws = iter([0.5, 0.9, 0.1, 0.9])
+
+        def fixed(low, high, generator):
+            if high == 1:
+                return next(draws)
+            return b if high == 8 else high
+
+        monkeypatch.setattr(data_deposited, "uniform", fixed)
+        return torch.fft.fftn(deposits(structure, 4.0, 1)[0].double())
+
+    shell = fsc.radius((48,) * 3)
+    inside = shell < 48 / 4.0 - 1.5  # before the low-pass begins to fall
+    want = torch.exp(6 * 4.0**2 / 4 * (shell / 48) ** 2)
+    flat = deposit(0)
+    raised = deposit(6)
+    assert float((raised - want * flat)[inside].abs().max() / raised[inside].abs().max()) < 1e-5
+
+
+def test_a_deposited_map_depends_on_its_generator_alone(structure):
+    a, b = deposits(structure, 4.0, 1), deposits(structure, 4.0, 1)
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], deposits(structure, 4.0, 2)[1])
+
+
+def test_without_noise_a_deposited_map_is_its_blurred_model_up_to_its_resolution(structure):
+    xyz = torch.from_numpy(structure.xyz)
+    clean = atoms.molmap(xyz, structure.atomic_number, 1.8, **GRID)[0]
+    curves = torch.stack([fsc.fsc(x, clean) for x in deposits(structure, 4.0, noisy=False)])
+    # Solvent, B-factors that vary and masks stay. With noise these shells have 0.79 and 0.64.
+    assert float(curves[:, round(48 / 4.0) - 1].mean()) > 0.88
+    assert float(curves[:, round(48 / 4.0)].mean()) > 0.77
