@@ -11,6 +11,7 @@ stranger runs no code:
     mean, std    network value = (density / 99.999 percentile - mean) / std; 0 and 1 for "scunet"
     percentiles  of a map that become 0 and 1 before mean and std: volume.CLIP, or LITERAL
     task         not of "hdit": the objective, such as "jepa", "mae", "sharpen", "vae"
+    fill         "wedge3d" only: what the wedge held in training, "zeros" or "pocs" (data_wedges.py)
     references   "hdit" only: densities it was trained on, uint8 (n, box, box, box), 255 for the
                  99.999 percentile of the map each was cut from; grey_scale.py compares with them
     training     None, or in train.py's own files: raw weights, optimiser states, step, flags
@@ -90,6 +91,7 @@ class Prior:
     sha256: str  # of the file
     percentiles: tuple[float, float] = CLIP
     task: str = ""
+    fill: str = "zeros"
     training: dict | None = None
     references: Tensor | None = None
 
@@ -109,6 +111,7 @@ def save(
     std: float,
     percentiles: tuple[float, float] = CLIP,
     task: str = "",
+    fill: str = "zeros",
     training: dict | None = None,
     references: Tensor | None = None,
     half: bool = False,
@@ -134,6 +137,7 @@ def save(
         std=float(std),
         percentiles=tuple(percentiles),
         task=task,
+        fill=fill,
         training=training,
         references=references,
     )
@@ -172,6 +176,7 @@ def load(
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         percentiles=tuple(content.get("percentiles", CLIP)),
         task=content.get("task", ""),
+        fill=content.get("fill", "zeros"),
         training=content.get("training"),
         references=content.get("references"),
         **fields,
@@ -264,6 +269,7 @@ def check_fields(path, content: dict) -> None:
         "std": is_number(content["std"], 0, 1e6),
         "percentiles": is_range(content.get("percentiles", CLIP)),
         "task": isinstance(content.get("task", ""), str),
+        "fill": content.get("fill", "zeros") in ("zeros", "pocs"),
         "training": isinstance(content.get("training"), dict | None),
         "references": is_references(content.get("references")),
     }

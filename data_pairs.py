@@ -2,9 +2,9 @@
 
     sharpen     deposited map -> molmap of its model at the same resolution R (CryoLVM 4.2)
     superres    deposited map -> molmap of its model at 1.8 Å                 (CryoLVM 4.3)
-    wedge3d     molmap and noise, less the missing wedge -> molmap            (CryoLVM 4.4)
 
-How a deposited map is simulated: data_deposited.py. Resolutions and lengths in Å.
+The pairs of wedge3d are in data_wedges.py. How a deposited map is simulated: data_deposited.py.
+Resolutions and lengths in Å.
 Departure 1: CryoLVM trains on deposited maps and their models (`read_pairs`). Without such a list,
     we simulate the deposited maps, too.
 """
@@ -19,10 +19,8 @@ import torch
 from torch import Generator, Tensor
 
 from atoms import Structure, molmap, placed, read_model
-from augment import RandomItems, flip, mirror_or_not, random_crop, uniform
+from augment import RandomItems, mirror_or_not, random_crop, uniform
 from data_deposited import FINE, deposited
-from degrade import cone_mask, wedge_mask
-from fourier import apply_fourier
 from mrc import read_map, resample_map
 from volume import CLIP, density_mask, find_grey_scale, normalise, pad
 
@@ -39,32 +37,18 @@ def simulated_pair(
     b_factor: Tensor,
     resolution: float,
     generator: Generator,
-    *,
-    missing: str = "wedge",
     **grid,
 ) -> tuple[Tensor, Tensor]:
     """The observed and the wanted map of a task, (D, H, W) each, in Z/Å^3.
 
-    Atoms as in `deposited`; grid: voxel_size, shape, origin of `molmap`. wedge3d loses what a tilt
-    range of 50 to 70 degrees misses: missing="wedge", or "cone", the formula that the paper prints.
+    Atoms as in `deposited`; grid: voxel_size, shape, origin of `molmap`.
     """
     wanted_resolution = FINE if task == "superres" else resolution
     wanted, _, _ = molmap(xyz, atomic_number, wanted_resolution, **grid)
-    if task != "wedge3d":
-        observed = deposited(
-            xyz, atomic_number, resolution, b_factor=b_factor, generator=generator, **grid
-        )
-        return observed, wanted
-
-    # The measured region of a random tilt range.
-    angle = uniform(50, 70, generator)
-    shape = wanted.shape
-    measured = wedge_mask(shape, (-angle, angle)) if missing == "wedge" else cone_mask(shape, angle)
-
-    # White noise of up to a tenth of the maximum.
-    noise = torch.randn(shape, generator=generator)
-    noise = noise * (uniform(0, 0.1, generator) * wanted.max())
-    return apply_fourier(wanted + noise, measured), wanted
+    observed = deposited(
+        xyz, atomic_number, resolution, b_factor=b_factor, generator=generator, **grid
+    )
+    return observed, wanted
 
 
 def pair_crops(
@@ -98,7 +82,6 @@ class SimulatedPairs(RandomItems):
     box: int
     voxel_size: float  # Å
     resolution: tuple[float, float]  # Å
-    missing: str = "wedge"
     percentiles: tuple[float, float] = CLIP
 
     def draw(self, structure: Structure, generator: Generator) -> Tensor:
@@ -111,7 +94,6 @@ class SimulatedPairs(RandomItems):
             b_factor,
             uniform(*self.resolution, generator),
             generator,
-            missing=self.missing,
             voxel_size=self.voxel_size,
             shape=(self.box,) * 3,
             origin=-self.voxel_size * (self.box // 2),
@@ -119,11 +101,6 @@ class SimulatedPairs(RandomItems):
         low, high = self.percentiles
         pair = torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in pair])
 
-        # A wedge has an orientation, which flips keep and rotations do not. All crops show the
-        # molecule. The shipped weights were trained so, but without flips.
-        if self.task == "wedge3d":
-            crops = pair_crops(pair, self.crop, self.crops, generator, anywhere=0)
-            return torch.stack([flip(x, generator) for x in crops])
         crops = pair_crops(pair, self.crop, self.crops, generator)
         return torch.stack([mirror_or_not(x, generator) for x in crops])
 
@@ -185,11 +162,8 @@ def read_pairs(
     """The pairs that FOLDER/pairs.csv lists, on the grid of voxel_size (Å).
 
     A pair that cannot be read is skipped. say: gets a line for each.
-    Raises OSError or ValueError (one line) for a bad list, if no pair can be read, and for wedge3d,
-    which learns from simulated pairs.
+    Raises OSError or ValueError (one line) for a bad list, and if no pair can be read.
     """
-    if task == "wedge3d":
-        raise ValueError(f"{folder}: wedge3d learns from models (PDB, mmCIF, .npz), not from pairs")
     folder = Path(folder)
     rows = read_pair_list(folder)
 

@@ -15,21 +15,19 @@ in steps from a time t to s < t:
     x_s   = (s/t) x_t + (1 - s/t) x_0''   Algorithm 2, line 4                                    (4)
     x_s   = (1 - s) x_0'' + s z           the same with fresh noise z ~ N(0, I)                  (5)
     w_k   = m_k V_k / (V_k + P_k / N)     trust in a coefficient: V_k is the error of x_0'       (6)
-    u <- A y + (1 - A) max(u, 0)          POCS, the classical answer for the wedge               (7)
-    u  = F^-1[S / (S + P) F y]            Wiener filter, S is the signal's power per shell       (8)
-    x_s   = x_t - (t - s) v - lambda g / |g|,   g = dl/dx_t   Algorithm 1                        (9)
+    x_s   = x_t - (t - s) v - lambda g / |g|,   g = dl/dx_t   Algorithm 1                        (7)
     l     = mean_k |F(A x_0' - y)|_k^2 / (2 P_k)
 
-(1)-(4), (9): CryoFM (arXiv:2410.08631) Algorithms 1 and 2, appendices D and E.1. (5): DDNM (Wang et
+(1)-(4), (7): CryoFM (arXiv:2410.08631) Algorithms 1 and 2, appendices D and E.1. (5): DDNM (Wang et
 al. 2023, arXiv:2212.00490). (6): the proximal step of DiffPIR (Zhu et al. 2023, arXiv:2305.08995),
-exact because A is diagonal in Fourier space. (7): Youla & Webb 1982. Maps are (D, H, W), samples
+exact because A is diagonal in Fourier space. Maps are (D, H, W), samples
 (K, D, H, W), masks and noise per coefficient are (D, H, W) in `fftfreq` layout.
 
-Erratum: Algorithm 1 leaves out the 1/N before v and adds lambda g, which climbs the loss. (9) is
+Erratum: Algorithm 1 leaves out the 1/N before v and adds lambda g, which climbs the loss. (7) is
 what the release does.
-Departure 1: the method "prior" starts from (7) or (8) at t < 1, takes (5) instead of (4), weighs by
-(6) and keeps density non-negative. RESULTS.md, "Choices of the sampler", says what each gains. The
-method "paper" is as printed.
+Departure 1: the method "prior" starts from a classical answer (classical.py) at t < 1, takes (5)
+instead of (4), weighs by (6) and keeps density non-negative. RESULTS.md, "Choices of the sampler",
+says what each gains. The method "paper" is as printed.
 Departure 2: the paper's maps are 64^3. Ours have any size: only v is evaluated by tiles
 (posterior_tiles.py). Maps are rolled and turned at every step, but not by "paper" where the map
 fits into one tile.
@@ -175,7 +173,7 @@ def estimate_noise(y: Tensor, measured: Tensor) -> float:
 def noise_and_signal(
     maps: list[Tensor], curve: Tensor | None = None, voxel_size=1.0
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Per shell 1 .. W//2: the noise power of each map, the signal's power S of (8), and the FSC.
+    """Per shell 1 .. W//2: the noise power of each map, the signal's power S, and the FSC.
 
     maps: two half maps (D, H, W). Or one map, and curve: signal / (signal + noise) of its power in
     each shell. Powers are means of |F|^2. Raises ValueError if there is no signal.
@@ -199,48 +197,6 @@ def noise_and_signal(
     if not signal.any():
         raise ValueError("no signal: the FSC is below 0.05 in the first shell already")
     return powers, signal, curve
-
-
-# ---- The classical answers
-
-
-def pocs(
-    y: Tensor,
-    measured: Tensor,
-    sigma: Tensor | float = 0.0,
-    *,
-    iterations: int = 100,
-    support: Tensor | None = None,
-) -> Tensor:
-    """(7): projections onto convex sets, starting from y itself. sigma is not used.
-
-    support: boolean (D, H, W) in real space; the density is 0 outside of it.
-    """
-    # What y holds outside of the measured coefficients is noise. Remove it.
-    y = put_back(torch.zeros_like(y), y, measured)
-    u = y
-    for _ in range(iterations):
-        # Project onto maps without negative density, then onto those that agree with y.     (7)
-        u = u.clamp(min=0)
-        if support is not None:
-            u = u * support
-        u = put_back(u, y, measured)
-    return u
-
-
-def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
-    """(8) for a map (D, H, W). noise, signal: powers |F|^2 per shell, or (D, H, W)."""
-    powers = (noise, signal)
-    P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape, voxel_size) for p in powers)
-    return fourier.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
-
-
-def positive_wiener(y: Tensor, measured: Tensor, sigma: Tensor | float) -> Tensor:
-    """(8) for an observation (D, H, W) alone, without negative density. sigma as in `observe`."""
-    noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(y.shape)
-    signal = grey_scale.signal_power(y, measured, noise, min(y.shape) // 2)
-    S = grey_scale.expand(signal.clamp(min=1e-30), y.shape)
-    return wiener(y, noise, measured * S).clamp(min=0)
 
 
 # ---- Algorithm 2
@@ -400,7 +356,7 @@ def algorithm_1(
     turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
-    """Samples (K, D, H, W) in network scale by (9), Algorithm 1, from noise; sigma must be > 0.
+    """Samples (K, D, H, W) in network scale by (7), Algorithm 1, from noise; sigma must be > 0.
 
     y and sigma may hold one map for each sample, (K, D, H, W). operator_noise: A adds fresh noise
     to x_0', as in the release. per_time: multiply lambda by 200 / steps, so that the weight of y
@@ -419,12 +375,12 @@ def algorithm_1(
             noise = flow.draw_noise(generators, measured.shape, y.device)
             estimate = degrade.add_spectral_noise(estimate, power, noise=noise)
 
-        # The misfit l of (9) and its gradient. The sum keeps the samples independent.
+        # The misfit l of (7) and its gradient. The sum keeps the samples independent.
         residual = torch.fft.fftn(estimate - y, dim=fourier.XYZ)
         misfit = residual.abs() ** 2 / (2 * measured.numel() * sigma**2)
         loss = torch.where(measured, misfit, 0).mean(fourier.XYZ)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
-        x = flow.guided_step(x, velocity, gradient, t, steps, lambda_max, per_time).detach()  # (9)
+        x = flow.guided_step(x, velocity, gradient, t, steps, lambda_max, per_time).detach()  # (7)
         tick(len(generators))
     return x
 

@@ -21,9 +21,9 @@ from torch import Generator, Tensor
 import degrade
 import fourier
 import fsc
-import posterior
 import volume
 from checkpoint import Prior
+from classical import wiener
 from mrc import Map
 from posterior import Observation
 from sampling_settings import DenoiseSettings, GreySettings, Settings, TiltSettings, flag_of
@@ -211,7 +211,7 @@ def negative_power(maps: list[Tensor], powers: list[Tensor], signal: Tensor, vox
         noisy = degrade.add_spectral_noise(y, power, generator=Generator().manual_seed(0))
         maps = [noisy, 2 * y - noisy]
         powers = [2 * power] * 2
-    a, b = (posterior.wiener(y, p, signal, voxel_size) for y, p in zip(maps, powers))
+    a, b = (wiener(y, p, signal, voxel_size) for y, p in zip(maps, powers))
     product = (a * b).double()
     negative = (product * (a < 0)).sum() + (product * (b < 0)).sum()
     total = float(product.sum())

@@ -24,6 +24,7 @@ import grey_scale
 import mrc
 import posterior
 from checkpoint import Prior
+from classical import positive_wiener, wiener
 from mrc import Map
 from posterior import Moments, Observation
 from report import EXPECTED_ERROR, Progress, Result, expected_auc, say_work
@@ -172,8 +173,8 @@ def classical_answers(
     noises = [settings.noise_on_grid(power, half) for half, power in zip(halves, powers)]
 
     # Filter the average and each half; then clamp, in the prior's spectrum.
-    filtered = posterior.wiener(average, noise, signal, voxel_size)
-    filters = [posterior.wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
+    filtered = wiener(average, noise, signal, voxel_size)
+    filters = [wiener(y, p, signal, voxel_size) for y, p in zip(densities, noises)]
     positive, *positives = [
         grey_scale.in_spectrum(spectrum, x, clamp, relative) for x in (filtered, *filters)
     ]
@@ -194,7 +195,7 @@ def classical_answers(
 
     # A clamp would lose it.
     def every_shell(y: Tensor, noise: Tensor) -> Tensor:
-        return posterior.wiener(y, noise, keeps_every_shell(noise, signal, voxel_size))
+        return wiener(y, noise, keeps_every_shell(noise, signal, voxel_size))
 
     shown[EVERY_SHELL] = every_shell(average, noise)
     of_halves[EVERY_SHELL] = [every_shell(y, p) for y, p in zip(densities, noises)]
@@ -317,4 +318,4 @@ def observe_half_map(
     # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
     held = fourier.below_nyquist(y.shape, half.density.shape)
     sigma = (noise / y.numel()).sqrt()
-    return posterior.observe(prior, y, held, sigma, posterior.positive_wiener, settings.maximum)
+    return posterior.observe(prior, y, held, sigma, positive_wiener, settings.maximum)

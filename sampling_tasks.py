@@ -32,6 +32,7 @@ import posterior
 import volume
 import wedge_check
 from checkpoint import Prior
+from classical import pocs
 from memory import check_grid
 from mrc import Map
 from posterior import Moments, Observation
@@ -197,7 +198,7 @@ def classical_wedge(
     y = map.density
 
     def complete(x: Tensor) -> Tensor:
-        return posterior.pocs(x, measured)
+        return pocs(x, measured)
 
     if observation is not None and observation.y.shape == y.shape:
         # The sampler begins with it, on the same grid.
@@ -257,9 +258,7 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
         noise = posterior.estimate_noise(y, settings.measured(map)) / maximum
 
     sigma = noise * maximum * gain
-    observation = posterior.observe(
-        prior, work.density, measured, sigma, posterior.pocs, settings.maximum
-    )
+    observation = posterior.observe(prior, work.density, measured, sigma, pocs, settings.maximum)
     return observation, noise
 
 
@@ -307,9 +306,11 @@ def ask_for_wedge(
     map: Map, network: Prior, settings: NetworkWedgeSettings, say
 ) -> tuple[Tensor, dict]:
     """What the network makes of a map, on its own grid, and facts for the .json."""
-    # It was trained on maps with zeros in the wedge, so remove what the map has there.
+    # Remove what the map has in the wedge, and put there what it held in training.
     work, known = on_network_grid(map, network, settings)
     seen = fourier.put_back(torch.zeros_like(work.density), work.density, known)
+    if network.fill == "pocs":
+        seen = pocs(seen, known)
     return ask_network(seen, network, settings, say)
 
 

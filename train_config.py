@@ -21,7 +21,7 @@ FLOW = ("flow",)
 FLOWS = ("flow", "lfm")
 GENERATIVE = (*FLOWS, "vae")
 LVM = (*PRETRAINING, *RESTORATIONS)
-ON_MAPS = (*GENERATIVE, *PRETRAINING)
+ON_MAPS = (*GENERATIVE, *PRETRAINING, "wedge3d")
 SCHEDULED = (*GENERATIVE, *RESTORATIONS)
 AVERAGED = (*GENERATIVE, "mae", *RESTORATIONS)
 
@@ -97,6 +97,12 @@ class TrainConfig:
         "wedge",
         "what is missing: a wedge, or a cone, the paper's formula as printed",
         choices=("wedge", "cone"),
+        only=("wedge3d",),
+    )
+    fill: str = opt(
+        "zeros",
+        "what the network sees there: zeros, or POCS",
+        choices=("zeros", "pocs"),
         only=("wedge3d",),
     )
 

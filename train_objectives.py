@@ -2,7 +2,8 @@
 
     flow                        HDiT     the flow-matching loss, (3) of flow.py
     jepa, mae                   SCUNet   predict what is hidden, (3) and (5) of jepa.py
-    sharpen, superres, wedge3d  SCUNet   from pairs of observed and wanted maps, (9) of jepa.py
+    sharpen, superres, wedge3d  SCUNet   from pairs of observed and wanted maps, (9) of jepa.py;
+                                         data_pairs.py, data_wedges.py
     vae, lfm                    VAE, DiT reconstruct maps; flow matching of their codes
 
 SCUNet or ViT. vae and lfm: (3) and (5) of model_baselines.py.
@@ -25,6 +26,7 @@ import data
 import data_chains
 import data_pairs
 import data_prepare
+import data_wedges
 import files
 import flow
 import jepa
@@ -89,18 +91,19 @@ def refuse_unused(cfg: TrainConfig, make: Callable) -> None:
 def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
     """What --data holds, and which function makes a dataset (entries, seed, cfg) of it."""
     path = Path(cfg.data)
-    restoring = cfg.objective in RESTORATIONS
+    # A wedge can be taken out of any map.
+    wants_pairs = cfg.objective in RESTORATIONS and cfg.objective != "wedge3d"
 
     # Maps with their models, listed.
-    if restoring and (path / data_pairs.PAIRS).exists():
+    if wants_pairs and (path / data_pairs.PAIRS).exists():
         clip = percentiles(cfg)
         pairs = data_pairs.read_pairs(cfg.data, cfg.objective, cfg.voxel_size, say, clip)
         return pairs, crops_of_pairs
 
-    # Maps alone, which a restoration cannot learn from. They come before models beside them.
+    # Maps alone, which sharpening cannot learn from. They come before models beside them.
     holds_maps = bool(files.list_files(cfg.data, mrc.MAP_SUFFIXES))
     prepared = (path / data_prepare.SETTINGS).exists()
-    if restoring and (holds_maps or prepared):
+    if wants_pairs and (holds_maps or prepared):
         raise ValueError(
             f"{cfg.data}: maps without a {data_pairs.PAIRS} that names the model and the "
             "resolution of each (README)"
@@ -109,7 +112,7 @@ def read_entries(cfg: TrainConfig, say) -> tuple[list, Callable]:
     if holds_maps or prepared:
         if models:
             say(f"{cfg.data}: {len(models)} models or archives beside the maps are not used")
-        return read_maps(cfg, say), crops_of_maps
+        return read_maps(cfg, say), wedges_of_maps if cfg.objective == "wedge3d" else crops_of_maps
 
     # Atomic models.
     return atoms.read_structures(cfg.data, say), simulated
@@ -170,13 +173,14 @@ def simulated(structures, seed: int, cfg: TrainConfig):
         # Crops are cut from anywhere in a box of twice their side.
         box = cfg.crop if cfg.center_crops else 2 * cfg.crop
         return data.SimulatedCrops(structures, box=box, mean=cfg.mean, std=cfg.std, **common)
+    if cfg.objective == "wedge3d":
+        return data_wedges.SimulatedWedges(structures, box=2 * cfg.crop, **wedge(cfg), **common)
     # Pre-training uses the first map of a pair: what a deposited map looks like.
     task = cfg.objective if cfg.objective in RESTORATIONS else "sharpen"
     return data_pairs.SimulatedPairs(
         structures,
         task=task,
         box=2 * cfg.crop,
-        missing=cfg.missing,
         percentiles=percentiles(cfg),
         **common,
     )
@@ -198,6 +202,19 @@ def crops_of_maps(volumes, seed: int, cfg: TrainConfig):
         mean=cfg.mean,
         std=cfg.std,
         seed=seed,
+    )
+
+
+def wedge(cfg: TrainConfig) -> dict:
+    """Settings of both kinds of wedge pairs."""
+    return dict(missing=cfg.missing, fill=cfg.fill, percentiles=percentiles(cfg))
+
+
+def wedges_of_maps(volumes, seed: int, cfg: TrainConfig):
+    # The wedge is lost in a crop of twice the side, and the crops are cut out of that.
+    maps = crops_of_maps(volumes, seed, replace(cfg, crop=2 * cfg.crop, crops_per_map=1))
+    return data_wedges.WedgedMaps(
+        volumes, maps=maps, crop=cfg.crop, crops=cfg.crops_per_map, seed=seed, **wedge(cfg)
     )
 
 

@@ -293,10 +293,11 @@ PRESETS = {
     "tiny-wedge3d": TrainConfig(
         net=model_scunet.PRESETS["tiny"],
         objective="wedge3d",
-        steps=700,
+        steps=1500,
         batch=8,
         crop=24,
-        crops_per_map=4,
+        crops_per_map=8,
+        fill="pocs",  # Departure 1 of data_wedges.py
         voxel_size=4.0,
         resolution_min=8.0,
         resolution_max=15.0,

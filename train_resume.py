@@ -305,6 +305,8 @@ def print_new_scales(prior: checkpoint.Prior, cfg: TrainConfig, say=print) -> No
     print_change("std", prior.std, cfg.std, say)
     literal = prior.percentiles == LITERAL
     print_change("literal_percentiles", literal, cfg.literal_percentiles, say)
+    if prior.task == cfg.objective == "wedge3d":
+        print_change("fill", prior.fill, cfg.fill, say)
 
 
 def network_for_use(ema: torch.nn.Module, cfg: TrainConfig) -> torch.nn.Module:
@@ -392,6 +394,8 @@ class Checkpoints:
         shared["references"] = self.references
         if cfg.objective != "flow":
             shared["task"] = cfg.objective
+        if cfg.objective == "wedge3d":
+            shared["fill"] = cfg.fill
         new, newest, before = (self.out / name for name in CHECKPOINTS)
         checkpoint.save(new, network, **shared, training=training)
         if newest.exists() and self.newest_is_whole:

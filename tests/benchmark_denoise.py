@@ -44,6 +44,7 @@ import fourier
 import posterior
 import volume
 from checkpoint import Prior
+from classical import wiener
 from fsc import auc, fsc, resolution
 from mrc import Map
 from sampling_half_maps import observe_half_map
@@ -96,7 +97,7 @@ def restore(
     densities = [half.density for half in halves]
     powers, signal, _ = posterior.noise_and_signal(densities)
     noise = settings.noise_on_grid(sum(powers) / 4, halves[0])
-    classical = posterior.wiener(sum(densities) / 2, noise, signal)
+    classical = wiener(sum(densities) / 2, noise, signal)
     drawn = []
     for i, (half, power) in enumerate(zip(halves, powers)):
         observation = observe_half_map(half, power, prior, settings)

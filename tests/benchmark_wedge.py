@@ -39,6 +39,7 @@ import sampling
 import train_objectives
 import volume
 from checkpoint import Prior
+from classical import pocs
 from fsc import auc, fsc, resolution
 from fsc_mtriage import map_model_resolution
 from sampling_settings import WedgeSettings
@@ -67,7 +68,7 @@ def answers(map: mrc.Map, measured: Tensor, prior: Prior, settings: WedgeSetting
     """Every answer to a degraded map, by name."""
     # The classical answers.
     y = map.density
-    found = {"zeros in the wedge": y, "POCS": posterior.pocs(y, measured)}
+    found = {"zeros in the wedge": y, "POCS": pocs(y, measured)}
     observation, _ = observe_wedge(map, prior, settings)
     sampler = posterior.WEDGE[settings.method]
     if settings.steps:

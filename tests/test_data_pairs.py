@@ -8,8 +8,6 @@ import atoms
 import augment
 import data_chains
 import data_pairs
-import degrade
-import fourier
 import fsc_model
 import mrc
 
@@ -29,30 +27,6 @@ def structure():
 # ---- Pairs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["wedge", "cone"])
-def test_the_observed_map_of_a_wedge_pair_lacks_exactly_the_wedge(structure, monkeypatch, missing):
-    # The smallest draws: a tilt range of ±50 degrees, no noise.
-    monkeypatch.setattr(data_pairs, "uniform", lambda low, high, generator: low)
-    xyz = torch.from_numpy(structure.xyz)
-    grid = dict(voxel_size=4.0, shape=(24,) * 3, origin=-48.0)
-    observed, wanted = data_pairs.simulated_pair(
-        "wedge3d",
-        xyz,
-        structure.atomic_number,
-        None,
-        10.0,
-        torch.Generator(),
-        missing=missing,
-        **grid,
-    )
-    region = {
-        "wedge": degrade.wedge_mask((24,) * 3, (-50, 50)),
-        "cone": degrade.cone_mask((24,) * 3, 50),
-    }[missing]
-    torch.testing.assert_close(observed, fourier.apply_fourier(wanted, region))
-    torch.testing.assert_close(wanted, atoms.molmap(xyz, structure.atomic_number, 10.0, **grid)[0])
-
-
 @pytest.mark.parametrize("task, resolution", [("sharpen", 4.0), ("superres", 1.8)])
 def test_the_wanted_map_is_molmap_at_the_same_resolution_or_at_1_8_angstrom(
     structure, task, resolution
@@ -68,7 +42,7 @@ def test_the_wanted_map_is_molmap_at_the_same_resolution_or_at_1_8_angstrom(
 
 def test_both_maps_of_a_pair_are_cut_and_rotated_alike(structure, monkeypatch):
     # Observed and wanted are the same map, so their crops must be equal.
-    def same(task, xyz, z, b, resolution, generator, *, missing, **grid):
+    def same(task, xyz, z, b, resolution, generator, **grid):
         return (atoms.molmap(xyz, z, resolution, **grid)[0],) * 2
 
     monkeypatch.setattr(data_pairs, "simulated_pair", same)
@@ -88,21 +62,6 @@ def test_half_of_the_crops_are_cut_anywhere():
     pair[:, 4:8, 30:34, 50:54] = 1  # cut anywhere, fewer than 1 crop of 16^3 in 60 shows it
     crops = data_pairs.pair_crops(pair, 16, 400, torch.Generator().manual_seed(0))
     assert 170 < sum(float(x.max()) > 0 for x in crops) < 235
-
-
-def test_crops_of_a_wedge_pair_are_flipped_and_never_turned(structure, monkeypatch):
-    ramp = torch.arange(1.0, 33.0)[:, None, None].expand(32, 32, 32)  # along z
-    monkeypatch.setattr(data_pairs, "simulated_pair", lambda *args, **grid: (ramp, ramp))
-
-    def slopes_along_z(task):
-        settings = dict(crop=16, crops=4, box=32, voxel_size=4.0, resolution=(8, 9))
-        pairs = data_pairs.SimulatedPairs([structure], task=task, **settings)
-        slopes = torch.cat([pairs[i] for i in range(4)]).diff(dim=2)  # (16 crops, 2, 15, 16, 16)
-        return slopes.sum((1, 2, 3, 4)).sign().tolist()
-
-    # Up or down along z, but never flat, as a crop that was turned by 90 degrees.
-    assert set(slopes_along_z("wedge3d")) == {1, -1}
-    assert 0 in slopes_along_z("sharpen")
 
 
 def test_crops_come_in_all_48_orientations_of_a_cube():

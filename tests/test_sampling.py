@@ -45,6 +45,7 @@ import sampling_half_maps
 import sampling_tasks
 import volume
 import wedge_check
+from classical import pocs, positive_wiener
 from model_hdit import HDiT, HDiTConfig
 from model_scunet import SCUNet, SCUNetConfig
 from report import silent
@@ -272,7 +273,7 @@ def test_any_voxel_size_is_restored_on_its_own_grid_and_its_noise_is_found(
 def test_pocs_is_a_method_and_the_answer_where_voxels_are_too_coarse(small, run, capsys):
     run("wedge in.mrc --method pocs")
     factor = torch.tensor(report_of("in_wedge")["fill_factor"]["POCS"])
-    answer = posterior.pocs(values(small), wedge(SHAPE))
+    answer = pocs(values(small), wedge(SHAPE))
     want = wedge_check.scale_missing(answer, wedge(SHAPE), factor, 1.5)
     assert close(values("in_wedge.mrc"), want)
     capsys.readouterr()
@@ -320,7 +321,7 @@ def test_half_maps_are_restored_apart_and_their_mean_is_the_result(run, halves, 
     sigma = (degrade.expand_shells(power, SHAPE) / b.numel()).sqrt()
     prior, everywhere = checkpoint.load(ckpt), torch.ones(SHAPE, dtype=torch.bool)
 
-    observation = posterior.observe(prior, b, everywhere, sigma, posterior.positive_wiener)
+    observation = posterior.observe(prior, b, everywhere, sigma, positive_wiener)
     sampler = posterior.DENOISE["prior"] | {"steps": 2}
     samples = posterior.draw_samples(prior, observation, sampler, samples=2, seed=augment.HELD_OUT)
     assert close(torch.stack(list(samples)).mean(0), restored[1], 1e-4)
@@ -866,7 +867,7 @@ def test_detail_that_the_networks_grid_cannot_hold_comes_from_pocs(ask):
     largest = torch.stack(torch.broadcast_tensors(*fourier.freq_grid(shape))).abs().amax(0)
     beyond = ~measured & (largest > 0.25)
     factor = torch.tensor(report_of("in_wedge")["fill_factor"]["network"])
-    want = wedge_check.scale_missing(posterior.pocs(y, measured), measured, factor, size)
+    want = wedge_check.scale_missing(pocs(y, measured), measured, factor, size)
     assert close(fft(values("in_wedge.mrc"))[beyond], fft(want)[beyond], 1e-3)
 
 

@@ -11,6 +11,7 @@ import fourier
 import mrc
 import posterior
 import sampling_checks
+from classical import pocs, wiener
 from report import silent
 from sampling_settings import NetworkWedgeSettings, WedgeSettings
 
@@ -136,7 +137,7 @@ def test_a_map_without_a_wedge_is_refused_and_a_crop_of_one_with_it_is_not():
 def test_negative_power_counts_signal_and_not_noise(sigma, share):
     truth = molecule(SHAPE) - 0.08 * share * bright_solvent(SHAPE)
     maps, powers, signal = half_maps(truth, sigma)
-    clean = posterior.wiener(truth, powers[0], signal)
+    clean = wiener(truth, powers[0], signal)
     wanted = float(clean.clamp(max=0).square().sum() / clean.square().sum())
     assert (wanted > sampling_checks.NEGATIVE_TO_REFUSE) == (share > 0)
     found = sampling_checks.negative_power(maps, powers, signal, 1.5)
@@ -157,7 +158,7 @@ def test_the_wedge_of_a_map_that_no_positive_density_explains_comes_with_a_warni
     truth = molecule((24, 24, 24)) - offset * bright_solvent((24, 24, 24))
     measured = wedge((24, 24, 24))
     y = degraded(truth, measured, noise)
-    u = posterior.pocs(y, measured)
+    u = pocs(y, measured)
     said = []
     misfit = sampling_checks.check_positivity(u, y, measured, noise, said.append)
 
@@ -172,7 +173,7 @@ def test_a_filter_that_keeps_every_shell_keeps_the_fsc():
     maps, (noise, _), signal = half_maps(molecule(SHAPE), 0.3)
     assert not signal.all()  # shells of noise alone
     kept = sampling_checks.keeps_every_shell(noise, signal, 1.5)
-    filtered = posterior.wiener(maps[0], noise, kept)
+    filtered = wiener(maps[0], noise, kept)
     ratio = fourier.fft3(filtered).abs() / fourier.fft3(maps[0]).abs()
     assert float(ratio.min()) == pytest.approx(0.02 / 1.02, rel=1e-3)
 

@@ -11,6 +11,7 @@ import fourier
 import posterior
 import uncertainty
 from checkpoint import Prior
+from classical import pocs
 from posterior import Moments, Observation
 
 SHAPE = (16, 16, 16)
@@ -68,7 +69,7 @@ def made_observation(measured: torch.Tensor, sigma) -> Observation:
     shape = measured.shape
     none = torch.zeros(shape)
     scale = posterior.Scale(5.0, 0.1, 0.2)
-    return Observation(none, measured, sigma, none, scale, posterior.pocs)
+    return Observation(none, measured, sigma, none, scale, pocs)
 
 
 def test_reference_is_observed_with_the_noise_and_the_missing_wedge_of_the_map():
@@ -106,7 +107,7 @@ def test_measured_std_is_the_error_of_restored_maps():
     x_0 = torch.randn(SHAPE, generator=generator)
     y = x_0 + 0.7 * torch.randn(SHAPE, generator=generator)
     scale = posterior.Scale(3.0, prior.mean, prior.std)
-    observation = Observation(y, EVERYWHERE, torch.tensor(0.7), y, scale, posterior.pocs)
+    observation = Observation(y, EVERYWHERE, torch.tensor(0.7), y, scale, pocs)
     found = uncertainty.measure(prior, [observation], sampler, samples=4)
 
     drawn = posterior.draw_samples(prior, observation, sampler, samples=4, seed=0)
