@@ -871,33 +871,35 @@ def test_detail_that_the_networks_grid_cannot_hold_comes_from_pocs(ask):
     assert close(fft(values("in_wedge.mrc"))[beyond], fft(want)[beyond], 1e-3)
 
 
-def save_scunet(task):
+def save_scunet(task, fill="zeros"):
     torch.manual_seed(0)
-    voxel_size = 4.0 if task == "wedge3d" else 1.0
-    net = SCUNet(SMALL_SCUNET)
-    checkpoint.save(f"{task}.pt", net, voxel_size=voxel_size, box=12, mean=0, std=1, task=task)
+    grid = dict(voxel_size=4.0 if task == "wedge3d" else 1.0, box=12)
+    checkpoint.save(f"{task}.pt", SCUNet(SMALL_SCUNET), mean=0, std=1, task=task, fill=fill, **grid)
 
 
 @pytest.mark.parametrize(
-    "task, trained, name",
+    "task, trained, name, fill",
     [
-        ("sharpen", "sharpen", "in_sharpen"),
-        ("superres", "superres", "in_superres"),
-        ("wedge --model scunet --method network", "wedge3d", "in_wedge_network"),
+        ("sharpen", "sharpen", "in_sharpen", "zeros"),
+        ("superres", "superres", "in_superres", "zeros"),
+        ("wedge --model scunet --method network", "wedge3d", "in_wedge_network", "zeros"),
+        ("wedge --model scunet --method network", "wedge3d", "in_wedge_network", "pocs"),
     ],
 )
 def test_a_map_of_one_tile_becomes_what_its_network_makes_of_it(
-    tmp_path, monkeypatch, task, trained, name
+    tmp_path, monkeypatch, task, trained, name, fill
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CRYO_BF16", "0")
-    save_scunet(trained)
+    save_scunet(trained, fill)
     network = checkpoint.load(f"{trained}.pt")
     size = (network.voxel_size,) * 3
     y = 3 * filtered(molecule((12, 12, 12), size, 3 * size[0]), wedge((12, 12, 12)))
     write_mrc("in.mrc", y, size)
     command = f"--task {task} --ckpt {trained}.pt --device cpu in.mrc"
     assert sampling.main(command.split()) == 0
+    if fill == "pocs":
+        y = pocs(y, wedge((12, 12, 12)))
     top = float(clipped(y).max())
     assert close(values(f"{name}.mrc"), top * network.net(clipped(y)[None, None] / top)[0, 0])
     report = report_of(name.removesuffix("_network"))
