@@ -14,7 +14,7 @@ up to Nyquist of that grid. Noise and mask edges of the map count as signal.
     denoise         two half maps, each the map with white noise of the map's own standard
                     deviation: their average, Wiener filtered and clamped at 0, the prior
     sharpen         against the model: the map, a B-factor (Guinier, told the resolution), the
-                    fine-tuned network
+                    map's positive part, which is all that a network sees, the fine-tuned network
     wedge-scunet    as wedge, by the fine-tuned network
 
 The `auto` column is the method that the program takes when it is not told, and "written" is the
@@ -225,7 +225,7 @@ def agreement(result: Result, name: str, truth: Map, region: Tensor | None = Non
 
 
 def sharpen_scores(case: Case, network: Prior, args: argparse.Namespace) -> dict | None:
-    """CCs and Q-score with the model: of the map, of a B-factor, of the network."""
+    """CCs and Q-score with the model: of the map, of classical answers, of the network."""
     if case.model is None:
         return None
     map = mrc.resample_map(case.map, network.voxel_size)
@@ -233,6 +233,7 @@ def sharpen_scores(case: Case, network: Prior, args: argparse.Namespace) -> dict
     found = {
         "map": map.density,
         "B-factor": sharpened(map, case.resolution),
+        "positive part": map.density.clamp(min=0),
         "network": sharpen(map, network, NetworkSettings(), silent).densities[""],
     }
     return model_scores(found, map, case)

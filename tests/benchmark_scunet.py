@@ -13,7 +13,8 @@ resolution_A), resampled to 1 Å. Scored are the input, the classical answer and
     sharpen, superres    CC_box, CC_mask, CC_peaks, Q-score, map-model FSC 0.5 and 0.143
     wedge3d              FSC_AUC over all and over what the wedge misses, correlation with the truth
 
-Classical: POCS, or a B-factor from a Guinier fit between 10 Å and the resolution (FSC taken as 1).
+Classical: POCS; or a B-factor from a Guinier fit between 10 Å and the resolution (FSC taken as 1),
+and the positive part of the input, which is all that a network sees.
 """
 
 import argparse
@@ -126,6 +127,7 @@ def answers(task: str, case: Case, networks: dict, prior, args) -> dict[str, Ten
     found = {"input": observed.density}
     if task != "wedge3d":
         found["B-factor"] = sharpened(observed, case.resolution)
+        found["positive part"] = observed.density.clamp(min=0)
     for path, network in networks.items():
         for fusion in args.fusion:
             numbers = {"stride": args.stride, "fusion": fusion}
