@@ -2,12 +2,13 @@
 
     python tests/picture_losses.py "name=runs/tiny/log.csv" "other=runs/other/log.csv" -o losses.png
 
-Reads the log.csv of finished runs, from a step on where one is given: name=log.csv@4000. (A run that
-was resumed with other held-out crops has a jump there.) Hours follow from the crops per second of each log line, so time
-for evaluations is left out. While the learning rate is constant, the loss L after s steps is taken
-for L_0 + a s^-b, by least squares over the points of the second half of that part, because a run
-that starts from trained weights first gets worse. Printed: that curve at the end of the run and
-after four times as many steps, and what the fall of the learning rate brought.
+Reads the log.csv of finished runs, from a step on where one is given: name=log.csv@4000. (A run
+that was resumed with other held-out crops has a jump there.) Hours follow from the crops per second
+of each log line, so time for evaluations is left out. While the learning rate is constant, the loss
+L after s steps is taken for L_0 + a s^-b, by least squares over the points of the second half of
+that part, because a run that starts from trained weights first gets worse. Printed: that curve at
+the end of the run and after four times as many steps, and what the fall of the learning rate
+brought.
 """
 
 import argparse
