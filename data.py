@@ -30,6 +30,7 @@ from augment import (
     uniform,
     window,
 )
+from data_deposited import deposited
 from data_prepare import SETTINGS, on_training_grid, read_index, read_settings
 from files import list_files
 from mrc import MAP_SUFFIXES, read_map
@@ -203,24 +204,28 @@ def random_density(
     box: int,
     voxel_size: float,
     resolution: tuple[float, float],
+    as_deposited: float = 0.0,
 ) -> Tensor:
     """A simulated map of a model at a random pose: (box, box, box) in Z/Å^3.
 
-    voxel_size in Å; the map's resolution is uniform in `resolution` (Å). The atoms are rotated, not
-    the grid, so nothing is interpolated.
+    voxel_size in Å; the map's resolution is uniform in `resolution` (Å). The share `as_deposited`
+    of maps looks deposited (data_deposited.py), but without noise. The atoms are rotated, not the
+    grid, so nothing is interpolated.
     """
     xyz, b_factor = placed(structure, generator)
 
     # The origin of `placed` becomes voxel box // 2.
-    return molmap(
-        xyz,
-        structure.atomic_number,
-        uniform(*resolution, generator),
+    model = (xyz, structure.atomic_number, uniform(*resolution, generator))
+    grid = dict(
         b_factor=b_factor,
         voxel_size=voxel_size,
         shape=(box,) * 3,
         origin=-voxel_size * (box // 2),
-    )[0]
+    )
+    # Without a share, no number is drawn: clean data stay what they were.
+    if as_deposited and uniform(0, 1, generator) < as_deposited:
+        return deposited(*model, generator=generator, noisy=False, **grid)
+    return molmap(*model, **grid)[0]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -238,6 +243,7 @@ class SimulatedCrops(RandomItems):
     std: float
     voxel_size: float = 1.5  # Å
     resolution: tuple[float, float] = (2.5, 4.0)  # Å
+    as_deposited: float = 0.0  # share of maps, see `random_density`
 
     def draw(self, structure: Structure, generator: Generator) -> Tensor:
         # Simulate a map and bring it to network scale.
@@ -247,6 +253,7 @@ class SimulatedCrops(RandomItems):
             box=self.box,
             voxel_size=self.voxel_size,
             resolution=self.resolution,
+            as_deposited=self.as_deposited,
         )
         x, _ = normalise(density, self.mean, self.std)
         molecule = density_mask(x * self.std + self.mean)

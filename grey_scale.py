@@ -8,8 +8,9 @@
 
 The prior knows densities whose 99.999 percentile p is 1. An observation is blurred, so that its
 percentile is a half to a fifth of the sharp density's. `references` are densities r that the prior
-was trained on. (4) sends them, times a number a, through the same filter, with noise n like that of
-y, and asks for which a they are as bright as the observation. The spread of log a gives the error.
+was trained on, of which those count whose spectra are nearest to S. (4) sends them, times a number
+a, through the same filter, with noise n like that of y, and asks for which a they are as bright as
+the observation. The spread of log a gives the error.
 
 Maps are sharpened in many ways, and much sharpened ones have negative density, which the prior does
 not know. g brings them to the prior's spectrum. It commutes with every operator of posterior.py and
@@ -33,7 +34,9 @@ import fourier
 import volume
 
 # Numbers chosen on held-out training structures and on half of the real maps.
-COUNT = 16  # references
+COUNT = 64  # references
+NEAREST = 8  # of them count for one observation
+COMPARED = 1 / 15  # 1/Å: from here on spectra say which are near, not the molecule's shape
 LARGEST = 64  # their side in voxels, at most
 LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
 FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
@@ -54,25 +57,32 @@ class Match(NamedTuple):
 def references(dataset) -> Tensor:
     """Densities for (4) from a data set of data.py: uint8 (COUNT, D, D, D), 255 for density 1.
 
-    Deposited maps are sharpened. So of the first crops of five times as many items it takes every
-    third of the sharper 60 %, whose brightest voxels lose more when they are blurred.
+    They are the first crops of twice as many items, thinned out so that sharp and blurred ones
+    are equally many: `match` wants some that look like the observation, whatever that is.
     """
     crops = []
-    for i in range(5 * COUNT):
+    blunt = []  # how much of a crop's maximum is left at 4 voxels
+    for i in range(2 * COUNT):
         item = dataset[i]
         if not torch.is_tensor(item):  # windows and rotations, see data.MapCrops
             item = dataset.rotate_windows(*item)
         x = (item[0, 0] * dataset.std + dataset.mean).clamp(0, 1)
-        crops.append(volume.center_crop(x, min(len(x), LARGEST)))
+        x = volume.center_crop(x, min(len(x), LARGEST))
+        # Leave out crops that hardly touch a molecule.
+        if x.max() >= 0.5:
+            crops.append(x)
+            blunt.append(float(fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max()))
+    if len(crops) < 2:
+        raise ValueError("hardly any crop holds a molecule; give other --data")
 
-    def blunt(x: Tensor) -> float:
-        # Crops that hardly touch a molecule come last.
-        if x.max() < 0.5:
-            return math.inf
-        return float(fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max())
-
-    crops = sorted(crops, key=blunt)[: 3 * COUNT : 3]
-    return (torch.stack(crops) * 255).round().to(torch.uint8)
+    # Of those that are left, take the one nearest to each of evenly spaced values.
+    blunt = torch.tensor(blunt)
+    chosen = []
+    for wanted in torch.linspace(float(blunt.min()), float(blunt.max()), min(COUNT, len(crops))):
+        distance = (blunt - wanted).abs()
+        distance[chosen] = math.inf
+        chosen.append(int(distance.argmin()))
+    return (torch.stack([crops[i] for i in chosen]) * 255).round().to(torch.uint8)
 
 
 # ---- Radial bands
@@ -192,6 +202,23 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     return g, (g.log() - log).exp()  # (5)
 
 
+def nearest(signal: Tensor, powers: Tensor, voxel_size: float) -> list[int]:
+    """The NEAREST of references whose spectra, powers (R, n), have the shape of S, (n,).
+
+    All references, if S has fewer than 3 bands beyond COMPARED.
+    """
+    n = len(signal)
+    frequency = (torch.arange(n).double() + 0.5) / (2 * n * voxel_size)
+    used = (frequency >= COMPARED) & (signal > 0)
+    if used.sum() < 3:
+        return list(range(len(powers)))
+
+    # A factor is no difference of shape.
+    log = signal[used].log() - powers[:, used].log()
+    deviation = log - log.mean(1, keepdim=True)
+    return deviation.square().mean(1).argsort()[:NEAREST].tolist()
+
+
 def match(
     y: Tensor, measured: Tensor, sigma: Tensor | float, crops: Tensor, voxel_size: float
 ) -> Match:
@@ -211,6 +238,8 @@ def match(
     everything = torch.ones(small)
     powers = [band_mean(fourier.fft3(r).abs().square(), everything, n) for r in crops]
     powers = [p.clamp(min=1e-30) / p[1 : n // 2].mean() for p in powers]
+    chosen = nearest(signal, torch.stack(powers), voxel_size)
+    crops, powers = crops[chosen], [powers[i] for i in chosen]
     target = torch.stack(powers).mean(0)
     g, h = match_spectrum(signal, target, voxel_size)
 

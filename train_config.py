@@ -75,6 +75,9 @@ class TrainConfig:
     voxel_size: float = opt(1.5, "Å", "(0, inf)")  # section 4.1
     resolution_min: float = opt(2.5, "Å, best resolution of simulated maps", "(0, inf)")
     resolution_max: float = opt(4.0, "Å, worst resolution of simulated maps", "(0, inf)")
+    as_deposited: float = opt(
+        0.0, "share of simulated maps that look deposited (data_deposited.py)", "[0, 1]", only=FLOW
+    )
 
     # The grey scale: network value = (clipped density - mean) / std.            section 4.2
     mean: float = opt(0.04, "of the clipped density", "(-inf, inf)", only=GENERATIVE)

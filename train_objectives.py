@@ -82,7 +82,7 @@ def refuse_unused(cfg: TrainConfig, make: Callable) -> None:
             unused.append("center_crops")
     else:
         kind = "real maps"
-        unused = ["resolution_min", "resolution_max"]
+        unused = ["resolution_min", "resolution_max", "as_deposited"]
     for name in unused:
         if name in cfg.typed:
             raise ValueError(f"{flag(name)}: training on {kind} does not use it; drop it")
@@ -172,7 +172,10 @@ def simulated(structures, seed: int, cfg: TrainConfig):
     if cfg.objective in GENERATIVE:
         # Crops are cut from anywhere in a box of twice their side.
         box = cfg.crop if cfg.center_crops else 2 * cfg.crop
-        return data.SimulatedCrops(structures, box=box, mean=cfg.mean, std=cfg.std, **common)
+        scale = dict(mean=cfg.mean, std=cfg.std)
+        return data.SimulatedCrops(
+            structures, box=box, as_deposited=cfg.as_deposited, **scale, **common
+        )
     if cfg.objective == "wedge3d":
         return data_wedges.SimulatedWedges(structures, box=2 * cfg.crop, **wedge(cfg), **common)
     # Pre-training uses the first map of a pair: what a deposited map looks like.

@@ -293,7 +293,7 @@ PRESETS = {
     "tiny-wedge3d": TrainConfig(
         net=model_scunet.PRESETS["tiny"],
         objective="wedge3d",
-        steps=1500,
+        steps=4000,
         batch=8,
         crop=24,
         crops_per_map=8,

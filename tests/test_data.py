@@ -246,6 +246,32 @@ def test_a_simulated_map_holds_the_model_at_a_random_orientation_and_resolution(
     )
 
 
+def test_the_share_of_maps_that_look_deposited_is_as_asked(monkeypatch):
+    marked = torch.full((8, 8, 8), -1.0)
+    given = []
+
+    def deposited(xyz, z, resolution, *, noisy, **settings):
+        given.append(noisy)
+        return marked
+
+    monkeypatch.setattr(data, "deposited", deposited)
+    model = structure(np.zeros((1, 3)))
+    settings = dict(box=8, voxel_size=1.0, resolution=(3.0, 5.0))
+
+    def share(wanted):
+        maps = [
+            data.random_density(
+                model, torch.Generator().manual_seed(i), as_deposited=wanted, **settings
+            )
+            for i in range(200)
+        ]
+        return sum(x is marked for x in maps) / len(maps)
+
+    assert share(0.0) == 0 and share(1.0) == 1
+    assert 0.2 < share(0.3) < 0.4
+    assert given and not any(given)  # a prior learns maps without noise
+
+
 def test_half_of_the_simulated_maps_are_blurred_by_their_b_factors():
     model = structure(np.random.default_rng(0).normal(size=(50, 3)))
     model.b_factor[25:] = 200

@@ -66,7 +66,10 @@ def test_maximum_of_the_sharp_density_is_found_in_a_filtered_one(crops, blur):
         # The percentile of the map itself is far off.
         if blur == "B-factor":
             assert volume.top_value(x, 99.999) < 0.85 * 5.0
-    assert torch.tensor(errors).median() == pytest.approx(1.0, abs=0.1)
+    # Of the references those count that look most like the observation. Without one that is as
+    # blurred, that takes a few per cent of what a B-factor of 100 did for the molecule's own shape.
+    within = 0.12 if blur == "B-factor" else 0.1
+    assert torch.tensor(errors).median() == pytest.approx(1.0, abs=within)
     assert max(errors) < 1.3 and min(errors) > 0.75
 
 
@@ -159,13 +162,31 @@ class Crops:
         return ((x - self.mean) / self.std)[None, None]
 
 
-def test_references_are_densities_and_the_sharper_ones():
+def test_references_are_densities_sharp_and_blurred_ones_alike():
     found = grey_scale.references(Crops())
     assert found.flatten(1).amax(1).min() > 127  # none of the empty ones
     assert found.dtype == torch.uint8 and found.shape == (grey_scale.COUNT, *SHAPE)
-    sharp = [(255 * molecule(i)).round() for i in range(1, 5 * grey_scale.COUNT, 2)]
+    assert len(found.flatten(1).unique(dim=0)) == grey_scale.COUNT  # each once
+    sharp = [(255 * molecule(i)).round() for i in range(1, 2 * grey_scale.COUNT, 2)]
     same = [any((crop - x).abs().max() <= 1 for x in sharp) for crop in found.float()]
-    assert sum(same) >= 0.7 * grey_scale.COUNT
+    assert 0.1 * grey_scale.COUNT <= sum(same) <= 0.9 * grey_scale.COUNT
+
+
+def test_an_observation_is_compared_with_the_references_of_its_spectrum(crops):
+    # Blurred references have a maximum of 1, too. A sharp observation must not count them.
+    blurred = torch.stack([low_passed(crop / 255, 300.0) for crop in crops.float()])
+    blurred = (255 * blurred / blurred.amax((1, 2, 3), keepdim=True)).clamp(0, 255).round()
+    both = torch.cat([blurred.to(torch.uint8), crops])
+    signal = grey_scale.signal_power(molecule(40), EVERYWHERE, torch.zeros(SHAPE), 12)
+    everything = torch.ones(SHAPE)
+    powers = torch.stack(
+        [grey_scale.band_mean(fourier.fft3(r.float()).abs().square(), everything, 12) for r in both]
+    )
+    chosen = grey_scale.nearest(7 * signal, powers.clamp(min=1e-30), VOXEL_SIZE)
+    assert len(chosen) == grey_scale.NEAREST and min(chosen) >= len(crops)
+    # Three bands do not tell a shape.
+    few = signal * (torch.arange(12) < 2)
+    assert grey_scale.nearest(few, powers, VOXEL_SIZE) == list(range(len(both)))
 
 
 def test_observations_that_say_little_still_have_a_maximum(crops):

@@ -303,7 +303,7 @@ def test_every_preset_of_cryofm_takes_one_step_and_samples(tmp_path, monkeypatch
     net = replace(net, whole_thousandths=cfg.time_law == "logit-normal")
     assert (prior.net.config, prior.box) == (net, net.multiple)
     assert (prior.voxel_size, prior.mean, prior.std) == (cfg.voxel_size, cfg.mean, cfg.std)
-    assert prior.references.shape == (16, *[prior.box] * 3)  # what maps are compared with
+    assert prior.references.shape[1:] == (prior.box,) * 3  # what maps are compared with
 
     # The step has moved the network off 0, which would sample x_0 = x_1.
     generator = torch.Generator().manual_seed(0)

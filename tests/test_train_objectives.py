@@ -191,6 +191,7 @@ def test_every_held_out_crop_counts_the_same_though_parts_are_unequal(monkeypatc
     [
         ("maps", "--resolution-max 5", "--resolution-max"),
         ("maps", "--resolution-min 3", "--resolution-min"),
+        ("maps", "--as-deposited 0.5", "--as-deposited"),
         ("maps", "--model jepa --voxel-size 1.5 --resolution-min 3", "--resolution-min"),
         ("procedural", "--cubic", "--cubic"),
         ("procedural", "--no-cubic", "--cubic"),
@@ -224,6 +225,18 @@ def test_literal_percentiles_reach_simulated_pairs():
     )
     # One voxel in a hundred is saturated, not one in 100,000.
     assert (literal == 1).float().mean() > 0.003 > (x == 1).float().mean()
+
+
+def test_wedge_pairs_come_from_maps_and_from_models_and_know_their_settings(maps):
+    cfg = replace(train_presets.PRESETS["tiny-wedge3d"], crop=12, crops_per_map=2, fill="zeros")
+    for where in ("procedural", str(maps)):
+        x = train_objectives.datasets(replace(cfg, data=where, voxel_size=1.5))[0][0]
+        assert x.shape == (2, 2, 12, 12, 12)
+        filled = train_objectives.datasets(replace(cfg, data=where, voxel_size=1.5, fill="pocs"))[
+            0
+        ][0]
+        # The same wanted crops, and other ones in which the wedge was filled in.
+        assert torch.equal(x[:, 1], filled[:, 1]) and not torch.equal(x[:, 0], filled[:, 0])
 
 
 def test_an_augmentation_reaches_the_crops_of_maps_and_is_refused_for_models(maps):
