@@ -52,6 +52,7 @@ class Match(NamedTuple):
     error: float | None = None  # its standard deviation
     spectrum: Tensor | None = None  # g in n bands; None is 1
     blur: Tensor | None = None  # h in n bands: what makes a reference as blurred as y'
+    nearest: list[int] | None = None  # the references that were compared, from the nearest on
 
 
 def references(dataset) -> Tensor:
@@ -271,7 +272,7 @@ def match(
         found.append(solve_maximum(top, a, b))  # (4)
     found = torch.tensor(found)
     maximum = float(found.median())
-    return Match(maximum, maximum * float(found.log().std()), g, h)
+    return Match(maximum, maximum * float(found.log().std()), g, h, chosen)
 
 
 def solve_maximum(top: float, a: Tensor, b: Tensor) -> float:

@@ -89,6 +89,7 @@ class Observation:
     spectrum: Tensor | None = None  # g of grey_scale.py (2), by which y was multiplied; None: 1
     maximum_error: float | None = None  # of scale.maximum, one standard deviation; None: not known
     blur: Tensor | None = None  # h of grey_scale.py (5), of densities that look like y; None: 1
+    nearest: list[int] | None = None  # the prior's references that look most like y
 
     def to_map(self, x: Tensor) -> Tensor:
         """Samples (..., D, H, W) in network scale, in the grey scale and spectrum of the map."""
@@ -146,6 +147,7 @@ def observe(
         found.spectrum,
         found.error,
         found.blur,
+        found.nearest,
     )
 
 

@@ -2,7 +2,7 @@
 
 A prior knows the voxels and the resolutions that it was trained on. Those that are shipped:
 
-    hdit_tiny.pt      1.5 Å per voxel, 2.5 to 4 Å      on the grid of CryoFM-S
+    hdit_tiny.pt      1.5 Å per voxel, 2.5 to 6 Å      on the grid of CryoFM-S
     hdit_tiny_l.pt    3 Å per voxel, 6 to 20 Å         on the grid of CryoFM-L
 
 The second one takes voxels above COARSE_VOXELS, their geometric mean, and half maps that agree to

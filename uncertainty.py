@@ -67,7 +67,9 @@ def measure(
     # Half maps have one truth, that of the first: its blur, grey scale and spectrum.
     first = observations[0]
     moments, truths, curves = [], [], []
-    crops = prior.references[:: max(1, len(prior.references) // COUNT)][:COUNT]
+    # Of the references, those that look most like the map.
+    nearest = first.nearest or list(range(len(prior.references)))
+    crops = prior.references[nearest[:COUNT]]
     for i, crop in enumerate(crops.float() / 255):
         # Blur the reference like the map, observe it likewise, and restore it.
         blur = grey_scale.expand(first.blur, crop.shape)
