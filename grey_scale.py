@@ -62,22 +62,22 @@ def references(dataset) -> Tensor:
     are equally many: `match` wants some that look like the observation, whatever that is.
     """
     crops = []
-    blunt = []  # how much of a crop's maximum is left at 4 voxels
     for i in range(2 * COUNT):
         item = dataset[i]
         if not torch.is_tensor(item):  # windows and rotations, see data.MapCrops
             item = dataset.rotate_windows(*item)
         x = (item[0, 0] * dataset.std + dataset.mean).clamp(0, 1)
-        x = volume.center_crop(x, min(len(x), LARGEST))
-        # Leave out crops that hardly touch a molecule.
-        if x.max() >= 0.5:
-            crops.append(x)
-            blunt.append(float(fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max()))
-    if len(crops) < 2:
-        raise ValueError("hardly any crop holds a molecule; give other --data")
+        crops.append(volume.center_crop(x, min(len(x), LARGEST)))
 
-    # Of those that are left, take the one nearest to each of evenly spaced values.
-    blunt = torch.tensor(blunt)
+    # Leave out crops that hardly touch a molecule, unless nearly all are such.
+    bright = [x for x in crops if x.max() >= 0.5]
+    if len(bright) >= 2:
+        crops = bright
+
+    # How much of a crop's maximum is left at 4 voxels. Take the crop nearest to each of evenly
+    # spaced values.
+    tops = [fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max().clamp(min=1e-6) for x in crops]
+    blunt = torch.stack(tops)
     chosen = []
     for wanted in torch.linspace(float(blunt.min()), float(blunt.max()), min(COUNT, len(crops))):
         distance = (blunt - wanted).abs()

@@ -172,6 +172,14 @@ def test_references_are_densities_sharp_and_blurred_ones_alike():
     assert 0.1 * grey_scale.COUNT <= sum(same) <= 0.9 * grey_scale.COUNT
 
 
+def test_data_without_any_molecule_still_give_references():
+    class Empty(Crops):
+        def __getitem__(self, i):
+            return super().__getitem__(0)  # an empty one
+
+    assert grey_scale.references(Empty()).shape == (grey_scale.COUNT, *SHAPE)
+
+
 def test_an_observation_is_compared_with_the_references_of_its_spectrum(crops):
     # Blurred references have a maximum of 1, too. A sharp observation must not count them.
     blurred = torch.stack([low_passed(crop / 255, 300.0) for crop in crops.float()])
