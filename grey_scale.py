@@ -74,12 +74,17 @@ def references(dataset) -> Tensor:
     if len(bright) >= 2:
         crops = bright
 
-    # How much of a crop's maximum is left at 4 voxels. Take the crop nearest to each of evenly
-    # spaced values.
-    tops = [fourier.lowpass(x, 4.0, 1.0, edge=4).max() / x.max().clamp(min=1e-6) for x in crops]
-    blunt = torch.stack(tops)
+    # How much of a crop's maximum is left at 4 voxels.
+    blunt = []
+    for x in crops:
+        blurred = fourier.lowpass(x, 4.0, 1.0, edge=4)
+        blunt.append(blurred.max() / x.max().clamp(min=1e-6))
+    blunt = torch.stack(blunt)
+
+    # Take the crop nearest to each of evenly spaced values.
     chosen = []
-    for wanted in torch.linspace(float(blunt.min()), float(blunt.max()), min(COUNT, len(crops))):
+    count = min(COUNT, len(crops))
+    for wanted in torch.linspace(float(blunt.min()), float(blunt.max()), count):
         distance = (blunt - wanted).abs()
         distance[chosen] = math.inf
         chosen.append(int(distance.argmin()))
@@ -97,6 +102,11 @@ def frequencies(shape, voxel_size=1.0) -> Iterator[Tensor]:
     kz, ky, kx = fourier.freq_grid(shape, voxel_size)
     for k in kz:
         yield (k**2 + ky[0] ** 2 + kx[0] ** 2).sqrt()
+
+
+def middles(n: int, voxel_size: float) -> Tensor:
+    """The frequency in the middle of each of n bands: float64 (n,) in 1/Å."""
+    return (torch.arange(n).double() + 0.5) / (2 * n * voxel_size)
 
 
 def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
@@ -172,7 +182,7 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     """g of (2) and h of (5) from S and T in n bands. voxel_size: the prior's, in Å."""
     n = len(signal)
     held = int((signal > 0).sum())
-    frequency = (torch.arange(n).double() + 0.5) / (2 * n * voxel_size)
+    frequency = middles(n, voxel_size)
 
     fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (signal > 0)
     if fitted.sum() < 3:
@@ -209,7 +219,7 @@ def nearest(signal: Tensor, powers: Tensor, voxel_size: float) -> list[int]:
     All references, if S has fewer than 3 bands beyond COMPARED.
     """
     n = len(signal)
-    frequency = (torch.arange(n).double() + 0.5) / (2 * n * voxel_size)
+    frequency = middles(n, voxel_size)
     used = (frequency >= COMPARED) & (signal > 0)
     if used.sum() < 3:
         return list(range(len(powers)))
@@ -240,7 +250,8 @@ def match(
     powers = [band_mean(fourier.fft3(r).abs().square(), everything, n) for r in crops]
     powers = [p.clamp(min=1e-30) / p[1 : n // 2].mean() for p in powers]
     chosen = nearest(signal, torch.stack(powers), voxel_size)
-    crops, powers = crops[chosen], [powers[i] for i in chosen]
+    crops = crops[chosen]
+    powers = [powers[i] for i in chosen]
     target = torch.stack(powers).mean(0)
     g, h = match_spectrum(signal, target, voxel_size)
 

@@ -20,8 +20,8 @@ in steps from a time t to s < t:
 
 (1)-(4), (7): CryoFM (arXiv:2410.08631) Algorithms 1 and 2, appendices D and E.1. (5): DDNM (Wang et
 al. 2023, arXiv:2212.00490). (6): the proximal step of DiffPIR (Zhu et al. 2023, arXiv:2305.08995),
-exact because A is diagonal in Fourier space. Maps are (D, H, W), samples
-(K, D, H, W), masks and noise per coefficient are (D, H, W) in `fftfreq` layout.
+exact because A is diagonal in Fourier space. Maps are (D, H, W), samples (K, D, H, W), masks and
+noise per coefficient are (D, H, W) in `fftfreq` layout.
 
 Erratum: Algorithm 1 leaves out the 1/N before v and adds lambda g, which climbs the loss. (7) is
 what the release does.

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import atoms
+import data_chains
 import degrade
 import fourier
 import mrc
@@ -53,6 +54,19 @@ def molecule(shape, voxel_size=(1.5, 1.5, 1.5), resolution=3.0, atom_count=80):
     number = torch.full((atom_count,), 7.0)
     density = atoms.molmap(xyz, number, resolution, voxel_size=voxel_size, shape=shape)[0]
     return density / density.max()
+
+
+# A grid of 48 Å, and a model that fits.
+GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
+
+
+def small_chain():
+    """A rule-built chain, cut to what fits GRID."""
+    s = data_chains.ProceduralChains(0)[0]
+    near = np.abs(s.xyz - s.xyz[0]).max(1) < 18
+    return atoms.Structure(
+        "a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near]
+    )
 
 
 def bright_solvent(shape):

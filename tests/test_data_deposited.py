@@ -3,25 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from made_maps import GRID, small_chain
 
 import atoms
 import augment
-import data_chains
 import data_deposited
 import degrade
 import fsc
 
-GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
-
 
 @pytest.fixture(scope="module")
 def structure():
-    """A rule-built chain, cut to what fits a box of 48 Å."""
-    s = data_chains.ProceduralChains(0)[0]
-    near = np.abs(s.xyz - s.xyz[0]).max(1) < 18
-    return atoms.Structure(
-        "a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near]
-    )
+    return small_chain()
 
 
 def deposits(structure, resolution, count=12, **options):

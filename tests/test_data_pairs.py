@@ -1,27 +1,19 @@
 """data_pairs.py: pairs of an observed and a wanted density."""
 
-import numpy as np
 import pytest
 import torch
+from made_maps import GRID, small_chain
 
 import atoms
 import augment
-import data_chains
 import data_pairs
 import fsc_model
 import mrc
 
-GRID = dict(voxel_size=1.0, shape=(48,) * 3, origin=-24.0)
-
 
 @pytest.fixture(scope="module")
 def structure():
-    """A rule-built chain, cut to what fits a box of 48 Å."""
-    s = data_chains.ProceduralChains(0)[0]
-    near = np.abs(s.xyz - s.xyz[0]).max(1) < 18
-    return atoms.Structure(
-        "a", s.xyz[near] - s.xyz[near].mean(0), s.atomic_number[near], s.b_factor[near]
-    )
+    return small_chain()
 
 
 # ---- Pairs -----------------------------------------------------------------------------------
@@ -62,6 +54,16 @@ def test_half_of_the_crops_are_cut_anywhere():
     pair[:, 4:8, 30:34, 50:54] = 1  # cut anywhere, fewer than 1 crop of 16^3 in 60 shows it
     crops = data_pairs.pair_crops(pair, 16, 400, torch.Generator().manual_seed(0))
     assert 170 < sum(float(x.max()) > 0 for x in crops) < 235
+
+
+def test_crops_of_a_pair_are_turned(structure, monkeypatch):
+    ramp = torch.arange(1.0, 33.0)[:, None, None].expand(32, 32, 32)  # along z
+    monkeypatch.setattr(data_pairs, "simulated_pair", lambda *args, **grid: (ramp, ramp))
+    settings = dict(crop=16, crops=4, box=32, voxel_size=4.0, resolution=(8, 9))
+    pairs = data_pairs.SimulatedPairs([structure], task="sharpen", **settings)
+    slopes = torch.cat([pairs[i] for i in range(4)]).diff(dim=2)  # (16 crops, 2, 15, 16, 16)
+    # A crop that was turned by 90 degrees is flat along z.
+    assert 0 in slopes.sum((1, 2, 3, 4)).sign().tolist()
 
 
 def test_crops_come_in_all_48_orientations_of_a_cube():
