@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from atoms import Structure, molmap, placed
+from atoms import Structure
 from augment import RandomItems, flip, uniform
 from classical import pocs
+from data import random_density
 from data_pairs import pair_crops
 from degrade import cone_mask, wedge_mask
 from fourier import apply_fourier
@@ -80,16 +81,16 @@ class SimulatedWedges(WedgeCrops):
     box: int
     voxel_size: float  # Å
     resolution: tuple[float, float]  # Å
+    as_deposited: float = 0.0  # share of maps, see `random_density`
 
     def draw(self, structure: Structure, generator: Generator) -> Tensor:
-        xyz, _ = placed(structure, generator)
-        wanted, _, _ = molmap(
-            xyz,
-            structure.atomic_number,
-            uniform(*self.resolution, generator),
+        wanted = random_density(
+            structure,
+            generator,
+            box=self.box,
             voxel_size=self.voxel_size,
-            shape=(self.box,) * 3,
-            origin=-self.voxel_size * (self.box // 2),
+            resolution=self.resolution,
+            as_deposited=self.as_deposited,
         )
         return self.crops_of(wanted, generator)
 

@@ -76,7 +76,10 @@ class TrainConfig:
     resolution_min: float = opt(2.5, "Å, best resolution of simulated maps", "(0, inf)")
     resolution_max: float = opt(4.0, "Å, worst resolution of simulated maps", "(0, inf)")
     as_deposited: float = opt(
-        0.0, "share of simulated maps that look deposited (data_deposited.py)", "[0, 1]", only=FLOW
+        0.0,
+        "share of simulated maps that look deposited (data_deposited.py)",
+        "[0, 1]",
+        only=(*FLOW, "wedge3d"),
     )
 
     # The grey scale: network value = (clipped density - mean) / std.            section 4.2

@@ -177,7 +177,13 @@ def simulated(structures, seed: int, cfg: TrainConfig):
             structures, box=box, as_deposited=cfg.as_deposited, **scale, **common
         )
     if cfg.objective == "wedge3d":
-        return data_wedges.SimulatedWedges(structures, box=2 * cfg.crop, **wedge(cfg), **common)
+        return data_wedges.SimulatedWedges(
+            structures,
+            box=2 * cfg.crop,
+            as_deposited=cfg.as_deposited,
+            **wedge(cfg),
+            **common,
+        )
     # Pre-training uses the first map of a pair: what a deposited map looks like.
     task = cfg.objective if cfg.objective in RESTORATIONS else "sharpen"
     return data_pairs.SimulatedPairs(

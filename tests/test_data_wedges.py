@@ -66,6 +66,27 @@ def test_a_simulated_item_is_crops_of_a_pair_on_0_to_1_and_depends_on_its_number
     assert torch.equal(x, pairs[0]) and not torch.equal(x, pairs[1])
 
 
+def test_wanted_maps_look_deposited_as_often_as_asked(monkeypatch):
+    # A map as deposited is white here, so that no clean map can be taken for it.
+    white = torch.ones(32, 32, 32)
+    monkeypatch.setattr(data, "deposited", lambda *model, **settings: white)
+
+    def share(wanted):
+        pairs = data_wedges.SimulatedWedges(
+            ProceduralChains(0),
+            crop=16,
+            crops=1,
+            box=32,
+            voxel_size=4.0,
+            resolution=(8, 9),
+            as_deposited=wanted,
+        )
+        return sum(float(pairs[i][0, 1].min()) == 1 for i in range(12)) / 12
+
+    assert share(0.0) == 0 and share(1.0) == 1
+    assert 0 < share(0.5) < 1
+
+
 def test_a_deposited_map_is_turned_before_it_loses_its_wedge():
     # A wanted crop is the map itself, without a wedge: its missing region holds density.
     volume = data.Volume("a", blob(40))
