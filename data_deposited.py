@@ -2,18 +2,20 @@
 
 Deposited maps differ from clean simulations: some parts move and are blurred, some are sharpened
 until they ring, some are masked, and all have noise. Five steps make such a map of resolution R.
-rho_b is the model's density with B-factor b per atom, m is about 1 inside the molecule and 0
-outside.
+rho_b is the model's density with B-factor b per atom. m is the molecule's shape, 1 inside and 0
+outside, blurred by a Gaussian.
 
     b   = b_0 + R^2 (4 + 8 Phi(f))                  Phi(f), in 0..1, varies smoothly         (1)
     x_1 = rho_b + (1 - m) solvent                   smooth density outside the molecule      (2)
     x_2 = x_1 + n,  E|F n|^2 = a(k) S(1/R) (R |k|)^-u      S the power of rho_b per shell    (3)
-    x_3 = F^-1[exp(B |k|^2 / 4) F x_2]              sharpening, in every second map          (4)
-    y   = lowpass(x_3, R) min(4 m, 1)               the mask, in every second map            (5)
+    x_3 = F^-1[exp(B min(|k|, 1/R)^2 / 4) F x_2]    sharpening in half of the maps, B <= 8 R^2 (4)
+    y   = lowpass(x_3, R) min(4 m, 1)               the mask, in half of the maps            (5)
 
-(1) lets amplitudes fall to e^-1 .. e^-3 at 1/R. (3) makes noise as strong as the signal there, so
-the FSC is 0.5. a(k) is 1, or in every second map larger in directions with too few views.
-Resolutions and lengths in Å, B-factors in Å^2, frequencies k in 1/Å. All of it is ours.
+(1) lets amplitudes fall to e^-1 .. e^-3 at 1/R, by B = 8 R^2 on average, and (4) undoes at most
+that. (3) makes noise as strong as the signal at 1/R, so the FSC of two such maps is 0.5 there.
+a(k) is 1, or in half of the maps larger in directions with too few views and smaller in the others.
+Voxels are cubic. Resolutions and lengths in Å, B-factors in Å^2, frequencies k in 1/Å.
+Nothing here is from the papers.
 
 The networks of CryoLVM learn from maps with the noise n (data_pairs.py). A prior learns what a map
 would be without noise, so its maps lack (3) (data.py).
@@ -34,7 +36,7 @@ from degrade import (
 )
 from fourier import apply_fourier, lowpass, wavenumber
 
-FINE = 1.8  # Å: the resolution that superres wants, and of the model before anything blurs it
+FINE = 1.8  # Å: the resolution that superres wants, and of the model before B-factors blur it
 
 
 def smooth_field(xyz: Tensor, direction: Tensor, generator: Generator) -> Tensor:
@@ -54,7 +56,10 @@ def smooth_field(xyz: Tensor, direction: Tensor, generator: Generator) -> Tensor
 
 
 def preferred_views(axis: Tensor, shape, generator: Generator) -> Tensor:
-    """a(k) of (3), (D, H, W), for 64 views that crowd about the direction `axis` (3,)."""
+    """a(k) of (3), up to a factor per shell, for 64 views that crowd about a direction: (D, H, W).
+
+    axis: that direction, (3,).
+    """
     spread = torch.randn(64, 3, generator=generator) * uniform(0.1, 0.6, generator)
     beam = spread + axis
 
@@ -76,8 +81,8 @@ def noise_spectrum(rho: Tensor, resolution: float, voxel_size: float, generator)
     return signal * (shell / cutoff) ** -uniform(0, 1, generator)
 
 
-def every_second(generator: Generator) -> bool:
-    """True in half of all calls."""
+def half_of_the_time(generator: Generator) -> bool:
+    """The toss of a coin."""
     return uniform(0, 1, generator) < 0.5
 
 
@@ -93,7 +98,7 @@ def deposited(
     generator: Generator,
     noisy: bool = True,
 ) -> Tensor:
-    """A simulated deposited map y of (5): (D, H, W) float32 in Z/Å^3, zero mean in empty regions.
+    """A simulated deposited map y of (5): (D, H, W) float32 in Z/Å^3, about 0 outside the molecule.
 
     xyz (A, 3) in Å, atomic_number (A,), b_factor (A,) in Å^2; resolution R in Å; the grid as in
     `molmap`. noisy=False leaves out (3).
@@ -106,29 +111,30 @@ def deposited(
     grid = dict(voxel_size=voxel_size, shape=shape, origin=origin)
     rho, _, _ = molmap(xyz, atomic_number, FINE, b_factor=b, cutoff=4, **grid)
 
-    # Where the molecule is: m falls from 1 to 0 over some Å.
+    # Where the molecule is. A Gaussian does not ring, as a sharp low-pass would.
     inside = (rho > 0.05 * rho.max()).float()
-    m = lowpass(inside, uniform(8, 16, generator), voxel_size).clamp(0, 1)
+    k2 = wavenumber(shape, voxel_size) ** 2
+    sigma = uniform(3, 6, generator)
+    m = apply_fourier(inside, torch.exp(-2 * math.pi**2 * sigma**2 * k2)).clamp(0, 1)
 
     # Solvent whose 3 sigma are 2 to 8 % of the maximum.                                         (2)
-    noise = torch.randn(rho.shape, generator=generator)
-    solvent = lowpass(noise, uniform(8, 16, generator), voxel_size)
+    white = torch.randn(rho.shape, generator=generator)
+    solvent = lowpass(white, uniform(8, 16, generator), voxel_size)
     strength = uniform(0.02, 0.08, generator) * rho.max() / solvent.std() / 3
     x = rho + (1 - m) * solvent * strength
 
-    # Noise, in every second map with preferred views.                                           (3)
+    # Noise, in half of the maps with preferred views.                                           (3)
     if noisy:
         power = noise_spectrum(rho, resolution, voxel_size, generator)
-        if every_second(generator):
+        if half_of_the_time(generator):
             power = anisotropic_noise_power(power, preferred_views(direction[0], shape, generator))
         x = add_spectral_noise(x, power, generator=generator)
 
-    # Depositors sharpen every second map, signal and noise alike. The signal fell by 8 R^2.     (4)
-    if every_second(generator):
+    # Half of the maps are sharpened, signal and noise alike.                                    (4)
+    if half_of_the_time(generator):
         sharpening = uniform(0, 8, generator) * resolution**2
-        k2 = (wavenumber(shape, voxel_size) ** 2).clamp(max=1 / resolution**2)
-        x = apply_fourier(x, torch.exp(sharpening / 4 * k2))
+        x = apply_fourier(x, torch.exp(sharpening / 4 * k2.clamp(max=1 / resolution**2)))
 
-    # Nothing beyond R is left, and every second map is cut out 4 to 8 Å around its model.       (5)
+    # Nothing beyond R is left, and half of the maps are cut out, about 3 to 7 Å around.         (5)
     y = lowpass(x, resolution, voxel_size)
-    return y * (m * 4).clamp(max=1) if every_second(generator) else y
+    return y * (m * 4).clamp(max=1) if half_of_the_time(generator) else y

@@ -111,3 +111,83 @@ def test_without_noise_a_deposited_map_is_its_blurred_model_up_to_its_resolution
     # Solvent, B-factors that vary and masks stay. With noise these shells have 0.79 and 0.64.
     assert float(curves[:, round(48 / 4.0) - 1].mean()) > 0.88
     assert float(curves[:, round(48 / 4.0)].mean()) > 0.77
+
+
+def fixed_draws(monkeypatch, coins, **values):
+    """Let data_deposited.uniform return coins for the draws from 0 to 1, and fixed values.
+
+    values: by the upper end of the interval, high_8=0 for the draw from 0 to 8. Others: the middle.
+    """
+    coins = iter(coins)
+
+    def fixed(low, high, generator):
+        if (low, high) == (0, 1):
+            return next(coins)
+        return values.get(f"high_{high:g}", (low + high) / 2)
+
+    monkeypatch.setattr(data_deposited, "uniform", fixed)
+
+
+def test_a_mask_leaves_the_molecule_and_nothing_far_away(structure, monkeypatch):
+    # Not sharpened; masked, or not. The widest edge is a Gaussian of 6 Å.
+    maps = []
+    for coin in (0.1, 0.9):
+        fixed_draws(monkeypatch, [0.9, coin], high_6=6.0)
+        maps += deposits(structure, 4.0, 1, noisy=False)
+    masked, whole = maps
+
+    distance = distance_to_atoms(structure)
+    far = distance > 20
+    assert float(masked[far].abs().max()) < 0.05 * float(whole[far].abs().max())
+    # Thin ends of the chain are dimmed, because m is below 1/4 there.
+    near = distance < 2
+    pair = torch.stack([masked[near], whole[near]])
+    assert float(torch.corrcoef(pair)[0, 1]) > 0.99
+
+
+def distance_to_atoms(structure):
+    """The distance in Å of each voxel of GRID from the nearest atom."""
+    grid = torch.arange(48) * GRID["voxel_size"] + GRID["origin"]
+    z, y, x = torch.meshgrid(grid, grid, grid, indexing="ij")
+    points = torch.stack([x, y, z], -1).flatten(0, 2).float()
+    return torch.cdist(points, torch.from_numpy(structure.xyz).float()).amin(1).view(48, 48, 48)
+
+
+def test_three_standard_deviations_of_solvent_are_the_drawn_share_of_the_maximum(
+    structure, monkeypatch
+):
+    # Neither sharpened nor masked. With more solvent the map differs by solvent alone.
+    maps = []
+    for strength in (0.0, 0.08):
+        fixed_draws(monkeypatch, [0.9, 0.9], **{"high_0.08": strength})
+        maps += deposits(structure, 4.0, 1, noisy=False)
+    none, most = maps
+    solvent = (most - none)[distance_to_atoms(structure) > 15]
+
+    # The maximum that counts is that of the blurred model before the low-pass at 4 Å.
+    assert 3 * float(solvent.std()) == pytest.approx(0.08 * float(none.max()), rel=0.2)
+
+
+def test_noise_is_as_strong_as_the_signal_at_the_resolution_and_falls_as_drawn(monkeypatch):
+    rho = torch.randn(48, 48, 48, generator=torch.Generator().manual_seed(0))
+    flat, steep = (
+        noise_spectrum_with(exponent, rho, monkeypatch) / degrade.radial_power(rho)[12]
+        for exponent in (0.0, 1.0)
+    )
+    torch.testing.assert_close(flat, torch.ones(24))
+    # At a quarter of the frequency, four times as strong.
+    assert float(steep[12]) == pytest.approx(1, rel=1e-5)
+    assert float(steep[3]) == pytest.approx(4, rel=1e-5)
+
+
+def noise_spectrum_with(exponent, rho, monkeypatch):
+    """Noise for a resolution of 4 voxels: shell 12 of 24."""
+    monkeypatch.setattr(data_deposited, "uniform", lambda low, high, generator: exponent)
+    return data_deposited.noise_spectrum(rho, 4.0, 1.0, torch.Generator())
+
+
+def test_noise_is_strongest_along_the_axis_that_views_crowd_about():
+    # The projection along a direction says nothing of coefficients in that direction.
+    along_z = torch.tensor([0.0, 0.0, 1.0])  # x, y, z
+    alpha = data_deposited.preferred_views(along_z, (24,) * 3, augment.item_generator(0, 0))
+    assert float(alpha[8, 0, 0]) > 2 * float(alpha[0, 8, 0].maximum(alpha[0, 0, 8]))
