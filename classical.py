@@ -27,12 +27,15 @@ def pocs(
     iterations: int = 100,
     support: Tensor | None = None,
 ) -> Tensor:
-    """(1): projections onto convex sets, starting from y itself. sigma is not used.
+    """(1): projections onto convex sets, starting from y itself: (D, H, W).
 
-    support: boolean (D, H, W) in real space; the density is 0 outside of it.
+    sigma is ignored; it is here because `posterior.observe` calls all classical answers alike.
+    support: boolean (D, H, W) in real space; the density is 0 outside of it. The last step is (1),
+    so a little negative density is left.
     """
     # What y holds outside of the measured coefficients is noise. Remove it.
-    y = put_back(torch.zeros_like(y), y, measured)
+    measured = fourier.hermitian_part(measured)
+    y = fourier.apply_fourier(y, measured)
     u = y
     for _ in range(iterations):
         # Project onto maps without negative density, then onto those that agree with y.     (1)
@@ -44,15 +47,23 @@ def pocs(
 
 
 def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
-    """(2) for a map (D, H, W). noise, signal: powers |F|^2 per shell, or (D, H, W)."""
-    powers = (noise, signal)
-    P, S = (p if p.ndim == 3 else degrade.expand_shells(p, y.shape, voxel_size) for p in powers)
+    """(2) for a map (D, H, W). noise, signal: powers |F|^2 per shell, or (D, H, W).
+
+    voxel_size: in Å, or in any unit; one number or (z, y, x), because shells are spheres in 1/Å.
+    """
+
+    def on_grid(power: Tensor) -> Tensor:
+        return power if power.ndim == 3 else degrade.expand_shells(power, y.shape, voxel_size)
+
+    P = on_grid(noise)
+    S = on_grid(signal)
     return fourier.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
 
 
 def positive_wiener(y: Tensor, measured: Tensor, sigma: Tensor | float) -> Tensor:
-    """(2) for an observation (D, H, W) alone, without negative density.
+    """(2), then negative density set to 0: (D, H, W).
 
+    S is estimated from y itself (grey_scale.py (1)), because there is no second half map. measured,
     sigma: as in `posterior.observe`.
     """
     noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(y.shape)

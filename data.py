@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from atoms import Structure, molmap, placed
+from atoms import Structure
 from augment import (
     AUGMENTATIONS,
     RandomItems,
@@ -27,10 +27,9 @@ from augment import (
     random_crop,
     random_rotation,
     rot24,
-    uniform,
     window,
 )
-from data_deposited import deposited
+from data_deposited import random_density
 from data_prepare import SETTINGS, on_training_grid, read_index, read_settings
 from files import list_files
 from mrc import MAP_SUFFIXES, read_map
@@ -195,37 +194,6 @@ class MapCrops(RandomItems):
     def to_network_scale(self, x: Tensor) -> Tensor:
         # Clamp, because a spline overshoots.
         return (x.clamp(0, 1) - self.mean) / self.std
-
-
-def random_density(
-    structure: Structure,
-    generator: Generator,
-    *,
-    box: int,
-    voxel_size: float,
-    resolution: tuple[float, float],
-    as_deposited: float = 0.0,
-) -> Tensor:
-    """A simulated map of a model at a random pose: (box, box, box) in Z/Å^3.
-
-    voxel_size in Å; the map's resolution is uniform in `resolution` (Å). The share `as_deposited`
-    of maps looks deposited (data_deposited.py), but without noise. The atoms are rotated, not the
-    grid, so nothing is interpolated.
-    """
-    xyz, b_factor = placed(structure, generator)
-
-    # The origin of `placed` becomes voxel box // 2.
-    model = (xyz, structure.atomic_number, uniform(*resolution, generator))
-    grid = dict(
-        b_factor=b_factor,
-        voxel_size=voxel_size,
-        shape=(box,) * 3,
-        origin=-voxel_size * (box // 2),
-    )
-    # Without a share, no number is drawn: clean data stay what they were.
-    if as_deposited and uniform(0, 1, generator) < as_deposited:
-        return deposited(*model, generator=generator, noisy=False, **grid)
-    return molmap(*model, **grid)[0]
 
 
 @dataclass(eq=False, kw_only=True)

@@ -18,7 +18,8 @@ Voxels are cubic. Resolutions and lengths in Å, B-factors in Å^2, frequencies 
 Nothing here is from the papers.
 
 The networks of CryoLVM learn from maps with the noise n (data_pairs.py). A prior learns what a map
-would be without noise, so its maps lack (3) (data.py).
+would be without noise, so its maps lack (3), and so do the whole maps of data_wedges.py
+(`random_density`).
 """
 
 import math
@@ -26,7 +27,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from atoms import molmap
+from atoms import Structure, molmap, placed
 from augment import uniform
 from degrade import (
     add_spectral_noise,
@@ -138,3 +139,34 @@ def deposited(
     # Nothing beyond R is left, and half of the maps are cut out, about 3 to 7 Å around.         (5)
     y = lowpass(x, resolution, voxel_size)
     return y * (m * 4).clamp(max=1) if half_of_the_time(generator) else y
+
+
+def random_density(
+    structure: Structure,
+    generator: Generator,
+    *,
+    box: int,
+    voxel_size: float,
+    resolution: tuple[float, float],
+    as_deposited: float = 0.0,
+) -> Tensor:
+    """A simulated map of a model at a random pose: (box, box, box) in Z/Å^3.
+
+    voxel_size in Å; the map's resolution is uniform in `resolution` (Å). The share `as_deposited`
+    of maps looks deposited, (5), but without noise. The atoms are rotated, not the grid, so nothing
+    is interpolated.
+    """
+    xyz, b_factor = placed(structure, generator)
+
+    # The origin of `placed` becomes voxel box // 2.
+    model = (xyz, structure.atomic_number, uniform(*resolution, generator))
+    grid = dict(
+        b_factor=b_factor,
+        voxel_size=voxel_size,
+        shape=(box,) * 3,
+        origin=-voxel_size * (box // 2),
+    )
+    # Without a share, no number is drawn, so that clean maps do not depend on it.
+    if as_deposited and uniform(0, 1, generator) < as_deposited:
+        return deposited(*model, generator=generator, noisy=False, **grid)
+    return molmap(*model, **grid)[0]

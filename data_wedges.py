@@ -1,4 +1,4 @@
-"""Pairs that CryoLVM's wedge network (4.4) is fine-tuned on: what a tilt series leaves of a map.
+"""Training pairs for CryoLVM's wedge network (4.4): a map that lost its wedge, and the whole map.
 
     y        = F^-1[m F(x + n)]      x: the wanted map; n: white noise; m: what was measured   (1)
     observed = y, or POCS of y                                     classical.py (1)             (2)
@@ -7,9 +7,14 @@ The wanted map is simulated from an atomic model (`SimulatedWedges`), or a crop 
 (`WedgedMaps`), as in the paper.
 
 Departure 1: the paper's network sees y, zeros in the wedge (fill="zeros"). Ours sees POCS of it
-(fill="pocs") and has to mend the rest. On held-out crops its squared error fell from .0033 to .0006
-(RESULTS.md, section 9). A checkpoint says which of them its network has learnt, and sampling.py
-does the same.
+    (fill="pocs") and has to mend the rest. The held-out squared error was .0033 after 700 steps
+    with zeros. It is .0041 for POCS alone, and was .0010 after 500 steps and .0006 after 4,000 with
+    POCS as the input (RESULTS.md, section 9). A checkpoint says which of them its network has
+    learnt, and sampling.py does the same.
+Departure 2: the paper masks at one angle and adds no noise. We draw the angle from 50 to 70
+    degrees, and add noise of up to a tenth of the maximum.
+Departure 3: the paper turns its crops by 90 degrees, too. We flip them alone, because a rotation
+    would turn the wedge.
 """
 
 from dataclasses import dataclass
@@ -20,7 +25,7 @@ from torch import Generator, Tensor
 from atoms import Structure
 from augment import RandomItems, flip, uniform
 from classical import pocs
-from data import random_density
+from data_deposited import random_density
 from data_pairs import pair_crops
 from degrade import cone_mask, wedge_mask
 from fourier import apply_fourier
@@ -28,10 +33,10 @@ from volume import CLIP, normalise
 
 
 def lose_wedge(x: Tensor, generator: Generator, missing: str, fill: str) -> Tensor:
-    """The observed map of a wanted one, (D, H, W) each.
+    """A map x (D, H, W) as a tilt series of ±50 to ±70 degrees would measure it.
 
-    What a tilt range of 50 to 70 degrees misses is lost: missing="wedge", or "cone", the formula
-    that the paper prints. fill: what the wedge then holds, "zeros" or "pocs".
+    missing: "wedge", or "cone", the formula that the paper prints. fill: what the missing
+    coefficients become, "zeros" or "pocs".
     """
     # The measured region of a random tilt range.
     angle = uniform(50, 70, generator)
@@ -40,16 +45,23 @@ def lose_wedge(x: Tensor, generator: Generator, missing: str, fill: str) -> Tens
     else:
         measured = cone_mask(x.shape, angle)
 
-    # White noise of up to a tenth of the maximum.                                              (1)
-    noise = torch.randn(x.shape, generator=generator)
-    noise = noise * (uniform(0, 0.1, generator) * x.max())
+    # White noise with a standard deviation of up to a tenth of the maximum.                    (1)
+    white = torch.randn(x.shape, generator=generator)
+    noise = white * (uniform(0, 0.1, generator) * x.max())
     y = apply_fourier(x + noise, measured)
-    return pocs(y, measured) if fill == "pocs" else y  # (2)
+
+    # What the network sees there.                                                              (2)
+    if fill == "pocs":
+        return pocs(y, measured)
+    return y
 
 
 @dataclass(eq=False, kw_only=True)
 class WedgeCrops(RandomItems):
-    """What both kinds of wedge pairs share: item i is (crops, 2, D, D, D), scaled to 0..1."""
+    """The base of both kinds of wedge pairs: item i is (crops, 2, D, D, D), scaled to 0..1.
+
+    missing, fill: as in `lose_wedge`.
+    """
 
     crop: int
     crops: int
@@ -64,8 +76,8 @@ class WedgeCrops(RandomItems):
         low, high = self.percentiles
         maps = torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in (observed, wanted)])
 
-        # A wedge has an orientation, which flips keep and rotations do not. All crops show the
-        # molecule.
+        # A wedge has an orientation, which flips keep (Departure 3). All crops show the molecule,
+        # because the wedge of empty solvent is empty.
         crops = pair_crops(maps, self.crop, self.crops, generator, anywhere=0)
         return torch.stack([flip(x, generator) for x in crops])
 
@@ -99,8 +111,8 @@ class SimulatedWedges(WedgeCrops):
 class WedgedMaps(WedgeCrops):
     """Wedge pairs from deposited maps, the `Volume`s of data.py, as in the paper.
 
-    maps: a `MapCrops` of data.py, which cuts one crop per item that is larger than `crop`, turned
-    at will, on 0..1.
+    maps: a `MapCrops` of data.py that cuts one crop per item, larger than `crop`, in a random
+    orientation, with values on 0..1 (mean 0, std 1).
     """
 
     maps: RandomItems

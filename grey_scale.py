@@ -7,19 +7,21 @@
     h    = g sqrt(S / T) / c                            the blur that is left after g           (5)
 
 The prior knows densities whose 99.999 percentile p is 1. An observation is blurred, so that its
-percentile is a half to a fifth of the sharp density's. `references` are densities r that the prior
-was trained on, of which those count whose spectra are nearest to S. (4) sends them, times a number
-a, through the same filter, with noise n like that of y, and asks for which a they are as bright as
-the observation. The spread of log a gives the error.
+percentile is a half to a fifth of the sharp density's. We compare it with `references`: densities
+r that the prior was trained on. Only the 8 whose spectra are most like S are used, each brought to
+spectrum T and percentile 1. (4) sends one, times a number a, through the same filter as the
+observation, with noise n like that of y, and asks for which a both are equally bright. The spread
+of log a gives the error.
 
 Maps are sharpened in many ways, and much sharpened ones have negative density, which the prior does
 not know. g brings them to the prior's spectrum. It commutes with every operator of posterior.py and
-is undone exactly afterwards. c makes a B-factor, a line in k^2 that is fitted to log g between 25
-and 5 Å, 1 at frequency 0. So the bulk of the molecule keeps its brightness. We smooth log g, and
-keep it constant below 25 Å.
+is undone exactly afterwards. We fit log g by a line in k^2, a B-factor, between 25 and 5 Å. c makes
+that line 0 at k = 0, so the bulk of the molecule keeps its brightness. We smooth log g, and keep it
+constant at frequencies below 1/25 Å.
 
-P: noise power as in posterior.py (1). Bands are those of the references: n = box / 2 of them, band
-i from i / 2n to (i + 1) / 2n cycles per voxel. Ours. Measurements: RESULTS.md, "Grey scale".
+P: noise power as in posterior.py (1). Bands are the shells of the references' boxes, which have
+n = box / 2: band i goes from i / 2n to (i + 1) / 2n cycles per voxel, on any grid. Ours.
+Measurements: RESULTS.md, "Grey scale".
 """
 
 import math
@@ -36,11 +38,11 @@ import volume
 # Numbers chosen on held-out training structures and on half of the real maps.
 COUNT = 64  # references
 NEAREST = 8  # of them count for one observation
-COMPARED = 1 / 15  # 1/Å: from here on spectra say which are near, not the molecule's shape
+COMPARED = 1 / 15  # 1/Å: spectra are compared from here on. The shape sets them below
 LARGEST = 64  # their side in voxels, at most
 LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
 FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
-LEVEL = 3e-4  # 1/Å^4: ridge term of the fit, keeps slopes small
+RIDGE = 3e-4  # 1/Å^4: of the fit, keeps slopes small
 GAIN = 0.2, 1.0  # the limits of g; noise is never raised
 LEAST_REMOVED = 0.03  # g is used only if it lowers `negative_share` by this
 
@@ -74,18 +76,18 @@ def references(dataset) -> Tensor:
     if len(bright) >= 2:
         crops = bright
 
-    # How much of a crop's maximum is left at 4 voxels.
-    blunt = []
+    # How much of a crop's maximum is left after a low-pass to 4 voxels: 1 if it was blurred before.
+    blurredness = []
     for x in crops:
         blurred = fourier.lowpass(x, 4.0, 1.0, edge=4)
-        blunt.append(blurred.max() / x.max().clamp(min=1e-6))
-    blunt = torch.stack(blunt)
+        blurredness.append(blurred.max() / x.max().clamp(min=1e-6))
+    blurredness = torch.stack(blurredness)
 
     # Take the crop nearest to each of evenly spaced values.
     chosen = []
     count = min(COUNT, len(crops))
-    for wanted in torch.linspace(float(blunt.min()), float(blunt.max()), count):
-        distance = (blunt - wanted).abs()
+    for wanted in torch.linspace(float(blurredness.min()), float(blurredness.max()), count):
+        distance = (blurredness - wanted).abs()
         distance[chosen] = math.inf
         chosen.append(int(distance.argmin()))
     return (torch.stack([crops[i] for i in chosen]) * 255).round().to(torch.uint8)
@@ -113,8 +115,8 @@ def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
     """Weighted mean of values (D, H, W) in each of n bands: float64 (n,)."""
     total, count = torch.zeros(2, n + 1, dtype=torch.float64)
     for value, share, k in zip(values, weight, frequencies(values.shape)):
-        # What lies beyond the bands goes to one more.
-        band = (k * 2 * n).long().clamp(max=n).flatten()
+        # What lies beyond the bands goes to one more. 1e-9: rounding must not lower a whole number.
+        band = (k * 2 * n + 1e-9).long().clamp(max=n).flatten()
         share = share.double()
         total.index_add_(0, band, (value * share).flatten())
         count.index_add_(0, band, share.flatten())
@@ -168,7 +170,7 @@ def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int) -> Tensor:
     average noise are used.
     """
     mean_noise = degrade.expand_shells(degrade.shell_mean(noise), y.shape)
-    seen = measured & (noise <= 1.001 * mean_noise)
+    seen = measured & (noise <= 1.001 * mean_noise)  # 1.001: the mean is rounded
     power = band_mean(fourier.fft3(y).abs().square(), seen, n)
     excess = power - band_mean(noise, seen, n)  # (1)
     # The first band always counts.
@@ -198,7 +200,7 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     # that a steep one has a price.
     squares = frequency[fitted] ** 2
     deviation = squares - squares.mean()
-    slope = (deviation @ log[fitted]) / (deviation @ deviation + LEVEL)
+    slope = (deviation @ log[fitted]) / (deviation @ deviation + RIDGE)
     log = log - (log[fitted].mean() - slope * squares.mean())
 
     # Beyond the signal S is unknown. For h, the line goes on where it rises, so that references are
@@ -236,8 +238,8 @@ def match(
     """The maximum (4), its error, and g, from an observation y (D, H, W) on the prior's grid.
 
     measured, sigma: as in posterior.Observation, in the units of y. crops: `references`. voxel_size
-    of the prior in Å. g is None where it does not remove LEAST_REMOVED of negative power.
-    Nothing is known (None) if there is no density above 0.
+    of the prior in Å. g is None if it does not lower `negative_share` by LEAST_REMOVED.
+    All is None if there is no density above 0.
     """
     crops = crops.float() / 255
     n = crops.shape[-1] // 2
@@ -275,23 +277,31 @@ def match(
     noise = same_frequencies(noise, small) * math.prod(small) / y.numel()
     found = []
     for i, (r, power) in enumerate(zip(crops, powers)):
-        flat = fourier.apply_fourier(r, expand((target / power).sqrt(), small))
+        sharp = fourier.apply_fourier(r, expand((target / power).sqrt(), small))
+        sharp = sharp / volume.top_value(sharp, 99.999)
         white = torch.randn(small, generator=Generator().manual_seed(i))
         n_r = degrade.add_spectral_noise(torch.zeros(small), noise, noise=white)
-        a = fourier.apply_fourier(flat, w * expand(h, small)) / volume.top_value(flat, 99.999)
-        b = fourier.apply_fourier(n_r, w * expand(g, small))
-        found.append(solve_maximum(top, a, b))  # (4)
+        blurred = fourier.apply_fourier(sharp, w * expand(h, small))
+        noisy = fourier.apply_fourier(n_r, w * expand(g, small))
+        found.append(solve_maximum(top, blurred, noisy))  # (4)
     found = torch.tensor(found)
     maximum = float(found.median())
-    return Match(maximum, maximum * float(found.log().std()), g, h, chosen)
+    return Match(maximum, maximum * float(found.log().std(correction=0)), g, h, chosen)
 
 
-def solve_maximum(top: float, a: Tensor, b: Tensor) -> float:
-    """The number m for which p(m a + b) = top, or top / 4 where noise b alone is as bright."""
-    m = top / volume.top_value(a, 99.999)
-    for _ in range(10):
-        m = max(m * top / volume.top_value(m * a + b, 99.999), top / 4)
-    return m
+def solve_maximum(top: float, blurred: Tensor, noise: Tensor) -> float:
+    """The number a of (4): p(a blurred + noise) = top. top / 4 where a would be less.
+
+    blurred, noise: (D, H, W). By bisection, to 1e-6 of the largest a.
+    """
+    low, high = top / 4, top / volume.top_value(blurred, 99.999)
+    for _ in range(20):
+        middle = (low + high) / 2
+        if volume.top_value(middle * blurred + noise, 99.999) < top:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def negative_share(x: Tensor) -> float:

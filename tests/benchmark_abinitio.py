@@ -4,10 +4,11 @@
     python tests/benchmark_abinitio.py structures/val.npz
 
 The first structures of an archive that fit are simulated at 8 Å, on the grid of the coarse prior.
-Projections have random poses, shifts of up to a pixel and white noise whose variance is that of
-the clean images. Both answers go through the task of sampling.py and are aligned to the truth, in
-the hand that fits better. Scored by FSC_AUC up to Nyquist. "true poses" is the classical density
-when the poses need not be found: what is left to gain by a better search.
+Projections have random poses, shifts of up to a pixel and white noise, whose variance is --noise
+times that of the clean images. Both answers go through the task of sampling.py and are aligned to
+the truth, in the hand that fits better. Scored by FSC_AUC up to Nyquist, mean and standard
+deviation over the structures. "true poses" is the classical density from the true poses: the
+upper limit of a better search.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,12 @@ from sampling_settings import AbInitioSettings
 from sampling_tasks import ab_initio
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "hdit_tiny_l.pt"
+
+
+def radius(structure: atoms.Structure) -> float:
+    """Å from the middle of a structure, as `truth_of` has it, to its outermost atom."""
+    middle = (structure.xyz.max(0) + structure.xyz.min(0)) / 2
+    return float(np.linalg.norm(structure.xyz - middle, axis=1).max())
 
 
 def truth_of(structure: atoms.Structure, box: int, voxel_size: float, resolution: float) -> Tensor:
@@ -80,6 +88,7 @@ def scores_of(
     """FSC_AUC of each answer to `count` projections of a structure."""
     truth = truth_of(structure, args.box, prior.voxel_size, args.resolution)
     images, rotations, shifts = observe(truth, count, args.noise, number)
+    # The search allows twice the shifts that there are.
     settings = AbInitioSettings(samples=args.samples, max_shift=2 * prior.voxel_size)
     stack = Map(images, prior.voxel_size)
     found = ab_initio(stack, prior, settings, silent).shown
@@ -97,20 +106,18 @@ def main() -> None:
     add = cli.add_argument
     add("data", type=Path, help="archive of structures")
     add("--ckpt", default=str(WEIGHTS), help="the prior; the grid has its voxel size")
-    add("--projections", type=int, nargs="+", default=[8, 20, 40])
+    add("--projections", type=int, nargs="+", default=[8, 20, 40], help="numbers of them")
     add("--count", type=int, default=5, help="structures")
     add("--box", type=int, default=32, help="voxels per side")
     add("--resolution", type=float, default=8.0, help="Å")
-    add("--noise", type=float, default=1.0, help="variance, of that of the clean images")
+    add("--noise", type=float, default=1.0, help="its variance over that of the clean images")
     add("--samples", type=int, default=4)
     args = cli.parse_args()
 
-    # A particle must stay in its images, at every angle.
+    # A particle must stay in its images at every angle, so it must fit into their sphere.
     prior = checkpoint.load(args.ckpt, kind="hdit")
-    room = 0.9 * args.box * prior.voxel_size
-    fitting = [
-        s for s in atoms.read_structures(args.data) if (s.xyz.max(0) - s.xyz.min(0)).max() < room
-    ]
+    sphere = args.box * prior.voxel_size / 2
+    fitting = [s for s in atoms.read_structures(args.data) if radius(s) < sphere]
     if len(fitting) < args.count:
         sys.exit(f"{args.data}: {len(fitting)} structures fit, --count is {args.count}")
 

@@ -4,15 +4,17 @@
 
 Reads the log.csv of finished runs, from a step on where one is given: name=log.csv@4000. (A run
 that was resumed with other held-out crops has a jump there.) Hours follow from the crops per second
-of each log line, so time for evaluations is left out. While the learning rate is constant, the loss
-L after s steps is taken for L_0 + a s^-b, by least squares over the points of the second half of
-that part, because a run that starts from trained weights first gets worse. Printed: that curve at
-the end of the run and after four times as many steps, and what the fall of the learning rate
-brought.
+of each log line, so time for evaluations is left out.
+
+While the learning rate is constant, we fit L_0 + a s^-b to the loss after s steps, by least
+squares. We use the second half of these points alone, because a run that starts from trained
+weights first gets worse. Printed: that curve at the end of the run and after four times as many
+steps, and what the fall of the learning rate brought.
 """
 
 import argparse
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,22 +34,29 @@ class Curve(NamedTuple):
 
 
 def read_log(path: Path, batch: int, first: float) -> Curve:
-    """The lines of a log.csv with a held-out loss, from step `first` on."""
+    """The lines of a log.csv with a held-out loss, from step `first` on.
+
+    Raises ValueError if there are none.
+    """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     # Add up the time of all lines.
     step = np.array([float(row["step"]) for row in rows])
-    speed = np.array([float(row.get("crops_per_s") or row["maps_per_s"]) for row in rows])
+    speed = np.array(
+        [float(row.get("crops_per_s") or row["maps_per_s"]) for row in rows]
+    )  # old name
     hours = np.cumsum(np.diff(step, prepend=0) * batch / speed) / 3600
     rate = np.array([float(row["lr"]) for row in rows])
     rate = rate / rate.max()
 
     loss = np.array([float(row.get(COLUMN) or "nan") for row in rows])
-    chosen = np.isfinite(loss) & (step >= first)
+    chosen = np.isfinite(loss) & (step > 0) & (step >= first)
+    if not chosen.any():
+        raise ValueError(f"{path}: no line with {COLUMN} from step {first:g} on")
     return Curve(step[chosen], hours[chosen], loss[chosen], rate[chosen])
 
 
-def power_law(step: np.ndarray, loss: np.ndarray):
+def power_law(step: np.ndarray, loss: np.ndarray) -> Callable:
     """The function of s, L_0 + a s^-b with a >= 0, that is nearest to the points."""
     best = None
     for b in EXPONENTS:
@@ -65,7 +74,7 @@ def power_law(step: np.ndarray, loss: np.ndarray):
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = cli.add_argument
-    add("logs", nargs="+", metavar="NAME=LOG", help="log.csv of a run, and its name")
+    add("logs", nargs="+", metavar="NAME=LOG[@STEP]", help="name of a run and its log.csv")
     add("--batch", type=int, default=16, help="crops per step")
     add("-o", "--out", default="losses.png")
     args = cli.parse_args()
@@ -75,7 +84,9 @@ def main() -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for number, argument in enumerate(args.logs):
-        name, path = argument.split("=", 1)
+        name, equals, path = argument.partition("=")
+        if not equals:
+            cli.error(f"{argument}: wants NAME=LOG")
         path, _, first = path.partition("@")
         curve = read_log(Path(path), args.batch, float(first or 0))
         colour = f"C{number}"
@@ -86,6 +97,7 @@ def main() -> None:
         constant = (curve.rate > 0.999).nonzero()[0]
         used = constant[len(constant) // 2 :]
         if len(used) < 4:
+            print("  too few losses at a constant learning rate to go on from")
             continue
         fit = power_law(curve.step[used], curve.loss[used])
         last = curve.step[-1]

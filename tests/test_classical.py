@@ -1,4 +1,4 @@
-"""What classical.py promises: POCS equals an oracle and converges, the Wiener filter is exact."""
+"""classical.py: POCS equals an oracle and converges, the Wiener filters are exact."""
 
 import math
 
@@ -8,7 +8,7 @@ from made_maps import close, filtered, oracle, random, wedge
 
 import degrade
 import fourier
-from classical import pocs, wiener
+from classical import pocs, positive_wiener, wiener
 
 SHAPE = (8, 8, 8)
 
@@ -44,3 +44,18 @@ def test_the_wiener_filter_is_the_posterior_mean_of_a_gaussian():
     wanted = filtered(y, torch.tensor([0.9, 0.5, 0.8, 0.0])[shell])
     assert close(wiener(y, noise, signal), wanted)
     assert close(wiener(y, noise[shell], signal), wanted)
+
+
+def test_the_wiener_filter_of_one_map_finds_the_signal_by_itself():
+    # White signal of power 4 N and white noise of power N: every coefficient gets 4 / 5.
+    shape = (32, 32, 32)
+    everywhere = torch.ones(shape, dtype=torch.bool)
+    noisy = 5**0.5 * random(shape)
+    wanted = (0.8 * noisy).clamp(min=0)
+    error = positive_wiener(noisy, everywhere, 1.0) - wanted
+    # The power of a band is known to a few percent, where the band has many coefficients.
+    assert float(error.norm() / wanted.norm()) < 0.02
+
+    # With no measured coefficient there is nothing.
+    nowhere = torch.zeros(shape, dtype=torch.bool)
+    assert float(positive_wiener(noisy, nowhere, 1.0).abs().max()) == 0

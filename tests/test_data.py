@@ -10,6 +10,7 @@ import atoms
 import augment
 import data
 import data_chains
+import data_deposited
 import mrc
 import volume
 
@@ -231,7 +232,9 @@ def test_a_simulated_map_holds_the_model_at_a_random_orientation_and_resolution(
     model, longest, sizes = structure(atoms, z=8), [], []
     for i in range(20):
         g = torch.Generator().manual_seed(i)
-        density = data.random_density(model, g, box=40, voxel_size=1.0, resolution=(3.0, 5.0))
+        density = data_deposited.random_density(
+            model, g, box=40, voxel_size=1.0, resolution=(3.0, 5.0)
+        )
         total, _, covariance = moments(density, 1.0)
         assert float(total) == pytest.approx(4 * 8, rel=1e-3)  # Z/Å^3: the electrons of the nuclei
         values, axes = torch.linalg.eigh(covariance)
@@ -254,13 +257,13 @@ def test_the_share_of_maps_that_look_deposited_is_as_asked(monkeypatch):
         given.append(noisy)
         return marked
 
-    monkeypatch.setattr(data, "deposited", deposited)
+    monkeypatch.setattr(data_deposited, "deposited", deposited)
     model = structure(np.zeros((1, 3)))
     settings = dict(box=8, voxel_size=1.0, resolution=(3.0, 5.0))
 
     def share(wanted):
         maps = [
-            data.random_density(
+            data_deposited.random_density(
                 model, torch.Generator().manual_seed(i), as_deposited=wanted, **settings
             )
             for i in range(200)
@@ -278,7 +281,7 @@ def test_half_of_the_simulated_maps_are_blurred_by_their_b_factors():
     sharp, widths = structure(model.xyz), []
     for i in range(40):
         with_b, without = (
-            data.random_density(
+            data_deposited.random_density(
                 m, torch.Generator().manual_seed(i), box=32, voxel_size=1.0, resolution=(3, 3)
             )
             for m in (model, sharp)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import data
+import data_deposited
 import data_wedges
 import degrade
 import fourier
@@ -26,6 +27,25 @@ def smallest_draws(monkeypatch):
     monkeypatch.setattr(data_wedges, "uniform", lambda low, high, generator: low)
 
 
+def test_observed_maps_have_noise_of_the_drawn_strength_and_the_drawn_tilts(monkeypatch):
+    # The largest draws: tilts of ±70 degrees, a tenth of the maximum.
+    drawn = []
+
+    def largest(low, high, generator):
+        drawn.append((low, high))
+        return high
+
+    monkeypatch.setattr(data_wedges, "uniform", largest)
+    wanted = 3 * blob()
+    y = data_wedges.lose_wedge(wanted, torch.Generator().manual_seed(0), "wedge", "zeros")
+    region = degrade.wedge_mask(SHAPE, (-70, 70))
+    noise = y - fourier.apply_fourier(wanted, region)
+    measured = float(fourier.hermitian_part(region).float().mean())
+    # White noise keeps the share of its power that was measured. 13,824 voxels: within 3 %.
+    assert float(noise.std()) == pytest.approx(0.3 * measured**0.5, rel=0.03)
+    assert drawn == [(50, 70), (0, 0.1)]
+
+
 @pytest.mark.parametrize("missing", ["wedge", "cone"])
 def test_zeros_leave_exactly_what_was_measured(smallest_draws, missing):
     wanted = blob()
@@ -34,7 +54,7 @@ def test_zeros_leave_exactly_what_was_measured(smallest_draws, missing):
     torch.testing.assert_close(observed, fourier.apply_fourier(wanted, region[missing]))
 
 
-def test_pocs_keeps_what_was_measured_and_comes_nearer_to_the_truth(smallest_draws):
+def test_pocs_fills_the_wedge_and_halves_the_error_at_least(smallest_draws):
     wanted, region = blob(), degrade.wedge_mask(SHAPE, (-50, 50))
     zeros, filled = (
         data_wedges.lose_wedge(wanted, torch.Generator(), "wedge", fill)
@@ -55,6 +75,15 @@ def test_crops_are_flipped_and_never_turned(monkeypatch):
     assert set(slopes) == {1, -1}
 
 
+def test_every_crop_shows_the_molecule(monkeypatch):
+    monkeypatch.setattr(data_wedges, "lose_wedge", lambda x, *_: x)
+    wanted = torch.zeros(64, 64, 64)
+    wanted[48:54, 8:14, 30:36] = 1
+    pairs = data_wedges.WedgeCrops([wanted], crop=16, crops=16)
+    crops = pairs.crops_of(wanted, torch.Generator().manual_seed(0))
+    assert float(crops[:, 1].amax((1, 2, 3)).min()) == 1
+
+
 def test_a_simulated_item_is_crops_of_a_pair_on_0_to_1_and_depends_on_its_number_alone():
     pairs = data_wedges.SimulatedWedges(
         ProceduralChains(0), crop=16, crops=3, box=32, voxel_size=4.0, resolution=(8, 9)
@@ -69,7 +98,7 @@ def test_a_simulated_item_is_crops_of_a_pair_on_0_to_1_and_depends_on_its_number
 def test_wanted_maps_look_deposited_as_often_as_asked(monkeypatch):
     # A map as deposited is white here, so that no clean map can be taken for it.
     white = torch.ones(32, 32, 32)
-    monkeypatch.setattr(data, "deposited", lambda *model, **settings: white)
+    monkeypatch.setattr(data_deposited, "deposited", lambda *model, **settings: white)
 
     def share(wanted):
         pairs = data_wedges.SimulatedWedges(

@@ -1,4 +1,4 @@
-"""Promises of grey_scale.py: the maximum of a sharp density from a blurred one; the spectrum."""
+"""grey_scale.py: the maximum of a sharp density from a blurred one, and the spectrum."""
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ import volume
 from checkpoint import Prior
 
 SHAPE = (24, 24, 24)
-N = 24**3
 EVERYWHERE = torch.ones(SHAPE, dtype=torch.bool)
 VOXEL_SIZE = 1.5
 
@@ -111,8 +110,8 @@ def test_sharpened_map_gets_the_spectrum_of_the_references(crops):
 
 
 def test_map_of_the_spectrum_of_the_references_is_left_alone(crops):
-    # With no limit on what g must gain, it is 1 within the scatter of one molecule.
     assert match(molecule(33), crops).spectrum is None
+    # A factor is no other spectrum.
     signal = torch.tensor([9.0, 7, 5, 4, 3, 2, 1.5, 1, 0.8, 0.5, 0.3, 0.2]).double()
     g, h = grey_scale.match_spectrum(3 * signal, signal, VOXEL_SIZE)
     assert close(g, torch.ones(12), 1e-5) and close(h, torch.ones(12), 1e-5)
@@ -197,17 +196,41 @@ def test_an_observation_is_compared_with_the_references_of_its_spectrum(crops):
     assert grey_scale.nearest(few, powers, VOXEL_SIZE) == list(range(len(both)))
 
 
-def test_observations_that_say_little_still_have_a_maximum(crops):
-    # A box of 6 voxels, and one that is no cube.
+def test_small_boxes_and_oblong_boxes_have_a_maximum(crops):
     x = molecule(36)
     for y in (volume.center_crop(x, 6), x[2:22, :, 4:21]):
         everywhere = torch.ones(y.shape, dtype=torch.bool)
         assert 0.3 < match(y, crops, 0.01, everywhere).maximum < 3
-    # Nothing but noise, and no density above 0.
+
+
+def test_noise_alone_and_negative_maps_have_no_maximum_or_a_bounded_one(crops):
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     for y in (noise, -molecule(37).clamp(min=0.1)):
         found = match(y, crops, 1.0)
         assert found.maximum is None or 0 < found.maximum < 20
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.6, 0.95])
+def test_solved_maximum_makes_reference_and_noise_as_bright_as_the_observation(strength):
+    blurred = molecule(38)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    noise = noise / volume.top_value(noise, 99.999) * strength
+    a = 2.0
+    top = volume.top_value(a * blurred + noise, 99.999)
+    assert grey_scale.solve_maximum(top, blurred, noise) == pytest.approx(a, rel=1e-4)
+    # Noise that is brighter than the observation leaves a quarter of its brightness.
+    faint = grey_scale.solve_maximum(0.1 * strength, blurred, noise)
+    assert faint == pytest.approx(0.025 * strength, rel=1e-4)
+
+
+def test_bands_begin_where_their_frequency_is_reached_on_every_grid():
+    # Along an axis of 48 voxels coefficient i has frequency i / 48: the first of band i.
+    for n in (24, 32, 48, 64):
+        line = torch.zeros(n, n, n)
+        line[0, 0] = 1
+        index = torch.fft.fftfreq(n).mul(n).abs().expand(n, n, n)
+        mean = grey_scale.band_mean(index, line, n // 2)
+        torch.testing.assert_close(mean, torch.arange(n // 2).double())
 
 
 def prior_with(crops) -> Prior:
