@@ -60,13 +60,13 @@ def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
     return fourier.apply_fourier(y, torch.where(S > 0, S / (S + P), 0))
 
 
-def positive_wiener(y: Tensor, measured: Tensor, sigma: Tensor | float) -> Tensor:
+def positive_wiener(y: Tensor, measured: Tensor, sigma: Tensor | float, voxel_size=1.0) -> Tensor:
     """(2), then negative density set to 0: (D, H, W).
 
     S is estimated from y itself (grey_scale.py (1)), because there is no second half map. measured,
-    sigma: as in `posterior.observe`.
+    sigma: as in `posterior.observe`. voxel_size: as in `grey_scale.signal_power`.
     """
     noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(y.shape)
-    signal = grey_scale.signal_power(y, measured, noise, min(y.shape) // 2)
+    signal = grey_scale.signal_power(y, measured, noise, min(y.shape) // 2, voxel_size)
     S = grey_scale.expand(signal.clamp(min=1e-30), y.shape)
     return wiener(y, noise, measured * S).clamp(min=0)

@@ -112,7 +112,11 @@ def middles(n: int, voxel_size: float) -> Tensor:
 
 
 def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
-    """Weighted mean of values (D, H, W) in each of n bands: float64 (n,)."""
+    """Weighted mean of values (D, H, W) in each of n bands: float64 (n,).
+
+    A small grid has no coefficient in some bands. These have the mean of the band below them, but
+    0 beyond the last band with weight.
+    """
     total, count = torch.zeros(2, n + 1, dtype=torch.float64)
     for value, share, k in zip(values, weight, frequencies(values.shape)):
         # What lies beyond the bands goes to one more. 1e-9: rounding must not lower a whole number.
@@ -120,7 +124,12 @@ def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
         share = share.double()
         total.index_add_(0, band, (value * share).flatten())
         count.index_add_(0, band, share.flatten())
-    return total[:n] / count[:n].clamp(min=1e-9)
+    mean = total[:n] / count[:n].clamp(min=1e-9)
+
+    # The band itself, or the nearest one below it that is not empty.
+    band = torch.arange(n)
+    source = torch.where(count[:n] > 0, band, 0).cummax(0).values
+    return torch.where(band <= source.max(), mean[source], 0)
 
 
 def expand(spectrum: Tensor | None, shape, voxel_size=1.0) -> Tensor:
@@ -163,13 +172,15 @@ def same_frequencies(weights: Tensor, shape) -> Tensor:
 # ---- Matching
 
 
-def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int) -> Tensor:
+def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int, voxel_size=1.0) -> Tensor:
     """(1) in n bands, positive up to the end of the signal and 0 beyond.
 
     noise: P, (D, H, W). Where it differs between directions, only coefficients of at most
-    average noise are used.
+    average noise are used. voxel_size: that of y, in any unit, one number or (z, y, x). It says
+    which coefficients have one frequency.
     """
-    mean_noise = degrade.expand_shells(degrade.shell_mean(noise), y.shape)
+    mean_noise = degrade.shell_mean(noise, voxel_size)
+    mean_noise = degrade.expand_shells(mean_noise, y.shape, voxel_size)
     seen = measured & (noise <= 1.001 * mean_noise)  # 1.001: the mean is rounded
     power = band_mean(fourier.fft3(y).abs().square(), seen, n)
     excess = power - band_mean(noise, seen, n)  # (1)
@@ -233,13 +244,18 @@ def nearest(signal: Tensor, powers: Tensor, voxel_size: float) -> list[int]:
 
 
 def match(
-    y: Tensor, measured: Tensor, sigma: Tensor | float, crops: Tensor, voxel_size: float
+    y: Tensor,
+    measured: Tensor,
+    sigma: Tensor | float,
+    crops: Tensor,
+    voxel_size: float,
+    grid_voxel_size=1.0,
 ) -> Match:
     """The maximum (4), its error, and g, from an observation y (D, H, W) on the prior's grid.
 
     measured, sigma: as in posterior.Observation, in the units of y. crops: `references`. voxel_size
-    of the prior in Å. g is None if it does not lower `negative_share` by LEAST_REMOVED.
-    All is None if there is no density above 0.
+    of the prior in Å. grid_voxel_size: that of y, as in `signal_power`. g is None if it does not
+    lower `negative_share` by LEAST_REMOVED. All is None if there is no density above 0.
     """
     crops = crops.float() / 255
     n = crops.shape[-1] // 2
@@ -247,7 +263,7 @@ def match(
     noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(shape)
 
     # S and T. T is a mean of shapes, so that all references count alike.
-    signal = signal_power(y, measured, noise, n)
+    signal = signal_power(y, measured, noise, n, grid_voxel_size)
     everything = torch.ones(small)
     powers = [band_mean(fourier.fft3(r).abs().square(), everything, n) for r in crops]
     powers = [p.clamp(min=1e-30) / p[1 : n // 2].mean() for p in powers]

@@ -107,16 +107,18 @@ def observe(
     sigma: Tensor | float,
     classical: Callable[[Tensor, Tensor, Tensor | float], Tensor],
     maximum: float | None = None,
+    voxel_size=1.0,
 ) -> Observation:
     """An Observation from a map y (D, H, W) and sigma, both in the units of the map.
 
     classical: makes `start` of (y, measured, sigma), as `pocs` and `positive_wiener` do; it is
     called with y and sigma in the prior's spectrum. maximum: 99.999 percentile of the sharp
-    density, in the units of the map (default: estimated, grey_scale.py).
+    density, in the units of the map (default: estimated, grey_scale.py). voxel_size: that of y, as
+    in `grey_scale.signal_power`.
     """
     found = Match()
     if prior.references is not None:
-        found = grey_scale.match(y, measured, sigma, prior.references, prior.voxel_size)
+        found = grey_scale.match(y, measured, sigma, prior.references, prior.voxel_size, voxel_size)
     if found.spectrum is not None:
         gain = grey_scale.expand(found.spectrum, y.shape)
         y = fourier.apply_fourier(y, gain)

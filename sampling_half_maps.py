@@ -11,6 +11,7 @@ Departure 2: and where the half maps expect it to be closer to the truth (report
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -318,4 +319,6 @@ def observe_half_map(
     # Sampling starts from the Wiener filter, and reaches only what the half map's grid held.
     held = fourier.below_nyquist(y.shape, half.density.shape)
     sigma = (noise / y.numel()).sqrt()
-    return posterior.observe(prior, y, held, sigma, positive_wiener, settings.maximum)
+    voxel_size = work.voxel_size
+    classical = partial(positive_wiener, voxel_size=voxel_size)
+    return posterior.observe(prior, y, held, sigma, classical, settings.maximum, voxel_size)

@@ -258,7 +258,9 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
         noise = posterior.estimate_noise(y, settings.measured(map)) / maximum
 
     sigma = noise * maximum * gain
-    observation = posterior.observe(prior, work.density, measured, sigma, pocs, settings.maximum)
+    observation = posterior.observe(
+        prior, work.density, measured, sigma, pocs, settings.maximum, work.voxel_size
+    )
     return observation, noise
 
 

@@ -14,7 +14,8 @@ resolution_A), resampled to 1 Å. Scored are the input, the classical answer and
     wedge3d              FSC_AUC over all and over what the wedge misses, correlation with the truth
 
 Classical: POCS; or a B-factor from a Guinier fit between 10 Å and the resolution (FSC taken as 1),
-and the positive part of the input, which is all that a network sees.
+and the positive part of the input, which is all that a network sees. Simulated superres has its
+limit, too: the wanted map up to the resolution of the input.
 """
 
 import argparse
@@ -128,6 +129,11 @@ def answers(task: str, case: Case, networks: dict, prior, args) -> dict[str, Ten
     if task != "wedge3d":
         found["B-factor"] = sharpened(observed, case.resolution)
         found["positive part"] = observed.density.clamp(min=0)
+    # The limit of superres: all of the wanted map that the input's resolution lets know.
+    if task == "superres" and case.wanted is not None:
+        found["truth up to the input's resolution"] = fourier.lowpass(
+            case.wanted, case.resolution, observed.voxel_size
+        )
     for path, network in networks.items():
         for fusion in args.fusion:
             numbers = {"stride": args.stride, "fusion": fusion}

@@ -203,6 +203,38 @@ def test_small_boxes_and_oblong_boxes_have_a_maximum(crops):
         assert 0.3 < match(y, crops, 0.01, everywhere).maximum < 3
 
 
+def test_the_maximum_of_a_small_map_is_that_of_the_same_map_in_a_larger_box(crops):
+    # In 12 voxels no coefficient falls into the second of 12 bands.
+    small = volume.center_crop(molecule(39), 12)
+    large = torch.nn.functional.pad(small, (6,) * 6)
+    everywhere = torch.ones(small.shape, dtype=torch.bool)
+    found = match(small, crops, 0.01, everywhere)
+    wanted = match(large, crops, 0.01)
+    assert len(found.nearest) == len(wanted.nearest)
+    assert found.maximum == pytest.approx(wanted.maximum, rel=0.2)
+
+
+def test_an_empty_band_takes_the_band_below_it_but_none_lies_beyond_the_last():
+    x = torch.randn(12, 12, 12, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(12, 12, 12) * (fourier.wavenumber((12, 12, 12)) < 0.3)
+    mean = grey_scale.band_mean(x, weight, 12)
+    assert mean[1] == mean[0] and mean[2] != mean[1]
+    assert float(mean[:7].abs().min()) > 0 and float(mean[8:].abs().max()) == 0
+
+
+def test_noise_that_is_equal_in_all_directions_is_so_for_voxels_of_unequal_sides():
+    # Noise that falls steeply in 1/Å. Every coefficient must count.
+    shape, voxel_size = (24, 25, 16), (2.98, 3.0, 3.05)
+    power = 1 / torch.arange(1, 9).double() ** 3
+    noise = degrade.expand_shells(power, shape, voxel_size).float()
+    everywhere = torch.ones(shape, dtype=torch.bool)
+    y = degrade.add_spectral_noise(torch.zeros(shape), 10 * noise, generator=torch.Generator())
+    found = grey_scale.signal_power(y, everywhere, noise, 8, voxel_size)
+    squares = fourier.fft3(y).abs().square()
+    wanted = grey_scale.band_mean(squares - noise, everywhere, 8)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_noise_alone_and_negative_maps_have_no_maximum_or_a_bounded_one(crops):
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     for y in (noise, -molecule(37).clamp(min=0.1)):
