@@ -209,7 +209,10 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     # Refuse flags that the task does not use.
     known = {setting.name: setting.default for setting in fields(task.settings)}
     for name in vars(args).keys() - PROGRAM_FLAGS - known.keys() - set(task.reads):
-        raise ValueError(f"{flag_of(name)}: --task {args.task} does not use it; drop it")
+        words = f"--task {args.task}"
+        if args.model == "scunet":
+            words += " --model scunet"
+        raise ValueError(f"{flag_of(name)}: {words} does not use it; drop it")
 
     # Fill in the defaults. The .json of the result holds all of these values.
     vars(args).update({"truth": None, "voxel_size": None} | known | vars(args))

@@ -166,10 +166,19 @@ def emptiest_wedge(map: Map, settings: TiltSettings) -> str:
 
     Where the settings have no axis to set, only the range.
     """
-    can_turn = "tilt_axis" in {setting.name for setting in fields(settings)}
-    axes = "yxz" if can_turn else settings.tilt_axis
     small = small_copy(map)
     shape, voxel_size = small.density.shape, small.voxel_size
+
+    # Another sign of the tilts is the smallest mistake.
+    low, high = settings.tilt_range
+    mirrored = replace(settings, tilt_range=(-high, -low)).measured(small)
+    leak, _ = missing_power(small, mirrored)
+    if leak < LEAK_TO_REFUSE:
+        words = f"--tilt-range {-high:g} {-low:g}"
+        return f"Emptier is the region that {words}, the other sign, leaves out ({leak:.1%})."
+
+    can_turn = "tilt_axis" in {setting.name for setting in fields(settings)}
+    axes = "yxz" if can_turn else settings.tilt_axis
     found = []
     for axis in axes:
         for tilt in (40, 50, 60, 70):

@@ -279,6 +279,8 @@ def fill_wedge(
     method = "pocs"
     if choose_method(map, network, settings, "POCS", say) != "pocs":
         method = "network"
+    # On a large map each POCS takes a minute.
+    say("POCS, here and with some measured tilts hidden for a test")
 
     def fill(given: Map, narrow: NetworkWedgeSettings) -> dict[str, Tensor]:
         pocs = classical_wedge(given, narrow.measured(given), narrow).shown["POCS"]

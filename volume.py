@@ -170,8 +170,8 @@ def normalise(
         maximum = top_value(density, percentile)
     if not maximum > 0:
         raise ValueError(
-            f"the map's {percentile} percentile is {maximum:g} and must be positive; "
-            "where protein is dark, multiply the map by -1"
+            f"the map's {percentile} percentile is {maximum:g} and must be positive; give a higher "
+            "--percentile, or multiply the map by -1 where protein is dark"
         )
 
     # As many values lie below a percentile as above the opposite one of the negative map.

@@ -998,7 +998,7 @@ REFUSED = {
     "wedge in.mrc --orientations angles.txt": "--orientations: --task wedge does not use it",
     "wedge in.mrc --ckpt wedge3d.pt": "wedge3d.pt: holds a scunet network, this task needs hdit",
     "wedge in.mrc --model scunet --ckpt superres.pt": "superres.pt: .*needs wedge3d",
-    "wedge in.mrc --model scunet --tilt-axis x": "--tilt-axis: .*does not use it",
+    "wedge in.mrc --model scunet --tilt-axis x": "--tilt-axis: .*wedge --model scunet does not",
     "wedge in.mrc --model scunet --method paper": "method is paper; give auto, network, pocs",
     "denoise half1.mrc half1.mrc": "half1.mrc: .*same map",
     "denoise half1.mrc other.mrc": "half1.mrc: .*other.mrc has .*one grid",

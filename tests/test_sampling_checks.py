@@ -192,3 +192,11 @@ def test_a_task_without_an_axis_to_set_is_not_told_to_set_one(axis, words):
     with pytest.raises(ValueError, match=words) as caught:
         sampling_checks.check_wedge(mrc.Map(y, 1.5), measured, settings, False, silent)
     assert "--tilt-axis" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [WedgeSettings, NetworkWedgeSettings])
+def test_tilts_of_the_wrong_sign_are_named(settings):
+    map = mrc.Map(degraded(molecule(SHAPE), wedge(SHAPE, (-40, 65))), 1.5)
+    wrong = settings(tilt_range=(-65, 40))
+    with pytest.raises(ValueError, match="--tilt-range -40 65, the other sign, leaves out"):
+        sampling_checks.check_wedge(map, wrong.measured(map), wrong, False, silent)
