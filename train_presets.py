@@ -267,7 +267,7 @@ PRESETS = {
     "tiny-superres": TrainConfig(
         net=model_scunet.PRESETS["tiny"],
         objective="superres",
-        steps=600,
+        steps=2400,
         batch=4,
         crop=36,
         voxel_size=1.0,
