@@ -210,8 +210,8 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     known = {setting.name: setting.default for setting in fields(task.settings)}
     for name in vars(args).keys() - PROGRAM_FLAGS - known.keys() - set(task.reads):
         words = f"--task {args.task}"
-        if args.model == "scunet":
-            words += " --model scunet"
+        if task is TASKS["wedge --model scunet"]:
+            words += " --model scunet"  # other flags than --task wedge has
         raise ValueError(f"{flag_of(name)}: {words} does not use it; drop it")
 
     # Fill in the defaults. The .json of the result holds all of these values.
