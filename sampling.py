@@ -198,9 +198,9 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     """The command line, its task and the settings. Raises ValueError for what cannot work."""
     # Find the task, and the kind of network that it takes.
     args = make_parser().parse_args(argv)
-    task = TASKS[args.task]
-    if args.model == "scunet" and args.task == "wedge":
-        task = TASKS["wedge --model scunet"]
+    with_scunet = args.model == "scunet" and args.task == "wedge"
+    known_as = "wedge --model scunet" if with_scunet else args.task
+    task = TASKS[known_as]
     kind = "scunet" if task.trained_for else "hdit"
     if args.model not in (None, kind):
         raise ValueError(f"--model {args.model} does not know --task {args.task}; drop --model")
@@ -209,10 +209,7 @@ def parse(argv=None) -> tuple[Namespace, Task, Settings]:
     # Refuse flags that the task does not use.
     known = {setting.name: setting.default for setting in fields(task.settings)}
     for name in vars(args).keys() - PROGRAM_FLAGS - known.keys() - set(task.reads):
-        words = f"--task {args.task}"
-        if task is TASKS["wedge --model scunet"]:
-            words += " --model scunet"  # other flags than --task wedge has
-        raise ValueError(f"{flag_of(name)}: {words} does not use it; drop it")
+        raise ValueError(f"{flag_of(name)}: --task {known_as} does not use it; drop it")
 
     # Fill in the defaults. The .json of the result holds all of these values.
     vars(args).update({"truth": None, "voxel_size": None} | known | vars(args))
