@@ -46,6 +46,16 @@ def pocs(
     return u
 
 
+def fill_in(y: Tensor, measured: Tensor, fill: str) -> Tensor:
+    """The measured coefficients of y (D, H, W), and in the others "zeros" or "pocs", (1).
+
+    It is what a wedge network sees, in training (data_wedges.py) and later.
+    """
+    if fill == "pocs":
+        return pocs(y, measured)
+    return fourier.apply_fourier(y, measured)
+
+
 def wiener(y: Tensor, noise: Tensor, signal: Tensor, voxel_size=1.0) -> Tensor:
     """(2) for a map (D, H, W). noise, signal: powers |F|^2 per shell, or (D, H, W).
 

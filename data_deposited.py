@@ -83,7 +83,7 @@ def noise_spectrum(rho: Tensor, resolution: float, voxel_size: float, generator)
 
 
 def half_of_the_time(generator: Generator) -> bool:
-    """The toss of a coin."""
+    """True with probability 1/2."""
     return uniform(0, 1, generator) < 0.5
 
 

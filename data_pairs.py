@@ -51,6 +51,12 @@ def simulated_pair(
     return observed, wanted
 
 
+def scale_pair(observed: Tensor, wanted: Tensor, percentiles: tuple[float, float]) -> Tensor:
+    """Two maps (D, H, W), each scaled by its own percentiles to 0..1: (2, D, H, W)."""
+    low, high = percentiles
+    return torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in (observed, wanted)])
+
+
 def pair_crops(
     pair: Tensor, box: int, count: int, generator: Generator, anywhere: float = 0.5
 ) -> list[Tensor]:
@@ -98,9 +104,7 @@ class SimulatedPairs(RandomItems):
             shape=(self.box,) * 3,
             origin=-self.voxel_size * (self.box // 2),
         )
-        low, high = self.percentiles
-        pair = torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in pair])
-
+        pair = scale_pair(*pair, self.percentiles)
         crops = pair_crops(pair, self.crop, self.crops, generator)
         return torch.stack([mirror_or_not(x, generator) for x in crops])
 
@@ -151,8 +155,7 @@ def read_pair(
 
     # Scale both to 0..1, the map from its background on.
     density = find_grey_scale(source.density).to_work(source.density)
-    low, high = percentiles
-    pair = torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in (density, wanted)])
+    pair = scale_pair(density, wanted, percentiles)
     return Pair(map_file.name.split(".")[0], pair.half())
 
 

@@ -24,12 +24,11 @@ from torch import Generator, Tensor
 
 from atoms import Structure
 from augment import RandomItems, flip, uniform
-from classical import pocs
+from classical import fill_in
 from data_deposited import random_density
-from data_pairs import pair_crops
+from data_pairs import pair_crops, scale_pair
 from degrade import cone_mask, wedge_mask
-from fourier import apply_fourier
-from volume import CLIP, normalise
+from volume import CLIP
 
 
 def lose_wedge(x: Tensor, generator: Generator, missing: str, fill: str) -> Tensor:
@@ -45,15 +44,10 @@ def lose_wedge(x: Tensor, generator: Generator, missing: str, fill: str) -> Tens
     else:
         measured = cone_mask(x.shape, angle)
 
-    # White noise with a standard deviation of up to a tenth of the maximum.                    (1)
+    # White noise with a standard deviation of up to a tenth of the maximum.
     white = torch.randn(x.shape, generator=generator)
     noise = white * (uniform(0, 0.1, generator) * x.max())
-    y = apply_fourier(x + noise, measured)
-
-    # What the network sees there.                                                              (2)
-    if fill == "pocs":
-        return pocs(y, measured)
-    return y
+    return fill_in(x + noise, measured, fill)  # (1), (2)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -73,8 +67,7 @@ class WedgeCrops(RandomItems):
         """Crops (crops, 2, D, D, D) of a larger map, observed and wanted."""
         # A tilt series sees the whole map, so the wedge is lost before the crops are cut.
         observed = lose_wedge(wanted, generator, self.missing, self.fill)
-        low, high = self.percentiles
-        maps = torch.stack([normalise(x, 0, 1, high, low=low)[0] for x in (observed, wanted)])
+        maps = scale_pair(observed, wanted, self.percentiles)
 
         # A wedge has an orientation, which flips keep (Departure 3). All crops show the molecule,
         # because the wedge of empty solvent is empty.

@@ -21,7 +21,6 @@ paper does not do. The map "_network" is without.
 import math
 from dataclasses import replace
 
-import torch
 from torch import Generator, Tensor
 
 import abinitio
@@ -32,7 +31,7 @@ import posterior
 import volume
 import wedge_check
 from checkpoint import Prior
-from classical import pocs
+from classical import fill_in, pocs
 from memory import check_grid
 from mrc import Map
 from posterior import Moments, Observation
@@ -312,9 +311,7 @@ def ask_for_wedge(
     """What the network makes of a map, on its own grid, and facts for the .json."""
     # Remove what the map has in the wedge, and put there what it held in training.
     work, known = on_network_grid(map, network, settings)
-    seen = fourier.put_back(torch.zeros_like(work.density), work.density, known)
-    if network.fill == "pocs":
-        seen = pocs(seen, known)
+    seen = fill_in(work.density, known, network.fill)
     return ask_network(seen, network, settings, say)
 
 

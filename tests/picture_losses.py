@@ -42,9 +42,8 @@ def read_log(path: Path, batch: int, first: float) -> Curve:
         rows = list(csv.DictReader(file))
     # Add up the time of all lines.
     step = np.array([float(row["step"]) for row in rows])
-    speed = np.array(
-        [float(row.get("crops_per_s") or row["maps_per_s"]) for row in rows]
-    )  # old name
+    # Older logs call the speed maps_per_s.
+    speed = np.array([float(row.get("crops_per_s") or row["maps_per_s"]) for row in rows])
     hours = np.cumsum(np.diff(step, prepend=0) * batch / speed) / 3600
     rate = np.array([float(row["lr"]) for row in rows])
     rate = rate / rate.max()
