@@ -61,7 +61,8 @@ def references(dataset) -> Tensor:
     """Densities for (4) from a data set of data.py: uint8 (COUNT, D, D, D), 255 for density 1.
 
     They are the first crops of twice as many items, thinned out so that sharp and blurred ones
-    are equally many: `match` wants some that look like the observation, whatever that is.
+    are equally many: `match` wants some that look like the observation, whatever that is. The
+    sharpest are first.
     """
     crops = []
     for i in range(2 * COUNT):
@@ -90,6 +91,7 @@ def references(dataset) -> Tensor:
         distance = (blurredness - wanted).abs()
         distance[chosen] = math.inf
         chosen.append(int(distance.argmin()))
+    chosen.sort(key=blurredness.tolist().__getitem__)
     return (torch.stack([crops[i] for i in chosen]) * 255).round().to(torch.uint8)
 
 

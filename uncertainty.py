@@ -67,9 +67,10 @@ def measure(
     # Half maps have one truth, that of the first: its blur, grey scale and spectrum.
     first = observations[0]
     moments, truths, curves = [], [], []
-    # Of the references, those that look most like the map.
-    nearest = first.nearest or list(range(len(prior.references)))
-    crops = prior.references[nearest[:COUNT]]
+    # The sharpest of the references that look like the map: what a map may hold beyond its signal
+    # is unknown, and sharp references are restored worst. They are kept from sharp to blurred.
+    nearest = first.nearest or range(len(prior.references))
+    crops = prior.references[sorted(nearest)[:COUNT]]
     for i, crop in enumerate(crops.float() / 255):
         # Blur the reference like the map, observe it likewise, and restore it.
         blur = grey_scale.expand(first.blur, crop.shape)

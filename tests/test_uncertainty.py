@@ -88,6 +88,25 @@ def test_reference_is_observed_with_the_noise_and_the_missing_wedge_of_the_map()
     assert seen.scale == observation.scale
 
 
+def test_sharpest_of_the_references_like_the_map_are_restored(monkeypatch):
+    # Reference i has density i / 255 everywhere. The nearest 8 in order of their distance.
+    crops = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, *SHAPE)
+    prior = Prior(Shrink(), "hdit", 1.5, 16, 0.0, 1.0, "", references=crops)
+    observation = made_observation(EVERYWHERE, torch.tensor(0.3))
+    observation = replace(observation, nearest=[9, 2, 7, 10, 4, 11, 3, 8])
+
+    restored = []
+    observe = uncertainty.observe_reference
+
+    def spy(like, x_0, seed):
+        restored.append(round(float(x_0.mean()) * 255))
+        return observe(like, x_0, seed)
+
+    monkeypatch.setattr(uncertainty, "observe_reference", spy)
+    uncertainty.measure(prior, [observation], posterior.PRIOR | {"steps": 2}, samples=2)
+    assert restored == [2, 3, 4, 7]
+
+
 class Shrink(torch.nn.Module):
     """The exact velocity for density that is Gaussian noise of standard deviation 1."""
 
