@@ -87,7 +87,10 @@ def main() -> None:
         if not equals:
             cli.error(f"{argument}: wants NAME=LOG")
         path, _, first = path.partition("@")
-        curve = read_log(Path(path), args.batch, float(first or 0))
+        try:
+            curve = read_log(Path(path), args.batch, float(first or 0))
+        except (OSError, ValueError) as error:
+            cli.error(str(error))
         colour = f"C{number}"
         axis.plot(curve.hours, curve.loss, ".-", color=colour, label=name)
         print(f"{name}: {curve.step[-1]:.0f} steps, {curve.hours[-1]:.2f} h, {curve.loss[-1]:.4f}")
