@@ -31,7 +31,7 @@ from augment import (
 )
 from data_deposited import random_density
 from data_prepare import SETTINGS, on_training_grid, read_index, read_settings
-from files import list_files
+from files import entry_of, list_files
 from mrc import MAP_SUFFIXES, read_map
 from volume import CLIP, GreyScale, center_crop, cube, density_mask, normalise, rotate
 
@@ -41,7 +41,7 @@ class Volume(NamedTuple):
 
     label: str
     density: Tensor | Path
-    notes: tuple[str, ...] = ()  # on its grey scale
+    notes: tuple[str, ...] = ()  # on the background and the sign that were taken out of it
 
     def voxels(self) -> np.ndarray:
         """(n, n, n). Of a file, only the pages that a crop needs are read."""
@@ -123,7 +123,7 @@ def read_volumes(
         except (ValueError, OSError, EOFError) as error:  # EOFError: an empty .npy
             refused.append(str(error) if str(file) in str(error) else f"{file}: {error}")
         else:
-            volumes.append(Volume(file.name.split(".")[0], density, notes))
+            volumes.append(Volume(entry_of(file), density, notes))
     return volumes, refused
 
 
@@ -132,13 +132,13 @@ class MapCrops(RandomItems):
     """Training crops from maps, `Volume`s: item i is (crops, 1, D, D, D) in network scale.
 
     All crops of an item come from one map, each at an orientation of its own.
-    center=False, as CryoFM-S: each crop lies around another voxel of `density_mask`.
+    center=False, as CryoFM-S: each crop lies around a random voxel of `density_mask`.
     center=True, as CryoFM-L: each crop is the centre of the map, cut out and then rotated (F.1).
     augmentation: "so3" turns a crop by any rotation, "rot24" to one of 24 orientations along the
-    axes, "random" not at all. "center" is the centre of the map as it is.
+    axes, "random" not at all. "center" is the centre of the map, not turned.
 
-    With rotate_later, items of "so3" are (windows, rotations), the arguments of `rotate_windows`: a
-    GPU rotates a whole batch at once.
+    With rotate_later, items of "so3" are the arguments of `rotate_windows`, so that a GPU rotates a
+    whole batch at once: windows (crops, 1, S, S, S) and rotations (crops, 3, 3).
     """
 
     crop: int
@@ -172,7 +172,7 @@ class MapCrops(RandomItems):
             centre = [n // 2 for n in x.shape] if center else random_centre(x, generator)
             windows.append(window(x, centre, side))
         if self.augmentation == "rot24":
-            windows = [rot24(x, generator) for x in windows]
+            windows = [rot24(part, generator) for part in windows]
         windows = torch.stack(windows)[:, None]  # (crops, 1, side, side, side)
         if not turned:
             return self.to_network_scale(windows.float())

@@ -2,8 +2,9 @@
 
 Deposited maps differ from clean simulations: some parts move and are blurred, some are sharpened
 until they ring, some are masked, and all have noise. Five steps make such a map of resolution R.
-rho_b is the model's density with B-factor b per atom. m is the molecule's shape, 1 inside and 0
-outside, blurred by a Gaussian.
+rho_b is the model's density at 1.8 Å with B-factor b per atom. f is a smooth field (`smooth_field`)
+and Phi the normal distribution function. m is the molecule's shape, 1 inside and 0 outside, blurred
+by a Gaussian.
 
     b   = b_0 + R^2 (4 + 8 Phi(f))                  Phi(f), in 0..1, varies smoothly         (1)
     x_1 = rho_b + (1 - m) solvent                   smooth density outside the molecule      (2)
@@ -72,7 +73,7 @@ def preferred_views(axis: Tensor, shape, generator: Generator) -> Tensor:
 
 def noise_spectrum(rho: Tensor, resolution: float, voxel_size: float, generator) -> Tensor:
     """S(1/R) (R |k|)^-u of (3) per shell, u uniform in 0..1: (W // 2,)."""
-    # The power of the signal in the shell of 1/R. In a coarse grid the last shell is below it.
+    # The power of the signal in the shell of 1/R, or the last one if 1/R is beyond Nyquist.
     n = rho.shape[-1] // 2
     cutoff = rho.shape[-1] * voxel_size / resolution
     signal = radial_power(rho)[min(int(cutoff), n - 1)]
@@ -136,7 +137,7 @@ def deposited(
         sharpening = uniform(0, 8, generator) * resolution**2
         x = apply_fourier(x, torch.exp(sharpening / 4 * k2.clamp(max=1 / resolution**2)))
 
-    # Nothing beyond R is left, and half of the maps are cut out, about 3 to 7 Å around.         (5)
+    # Nothing beyond R is left. Half of the maps are masked, 3 to 7 Å outside the molecule.      (5)
     y = lowpass(x, resolution, voxel_size)
     return y * (m * 4).clamp(max=1) if half_of_the_time(generator) else y
 

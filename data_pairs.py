@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from atoms import Structure, molmap, placed, read_model
 from augment import RandomItems, mirror_or_not, random_crop, uniform
 from data_deposited import FINE, deposited
+from files import entry_of
 from mrc import read_map, resample_map
 from volume import CLIP, density_mask, find_grey_scale, normalise, pad
 
@@ -156,7 +157,7 @@ def read_pair(
     # Scale both to 0..1, the map from its background on.
     density = find_grey_scale(source.density).to_work(source.density)
     pair = scale_pair(density, wanted, percentiles)
-    return Pair(map_file.name.split(".")[0], pair.half())
+    return Pair(entry_of(map_file), pair.half())
 
 
 def read_pairs(

@@ -41,7 +41,7 @@ import torch
 
 from data_download import build_archive, fetch_maps, map_url
 from data_quality import choose_pairs, read_ids
-from files import atomic_write, refuse_existing, write_json
+from files import atomic_write, entry_of, refuse_existing, write_json
 from mrc import Map, read_map, resample_map
 from terminal import one_line_for_memory, run_program, say
 from volume import CLIP, LITERAL, cube
@@ -220,7 +220,7 @@ def prepare_map(
     voxel_size and max_side in Å; percentiles: as in volume.CLIP. A map that is too large
     or not usable is skipped.
     """
-    label = file.name.split(".")[0].lower()
+    label = entry_of(file)
     row = dict(entry=label, file=file, split="test" if held_out(label) else "train")
 
     # Read the map, bring it to the wanted grid and scale.

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import volume
 from atoms_records import Atom, read_atoms
-from files import atomic_write
+from files import atomic_write, entry_of
 from mrc import read_map
 
 # What data_pairs.py reads.
@@ -88,7 +88,7 @@ def steps_of_epochs(count: int, batch: int = BATCH, epochs: int = EPOCHS) -> int
 def candidate_problem(row: dict, folder: Path, held_out: set[str]) -> tuple[str, int]:
     """(why a row of the candidates makes no pair, 0), or ("", its number of windows)."""
     # What the lists say.
-    label = row["map"].split("/")[-1].split(".")[0].lower()
+    label = entry_of(Path(row["map"]))
     if label in held_out:
         return "held out by --held-out", 0
     if "0.143" not in row.get("resolution_method", "0.143"):

@@ -13,6 +13,7 @@ with own_folder(path):                        the same for a folder, which it ma
 write_json(path, value)                       NaN and infinity become null
 refuse_existing(outputs, inputs, overwrite)   call it before the work, not after it
 list_files(path, suffixes)                    the files of a folder, without hidden ones
+entry_of(path)                                the name under which a file is held out from training
 stop_if_many_refused(path, what, ...)         a data set in which too much cannot be read
 """
 
@@ -245,6 +246,18 @@ def stop_if_many_refused(path: str | Path, what: str, refused: list[str], count:
             f"{path}: {len(refused)} of {count} {what} cannot be used, more than 1 %; "
             f"repair or remove them, the first: {refused[0]}"
         )
+
+
+def entry_of(path: Path) -> str:
+    """The entry that a file holds: its name in lower case without suffixes, emd_1234 or 3.2a.
+
+    Entries are held out from training by this name, whether the file is a map as deposited
+    (EMD_1234.map.gz), prepared (emd_1234.npy) or a model.
+    """
+    name = path.name.lower()
+    for packing in (".gz", ".bz2"):
+        name = name.removesuffix(packing)
+    return Path(name).stem
 
 
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -255,14 +255,14 @@ def guided_step(
     lambda_max: float,
     per_time: bool = False,
 ) -> Tensor:
-    """x after a step of CryoFM's Algorithms 1 and 3: Euler's for (5), and one down a gradient.
+    """x after a step of CryoFM's Algorithms 1 and 3: an Euler step of (5) and a gradient step.
 
-        x_t - v / N - lambda_t g / |g|,   lambda_t = min(lambda_max, t / (1 - t))
+        x_t - v / steps - lambda_t g / |g|,   lambda_t = min(lambda_max, t / (1 - t))
 
     x, v, gradient: (K, D, H, W). g is the gradient of a loss in x, and each map has its own |g|. A
     map whose g is 0 takes Euler's step alone.
-    steps: N. per_time multiplies lambda_t by 200 / N, so that the sum of all lambda_t does not
-    depend on N.
+    per_time multiplies lambda_t by 200 / steps, so that the sum of all lambda_t does not depend on
+    the number of steps.
     """
     lambda_t = min(lambda_max, t / max(1 - t, 1e-6))
     if per_time:
@@ -270,7 +270,7 @@ def guided_step(
     norm = torch.linalg.vector_norm(gradient, dim=(-3, -2, -1), keepdim=True)
     # Where g is 0 there is nowhere to go, and 0 / 0 would be nan.
     direction = torch.where(norm == 0, 0, gradient / norm)
-    # The minus before lambda_t and the 1/N: Erratum in posterior.py and abinitio.py.
+    # The minus before lambda_t and the 1 / steps: Erratum in posterior.py and abinitio.py.
     return x - v / steps - lambda_t * direction
 
 
@@ -409,5 +409,6 @@ def dormand_prince(slope: Callable, state: tuple[Tensor, ...], rtol: float, atol
                 "finite; check the input, or raise rtol and atol"
             )
         # Choose the next step so that its error is just below what is tolerated.
-        h *= min(5.0, max(0.2, 0.9 * max(size, 1e-4) ** -0.2))  # Hairer et al., eq. II.4.13
+        growth = 0.9 * max(size, 1e-4) ** -0.2 if math.isfinite(size) else 0.2
+        h *= min(5.0, max(0.2, growth))  # Hairer et al., eq. II.4.13
     return state

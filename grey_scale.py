@@ -17,7 +17,8 @@ Maps are sharpened in many ways, and much sharpened ones have negative density, 
 not know. g brings them to the prior's spectrum. It commutes with every operator of posterior.py and
 is undone exactly afterwards. We fit log g by a line in k^2, a B-factor, between 25 and 5 Å. c makes
 that line 0 at k = 0, so the bulk of the molecule keeps its brightness. We smooth log g, and keep it
-constant at frequencies below 1/25 Å.
+constant at frequencies below 1/25 Å. h blurs a sharp density until it looks like y': the references
+of (4), and those that uncertainty.py restores.
 
 P: noise power as in posterior.py (1). Bands are the shells of the references' boxes, which have
 n = box / 2: band i goes from i / 2n to (i + 1) / 2n cycles per voxel, on any grid. Ours.
@@ -38,7 +39,7 @@ import volume
 # Numbers chosen on held-out training structures and on half of the real maps.
 COUNT = 64  # references
 NEAREST = 8  # of them count for one observation
-COMPARED = 1 / 15  # 1/Å: spectra are compared from here on. The shape sets them below
+COMPARED = 1 / 15  # 1/Å: spectra are compared from here on. The molecule's shape sets them below
 LARGEST = 64  # their side in voxels, at most
 LEAST_SIGNAL = 0.05  # share of a band's power; the signal ends where it is below
 FITTED = 1 / 25, 1 / 5  # 1/Å: where c is fitted; below, g is constant
@@ -58,7 +59,9 @@ class Match(NamedTuple):
 
 
 def references(dataset) -> Tensor:
-    """Densities for (4) from a data set of data.py: uint8 (COUNT, D, D, D), 255 for density 1.
+    """Densities for (4) from a data set of data.py: uint8 (R, D, D, D), 255 for density 1.
+
+    R is COUNT, or less if the data set has fewer that hold a molecule.
 
     They are the first crops of twice as many items, thinned out so that sharp and blurred ones
     are equally many: `match` wants some that look like the observation, whatever that is. The
@@ -194,7 +197,10 @@ def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int, voxel_size=
 
 
 def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[Tensor, Tensor]:
-    """g of (2) and h of (5) from S and T in n bands. voxel_size: the prior's, in Å."""
+    """g of (2) and h of (5) from S and T in n bands. voxel_size: the prior's, in Å.
+
+    Both are 1 if fewer than 3 bands are in FITTED.
+    """
     n = len(signal)
     held = int((signal > 0).sum())
     frequency = middles(n, voxel_size)

@@ -14,17 +14,20 @@ in steps from a time t to s < t:
     x_0'' = x_0' + F^-1[w F(y - x_0')]    observation put back; w = m in Algorithm 2, line 3     (3)
     x_s   = (s/t) x_t + (1 - s/t) x_0''   Algorithm 2, line 4                                    (4)
     x_s   = (1 - s) x_0'' + s z           the same with fresh noise z ~ N(0, I)                  (5)
-    w_k   = m_k V_k / (V_k + P_k / N)     trust in a coefficient: V_k is the error of x_0'       (6)
+    w_k   = m_k V_k / (V_k + P_k / N)     trust in a coefficient                                 (6)
     x_s   = x_t - (t - s) v - lambda g / |g|,   g = dl/dx_t   Algorithm 1                        (7)
-    l     = mean_k |F(A x_0' - y)|_k^2 / (2 P_k)
+    l     = 1/N sum_k m_k |F(A x_0' - y)|_k^2 / (2 P_k)                                          (8)
+
+V_k is the mean square error |F e|_k^2 / N of x_0': r^2 / rho with r = t / (1 - t), see `least_rho`,
+or what `Missed` finds if that is more. lambda = min(lambda_max, t / (1 - t)).
 
 (1)-(4), (7): CryoFM (arXiv:2410.08631) Algorithms 1 and 2, appendices D and E.1. (5): DDNM (Wang et
 al. 2023, arXiv:2212.00490). (6): the proximal step of DiffPIR (Zhu et al. 2023, arXiv:2305.08995),
 exact because A is diagonal in Fourier space. Maps are (D, H, W), samples (K, D, H, W), masks and
 noise per coefficient are (D, H, W) in `fftfreq` layout.
 
-Erratum: Algorithm 1 leaves out the 1/N before v and adds lambda g, which climbs the loss. (7) is
-what the release does.
+Erratum: Algorithm 1 leaves out the length t - s of the step before v and adds lambda g, which
+climbs the loss. (7) is what the release does.
 Departure 1: the method "prior" starts from a classical answer (classical.py) at t < 1, takes (5)
 instead of (4), weighs by (6) and keeps density non-negative. RESULTS.md, "Choices of the sampler",
 says what each gains. The method "paper" is as printed.
@@ -34,7 +37,7 @@ fits into one tile.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +69,7 @@ DENOISE = {
     "prior": PRIOR,
     "paper": dict(steps=1000, lambda_max=5.0, turned=False),
 }
-# The share of the network's own noise that (3) may copy from y, see `least_rho`.
+# Of the noise that (3) copies from y; see `least_rho`.
 LEAK = 1 / 8
 
 
@@ -177,10 +180,12 @@ def estimate_noise(y: Tensor, measured: Tensor) -> float:
 def noise_and_signal(
     maps: list[Tensor], curve: Tensor | None = None, voxel_size=1.0
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Per shell 1 .. W//2: the noise power of each map, the signal's power S, and the FSC.
+    """The noise power of each map, the signal's power S, and the FSC, all (W//2,).
 
+    Entry j is shell j of degrade.py, j/W <= |k| < (j+1)/W, and shell j + 1 of the FSC with the
+    convention "cryofm". Powers are means of |F|^2.
     maps: two half maps (D, H, W). Or one map, and curve: signal / (signal + noise) of its power in
-    each shell. Powers are means of |F|^2. Raises ValueError if there is no signal.
+    each shell. Raises ValueError if there is no signal.
     """
     if curve is None:
         half_map_1, half_map_2 = maps
@@ -226,10 +231,9 @@ def sample_posterior(
     """Samples (K, D, H, W) in network scale, one per generator: Algorithm 2 from t_start on.
 
     It begins with `observation.start`, noised to t_start. fresh_noise: (5) instead of (4). inner:
-    number of non-negativity projections in every step. V_k of (6) is r^2 / rho with r = t / (1 - t)
-    and rho by `least_rho`, or what `Missed` finds if that is more. noise_aware: False takes w = m
-    in (6), because Algorithm 2 as printed knows no noise. turned: of `tiled_velocity`. tick is
-    called after every step.
+    number of non-negativity projections in every step. noise_aware: False takes w = m in (6),
+    because Algorithm 2 as printed knows no noise. turned: of `tiled_velocity`. tick is called with
+    the number of samples after every step.
     """
     y, measured = observation.y, observation.measured
     sigma = torch.as_tensor(observation.sigma, dtype=y.dtype, device=y.device)
@@ -246,7 +250,7 @@ def sample_posterior(
     ratios = [t / max(1 - t, 1e-3) for t in times[:-1]]
     r = torch.tensor(ratios, dtype=torch.float64)
     variances = (r**2 / least_rho(sigma, measured, r)).tolist()
-    # (6) is needed for those coefficients that `put_back` transforms.
+    # Keep m and sigma^2 on the half of the grid that `rfft3` stores, as `put_back` wants.
     seen = fourier.stored_half(measured)
     noise_power = fourier.stored_half((sigma**2).expand(y.shape))
     missed = Missed(y, seen, noise_power)
@@ -283,11 +287,10 @@ def sample_posterior(
 def least_rho(sigma: Tensor, measured: Tensor, r: Tensor, leak: float = LEAK) -> float:
     """The smallest rho in 0.001 .. 1 with mean_k (w_k sigma_k / r)^2 <= leak * rho at all r (T,).
 
-    In (6), V_k = r^2 / rho with r = t / (1 - t). Equation (3) copies part of the noise of y into
-    x_0''. The mean is the power of that part, relative to the noise that the network expects at
-    that time. For one coefficient it is 1 / (4 rho) at most. With rho > 1 the lowest frequencies
-    would be left to the network. Not from the papers; what it gains: RESULTS.md, "Choices of the
-    sampler".
+    1 if none has it. Equation (3) copies part of the noise of y into x_0''. The mean is the power
+    of that part, relative to the noise that the network expects at that time. For one coefficient
+    it is 1 / (4 rho) at most. With rho > 1 the lowest frequencies would be left to the network. Not
+    from the papers; what it gains: RESULTS.md, "Choices of the sampler".
     """
     # Coefficients of one shell have equal noise, so we list the different values and count each.
     sigma, count = sigma.expand(measured.shape)[measured].unique(return_counts=True)
@@ -318,7 +321,7 @@ class Missed:
     """
 
     def __init__(self, y: Tensor, seen: Tensor, noise_power: Tensor):
-        # What is the same in every step. Half of the coefficients hold all of a real map.
+        # What is the same in every step. The half that `rfft3` stores determines a real map.
         self.y, self.shells = y, y.shape[-1] // 2
         shell = fsc.shells(y.shape, half=True, rounding="down", device=y.device)
         self.shell = shell.clamp_(max=self.shells).int()
@@ -360,13 +363,20 @@ def algorithm_1(
     turned: bool = True,
     tick=no_tick,
 ) -> Tensor:
-    """Samples (K, D, H, W) in network scale by (7), Algorithm 1, from noise; sigma must be > 0.
+    """Samples (K, D, H, W) in network scale by (7), Algorithm 1, from noise.
 
+    Raises ValueError if a coefficient has no noise: (8) divides by its power.
     y and sigma may hold one map for each sample, (K, D, H, W). operator_noise: A adds fresh noise
     to x_0', as in the release. per_time: multiply lambda by 200 / steps, so that the weight of y
     does not depend on the number of steps. turned: of `tiled_velocity`.
     """
-    y, measured, sigma = observation.y, observation.measured, observation.sigma
+    y, measured = observation.y, observation.measured
+    sigma = torch.as_tensor(observation.sigma, dtype=y.dtype, device=y.device)
+    if not (sigma > 0).all():
+        raise ValueError("the paper's algorithm divides by the noise, which is 0 in some shells")
+    shape = torch.broadcast_shapes(sigma.shape, measured.shape)
+    power = (sigma**2 * measured.numel()).expand(shape)  # P_k
+
     x = flow.draw_noise(generators, measured.shape, y.device)
     for i in range(steps):
         # Ask the prior what the clean map looks like, and apply the operator A to it.
@@ -375,13 +385,12 @@ def algorithm_1(
         velocity = tiled_velocity(prior, x, t, generators, turned=turned)
         estimate = fourier.apply_fourier(flow.posterior_mean(x, velocity, t), measured)  # (2)
         if operator_noise:
-            power = sigma**2 * measured.numel()
             noise = flow.draw_noise(generators, measured.shape, y.device)
             estimate = degrade.add_spectral_noise(estimate, power, noise=noise)
 
-        # The misfit l of (7) and its gradient. The sum keeps the samples independent.
+        # The misfit (8) and its gradient. The sum keeps the samples independent.
         residual = torch.fft.fftn(estimate - y, dim=fourier.XYZ)
-        misfit = residual.abs() ** 2 / (2 * measured.numel() * sigma**2)
+        misfit = residual.abs() ** 2 / (2 * power)
         loss = torch.where(measured, misfit, 0).mean(fourier.XYZ)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         x = flow.guided_step(x, velocity, gradient, t, steps, lambda_max, per_time).detach()  # (7)
@@ -401,7 +410,7 @@ def draw_samples(
     seed: int,
     tick=no_tick,
     samples_per_call: int = 8,
-):
+) -> Iterator[Tensor]:
     """Yield samples (D, H, W) on the prior's grid, in the grey scale that the observation had.
 
     settings: an entry of WEDGE or DENOISE. Sample i depends on (seed, i) alone; `samples_per_call`
@@ -435,6 +444,9 @@ class Moments:
         self.square = delta.mul_(x - self.mean).add_(self.square)
 
     def std(self) -> Tensor:
+        """Of one sample, without bias. Raises ValueError if there are fewer than two samples."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} sample(s) have no standard deviation; draw two or more")
         return (self.square / (self.count - 1)).sqrt()
 
 

@@ -128,7 +128,8 @@ def tiled_velocity(
         times = torch.full((len(part),), t, device=x.device)
         with flow.autocast(x.device):
             if x.requires_grad:
-                # The backward pass of (9) computes each batch again: memory for one at a time.
+                # The gradient of posterior.py (7) computes each batch again, so that memory holds
+                # one batch at a time.
                 v = torch.utils.checkpoint.checkpoint(prior.net, batch, times, use_reentrant=False)
             else:
                 v = prior.net(batch, times)

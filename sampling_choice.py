@@ -5,10 +5,10 @@ A prior knows the voxels and the resolutions that it was trained on. Those that 
     hdit_tiny.pt      1.5 Å per voxel, 2.5 to 6 Å      on the grid of CryoFM-S
     hdit_tiny_l.pt    3 Å per voxel, 6 to 20 Å         on the grid of CryoFM-L
 
-The second one takes voxels above COARSE_VOXELS, their geometric mean, and half maps that agree to
-no better than COARSE_RESOLUTION. On finer voxels the first one was better up to 8.5 Å, on held-out
-training structures (RESULTS.md, "The coarse prior"). Of one map alone the resolution is not known,
-so that its voxels decide. Ours; the paper chooses by hand.
+The second one takes maps whose largest voxel side is above COARSE_VOXELS, and half maps whose FSC
+falls below 0.143 before COARSE_RESOLUTION. On finer voxels the first one was better up to 8.5 Å,
+on held-out training structures (RESULTS.md, "The coarse prior"). Of one map alone the resolution is
+not known, so that its voxels decide. Not from the papers, which choose by hand.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from checkpoint import Prior
 from mrc import Map
 
 WEIGHTS = Path(__file__).parent / "weights"
-COARSE_VOXELS = 2.12  # Å
+COARSE_VOXELS = 2.12  # Å, the geometric mean of 1.5 and 3
 COARSEST_VOXELS = 6.0  # Å, twice those of hdit_tiny_l.pt
 COARSE_RESOLUTION = 12.0  # Å
 

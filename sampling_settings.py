@@ -229,7 +229,7 @@ class WedgeSettings(SampleSettings, TiltSettings):
         None,
         "standard deviation of the noise as a fraction of the map's 99.999 percentile "
         "(default: estimated)",
-        Limits(0, 10, "0 or more, as a fraction of the map's maximum"),
+        Limits(0, 10, "0 to 10, as a fraction of the map's maximum"),
         type=float,
     )
 

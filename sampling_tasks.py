@@ -101,7 +101,7 @@ def restore_wedge(
 
     # Fill in tilts that are hidden for a test. How much of that is true?
     if method != "paper":
-        tests = try_prior(map, prior, replace(settings, noise=noise), method, say)
+        tests = try_prior(map, prior, settings, noise, method, say)
         method, factor, test_facts = wedge_check.judge(tests, method, settings, say)
         facts |= test_facts
 
@@ -149,11 +149,11 @@ def restore_wedge(
 
 
 def try_prior(
-    map: Map, prior: Prior, settings: WedgeSettings, method: str, say=print
-) -> dict[str, wedge_check.Test]:
+    map: Map, prior: Prior, settings: WedgeSettings, noise: float | None, method: str, say=print
+) -> dict[str, wedge_check.HiddenTilts]:
     """How well POCS, and the prior if it is the method, fill in tilts that are hidden from them.
 
-    settings.noise: of the map, which is still the noise when tilts are hidden.
+    noise: of the map, as a fraction of its maximum. It stays when tilts are hidden.
     """
     sampler = posterior.WEDGE.get(method, {"steps": 0}) | steps_of(settings)
     tick = Progress(settings.samples * sampler["steps"], say, "step of the test")
@@ -164,8 +164,7 @@ def try_prior(
         if method != "pocs" or not is_coarse(map, prior):
             # As a fraction of the maximum, noise grows when hidden tilts take some of that away.
             before, after = (volume.normalise(x.density, 0, 1)[1].maximum for x in (map, given))
-            noise = settings.noise * before / after
-            observation, _ = observe_wedge(given, prior, replace(narrow, noise=noise))
+            observation, _ = observe_wedge(given, prior, narrow, noise * before / after)
         voxel_size = relative_voxel_size(map, prior)
         pocs = classical_wedge(given, seen, narrow, observation, voxel_size).shown["POCS"]
         if method == "pocs":
@@ -238,8 +237,13 @@ def on_network_grid(map: Map, prior: Prior, settings: TiltSettings) -> tuple[Map
     return work, settings.measured(work) & held
 
 
-def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Observation, float]:
-    """The observation of a map with a missing wedge; its noise as a fraction of the maximum."""
+def observe_wedge(
+    map: Map, prior: Prior, settings: WedgeSettings, noise: float | None = None
+) -> tuple[Observation, float]:
+    """The observation of a map with a missing wedge; its noise as a fraction of the maximum.
+
+    noise: default that of the settings, or else estimated.
+    """
     # The prior lives on its own grid.
     y = map.density
     work, measured = on_network_grid(map, prior, settings)
@@ -249,11 +253,10 @@ def observe_wedge(map: Map, prior: Prior, settings: WedgeSettings) -> tuple[Obse
     # with the root of N, the number of voxels. It is estimated on the coarser of the two grids,
     # because the corners of the finer one, beyond Nyquist, may be empty.
     gain = math.sqrt(work.density.numel() / y.numel())
-    if settings.noise is not None:
-        noise = settings.noise
-    elif gain <= 1:
+    noise = settings.noise if noise is None else noise
+    if noise is None and gain <= 1:
         noise = posterior.estimate_noise(work.density, measured) / gain / maximum
-    else:
+    elif noise is None:
         noise = posterior.estimate_noise(y, settings.measured(map)) / maximum
 
     sigma = noise * maximum * gain

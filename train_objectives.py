@@ -6,7 +6,8 @@
                                          data_pairs.py, data_wedges.py
     vae, lfm                    VAE, DiT reconstruct maps; flow matching of their codes
 
-SCUNet or ViT. vae and lfm: (3) and (5) of model_baselines.py.
+Presets whose names hold "vit" have a ViT for the SCUNet. vae and lfm: (3) and (5) of
+model_baselines.py.
 
 `net` is what the optimiser trains, `ema` its average; for "jepa" `ema` is the target encoder.
 Batches x are (micro, 1, D, D, D) maps, or (micro, 2, D, D, D) pairs: observed, wanted.
@@ -78,7 +79,7 @@ def refuse_unused(cfg: TrainConfig, make: Callable) -> None:
     if make is simulated:
         kind = "simulated maps"
         unused = ["cubic"]
-        if cfg.objective != "flow":
+        if cfg.objective not in GENERATIVE:
             unused.append("center_crops")
     else:
         kind = "real maps"
@@ -196,7 +197,7 @@ def simulated(structures, seed: int, cfg: TrainConfig):
 
 
 def percentiles(cfg: TrainConfig) -> tuple[float, float]:
-    """Of a map, those that become 0 and 1."""
+    """The percentiles of a map that become 0 and 1."""
     return LITERAL if cfg.literal_percentiles else CLIP
 
 
@@ -269,8 +270,8 @@ def split_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
 
 
 def build(cfg: TrainConfig) -> torch.nn.Module:
-    """What the optimiser trains, with random weights."""
-    # CryoFM's network, CryoLVM's, and around the encoder of the latter a predictor.
+    """The network that the optimiser trains, with random weights."""
+    # HDiT for flows. Otherwise the network of the preset; jepa puts a predictor on its encoder.
     if cfg.objective == "flow":
         # The checkpoint records which times the network learns.
         whole = cfg.time_law == "logit-normal"

@@ -115,8 +115,8 @@ def find_sign(density: Tensor, background: float) -> int:
     x = density.detach().double() - background
     smooth = F.avg_pool3d(F.pad(x[None, None], (1,) * 6), 3, stride=1)  # also of one slice
     skew, smooth_skew = skewness(x), skewness(smooth)
-    # Where the two disagree, neither is the protein's.
-    if abs(smooth_skew) < LEAST_SKEW or skew * smooth_skew <= 0:
+    # Where the two disagree, neither is the protein's. A constant map has neither (NaN).
+    if not (abs(smooth_skew) >= LEAST_SKEW and skew * smooth_skew > 0):
         return 0
     return 1 if skew > 0 else -1
 
@@ -170,8 +170,8 @@ def normalise(
         maximum = top_value(density, percentile)
     if not maximum > 0:
         raise ValueError(
-            f"the map's {percentile} percentile is {maximum:g} and must be positive; give a higher "
-            "--percentile, or multiply the map by -1 where protein is dark"
+            f"the map's {percentile} percentile is {maximum:g} and must be positive: protein is "
+            "darker than the background, or hardly any voxel holds density"
         )
 
     # As many values lie below a percentile as above the opposite one of the negative map.

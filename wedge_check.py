@@ -24,6 +24,7 @@ Ours; the idea is that of cross-validation, like the free R factor of crystallog
 them, and on held-out training structures.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ LEAST = 0.01  # of c_k: a shell is never emptied, so that its FSC stays
 
 
 @dataclass(frozen=True)
-class Test:
+class HiddenTilts:
     """How well a method filled in the hidden tilts."""
 
     auc: float  # FSC_AUC with what was measured there, noise included; nan if nothing was hidden
@@ -50,7 +51,7 @@ class Test:
 
 def try_on_hidden_tilts(
     map: Map, settings: TiltSettings, fill: Callable[[Map, TiltSettings], dict[str, Tensor]]
-) -> dict[str, Test]:
+) -> dict[str, HiddenTilts]:
     """How well each method fills in tilts that were measured, by its name.
 
     fill: takes a map and settings of a smaller tilt range; returns the filled maps (D, H, W).
@@ -65,7 +66,7 @@ def try_on_hidden_tilts(
     return {name: compare(x, map, hidden) for name, x in filled.items()}
 
 
-def compare(x: Tensor, map: Map, hidden: Tensor) -> Test:
+def compare(x: Tensor, map: Map, hidden: Tensor) -> HiddenTilts:
     """(1) to (4) for what was filled in, x (D, H, W).
 
     hidden: boolean (D, H, W), `fftfreq` layout, with the mirror image of each coefficient.
@@ -84,25 +85,25 @@ def compare(x: Tensor, map: Map, hidden: Tensor) -> Test:
     # The FSC, up to Nyquist.
     box, _ = fsc.shell_side(x.shape, map.voxel_size)
     curve = (product / (power_x * power_y).sqrt())[: box // 2 + 1]
-    return Test(float(fsc.auc(curve)), factor)
+    return HiddenTilts(float(fsc.auc(curve)), factor)
 
 
 def factor_of(product: Tensor, power_x: Tensor, power_y: Tensor, count: Tensor) -> Tensor:
     """c_k of (4) from the sums over shells in (1) and (2). 1 if nothing was filled in at all."""
-    # Shells without a filling have no say.
-    told = power_x > 0
-    if not told.any():
+    # Leave out shells where nothing was filled in.
+    filled = power_x > 0
+    if not filled.any():
         return torch.ones_like(product)
-    power_x = torch.where(told, power_x, 1.0)
+    power_x = torch.where(filled, power_x, 1.0)
     ratio = product / power_x  # (1)
     error = (power_y / power_x - ratio**2) / count.clamp(min=1)  # (2)
-    ratio = torch.where(told, ratio.clamp(-1, 3), 0.0)
-    error = torch.where(told, error.clamp(0, 4), 0.0)  # 4: squared distance of the cuts from 1
+    ratio = torch.where(filled, ratio.clamp(-1, 3), 0.0)
+    error = torch.where(filled, error.clamp(0, 4), 0.0)  # 4: squared distance of the cuts from 1
 
     # Each shell's weights add up to 1. The error of a mean takes their squares.               (3)
     k = torch.arange(len(count), dtype=ratio.dtype)
     logarithm = count.log() - (k[:, None] - k) ** 2 / (2 * WIDTH**2)
-    weight = logarithm.masked_fill(~told, -torch.inf).softmax(1)
+    weight = logarithm.masked_fill(~filled, -torch.inf).softmax(1)
     ratio = weight @ ratio
     error = weight**2 @ error
 
@@ -121,10 +122,10 @@ def scale_missing(x: Tensor, measured: Tensor, factor: Tensor, voxel_size) -> Te
     return fourier.put_back(x, torch.zeros_like(x), lost)
 
 
-def say_tests(tests: dict[str, Test], settings: TiltSettings, say=print) -> None:
+def say_tests(tests: dict[str, HiddenTilts], settings: TiltSettings, say=print) -> None:
     """Print how well hidden tilts were filled in."""
     low, high = settings.tilt_range
-    if any(test.auc != test.auc for test in tests.values()):
+    if any(math.isnan(test.auc) for test in tests.values()):
         say("test: too few tilts were measured to hide some of them")
         return
     words = ", ".join(f"{name} {test.auc:.3f}" for name, test in tests.items())
@@ -135,7 +136,7 @@ def say_tests(tests: dict[str, Test], settings: TiltSettings, say=print) -> None
 
 
 def judge(
-    tests: dict[str, Test], method: str, settings: TiltSettings, say=print
+    tests: dict[str, HiddenTilts], method: str, settings: TiltSettings, say=print
 ) -> tuple[str, Tensor, dict]:
     """The method after the tests, c_k of what it fills in, and facts for the .json.
 
@@ -151,7 +152,7 @@ def judge(
     return method, tests["POCS" if method == "pocs" else method].factor, facts
 
 
-def pocs_is_better(tests: dict[str, Test], name: str, say=print) -> bool:
+def pocs_is_better(tests: dict[str, HiddenTilts], name: str, say=print) -> bool:
     """Whether POCS filled in the hidden tilts better than method `name`; says so."""
     better = tests["POCS"].auc > tests[name].auc
     if better:

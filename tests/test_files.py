@@ -175,6 +175,20 @@ def test_a_folder_is_listed_by_suffix_in_any_case_without_hidden_files(tmp_path)
     assert [file.name for file in listed] == ["a.MRC", "b.mrc"]
 
 
+@pytest.mark.parametrize(
+    "name, entry",
+    [
+        ("EMD_1234.map.gz", "emd_1234"),  # as deposited
+        ("emd_1234.npy", "emd_1234"),  # prepared
+        ("maps/emd_1234.MRC", "emd_1234"),
+        ("3.2A.mrc", "3.2a"),  # 3.4A.mrc is another entry
+        ("3.4A.mrc.bz2", "3.4a"),
+    ],
+)
+def test_raw_and_prepared_files_of_an_entry_have_one_name(name, entry):
+    assert files.entry_of(Path(name)) == entry
+
+
 def test_one_file_is_listed_as_it_was_given(tmp_path):
     path = tmp_path / ".hidden.mrc"
     path.write_bytes(b"")

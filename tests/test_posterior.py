@@ -388,3 +388,31 @@ def test_an_observation_goes_to_network_scale_and_back():
     scale = volume.normalise(start, prior.mean, prior.std)[1]
     assert observation.scale == scale
     assert float(observation.sigma) == pytest.approx(0.3 / scale.maximum / prior.std)
+
+
+def test_algorithm_1_refuses_an_observation_without_noise():
+    one_shell = torch.ones(SHAPE)
+    one_shell[0, 0, 1] = 0
+    for sigma in (0.0, one_shell):
+        observation = Observation(random(SHAPE), EVERYWHERE, sigma, random(SHAPE))
+        with pytest.raises(ValueError, match="divides by the noise"):
+            posterior.algorithm_1(prior_of(None, 8), observation, [rng()], steps=1)
+
+
+def test_white_noise_of_the_operator_may_be_one_number(monkeypatch):
+    monkeypatch.setattr(posterior, "tiled_velocity", lambda prior, x, *_, **__: 0 * x)
+    found = []
+    for sigma in (0.5, torch.full(SHAPE, 0.5)):
+        observation = Observation(random(SHAPE, 3), EVERYWHERE, sigma, random(SHAPE, 3))
+        settings = dict(steps=3, operator_noise=True)
+        found.append(posterior.algorithm_1(prior_of(None, 8), observation, [rng()], **settings))
+    assert torch.equal(*found)
+
+
+def test_fewer_than_two_samples_have_no_standard_deviation():
+    found = posterior.Moments()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="draw two or more"):
+            found.std()
+        found.add(torch.ones(SHAPE))
+    assert torch.equal(found.std(), torch.zeros(SHAPE))

@@ -225,6 +225,12 @@ def test_mean_and_spread_are_those_of_samples_that_depend_on_seed_and_number_alo
     assert close(values("in_wedge_std.mrc"), samples.std(0))
 
 
+def test_the_largest_noise_is_not_refused_in_the_test_on_hidden_tilts(small, run):
+    # Hidden tilts lower the maximum, so that there the noise is more than 10 times it.
+    run("wedge in.mrc --samples 2 --noise 10 --method prior")
+    assert report_of("in_wedge")["noise"] == 10
+
+
 def test_the_function_gives_what_the_program_writes(small, run, ckpt):
     run("wedge in.mrc --seed 1 --tilt-range -60 65")
     settings = WedgeSettings(tilt_range=(-60, 65), seed=1, steps=2, samples=2)
@@ -989,7 +995,7 @@ REFUSED = {
     "wedge": "wants one map or more; 0 given",
     "wedge in.mrc --steps 0": "steps is 0; give 1 to 10000",
     "wedge in.mrc --samples 0": "samples is 0; give 1 to 1000",
-    "wedge in.mrc --noise nan": "noise is nan; give 0 or more",
+    "wedge in.mrc --noise nan": "noise is nan; give 0 to 10",
     "wedge in.mrc --voxel-size -1": "give 0.1 to 100 Å",
     "wedge in.mrc --seed 5000000000": "seed is 5e[+]09; give 0 to",
     "wedge in.mrc --device toaster": "--device toaster: no such device",

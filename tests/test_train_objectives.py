@@ -210,6 +210,13 @@ def test_a_flag_that_the_data_do_not_use_is_refused(maps, tmp_path, data, flags,
     train_objectives.datasets(replace(cfg, typed=()))
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-vae-4", "tiny-lfm-4"])
+def test_central_crops_of_simulated_maps_are_for_all_that_generates(model):
+    cfg = train.parse(["--model", model, "--data", "procedural", "--center-crops"])
+    train_set, _ = train_objectives.datasets(cfg)
+    assert train_set.box == cfg.crop
+
+
 def test_a_network_that_learns_whole_thousandths_says_so():
     for law, whole in (("uniform", False), ("logit-normal", True)):
         with torch.device("meta"):

@@ -109,6 +109,10 @@ def test_noise_alone_has_no_sign_unless_it_is_given():
     assert "as given" in volume.find_grey_scale(x, background=2.0).notes[0]
 
 
+def test_a_constant_map_has_no_sign():
+    assert volume.find_sign(torch.full((8, 8, 8), 2.0), 2.0) == 0
+
+
 def test_training_maps_lose_background_and_sign():
     x = blob(noise=0.02)
     want, _ = volume.cube(x)
