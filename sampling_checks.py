@@ -3,13 +3,11 @@
     missing power   mean_k (|F y|_k^2) over the missing region, relative to what it would hold if it
                     had the measured region's power in every shell; 0 for an empty wedge      (1)
     negative power  mean of sum_r a b [a < 0] and sum_r a b [b < 0], relative to sum_r a b    (2)
-    misfit          sum_k |F(max(u, 0) - u)|^2 over the measured region, relative to |F y|^2  (3)
 
 a and b are two Wiener filtered half maps. Their noise is independent, so (2) counts signal alone.
 Where noise hides the sign of weak density, (2) is too low if the sum of the density is positive,
-and too high if it is negative. u in (3) is what POCS makes of y: it agrees with y, and is as
-positive as it can be. White noise alone gives half of its share of the power of y.
-Limits are ours. RESULTS.md says on which maps they were measured.
+and too high if it is negative. Limits are ours; RESULTS.md, sections 15 and 16, says on which maps
+they were measured.
 """
 
 import math
@@ -39,13 +37,6 @@ END_STEP = 5.0
 # Simulated maps hold up to .02. From .1 on the average of real half maps is better than its
 # positive part at low noise.
 NEGATIVE_TO_REFUSE = 0.1
-
-
-# Of seven real maps with a larger misfit the prior was worse than POCS on four, and better by .01
-# at most on the others; below it gained .02 on the mean. Masked segments have misfits of .005 at
-# most. There it was worse on three of four, by .03 to .12.
-MISFIT_TO_WARN = 0.15
-MISFIT_OF_A_MASKED_MAP = 0.005
 
 
 # The brightest density of the classical answer over the sharp density's. It was .24 to 1.2 on 24
@@ -225,30 +216,6 @@ def negative_power(maps: list[Tensor], powers: list[Tensor], signal: Tensor, vox
     negative = (product * (a < 0)).sum() + (product * (b < 0)).sum()
     total = float(product.sum())
     return float(negative) / 2 / total if total > 0 else math.nan  # (2)
-
-
-def check_positivity(u: Tensor, y: Tensor, measured: Tensor, sigma: float, say=print) -> float:
-    """(3) for the answer of POCS to a map (D, H, W); says where it makes the prior doubtful.
-
-    measured: boolean (D, H, W). sigma: standard deviation of the noise of y, in its units.
-    """
-    power = float(fourier.apply_fourier(y, measured).square().sum())
-    change = fourier.apply_fourier(u.clamp(min=0) - u, measured)
-    misfit = float(change.square().sum()) / power  # (3)
-    by_noise = 0.5 * sigma**2 * float(measured.float().mean()) * y.numel() / power
-    if misfit - by_noise > MISFIT_TO_WARN:
-        say(
-            f"warning: the measured data ask for negative density ({misfit:.0%} of their power, "
-            f"{by_noise:.0%} expected of noise), which no prior here knows; on such maps POCS was "
-            "as good or better, compare with --method pocs"
-        )
-    elif misfit < MISFIT_OF_A_MASKED_MAP:
-        say(
-            f"the measured data fit positive density but for {misfit:.2%} of their power, as those "
-            "of masked or simulated maps; on masked maps POCS was better, compare with "
-            "--method pocs"
-        )
-    return misfit
 
 
 def check_agreement(half_map_1: Tensor, half_map_2: Tensor, voxel_size) -> None:

@@ -54,7 +54,7 @@ def sharpen(
 
     Raises ValueError if the voxels are far too coarse for the network.
     """
-    check_detail(map, network, "another --ckpt, or use the B-factor of fsc.py --sharpen")
+    check_detail(map, network, "another --ckpt, or use fsc.py --sharpen on the half maps")
     work = mrc.resample_map(map, network.voxel_size)
     found, facts = ask_network(work.density, network, settings, say)
     return answer_of_network(map, found, settings, facts, say)
@@ -134,7 +134,7 @@ def ask_network(
     device = posterior.device_of(network)
     loss = KNOWN_LOSSES.get(network.sha256[:12])
     if loss:
-        say(f"the shipped network is small: {loss}; compare with fsc.py --sharpen")
+        say(f"the shipped network is small: {loss}; compare with the map's positive density")
 
     def progress(calls):
         tiles = sum(len(call) for call in calls)

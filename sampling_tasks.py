@@ -37,7 +37,6 @@ from mrc import Map
 from posterior import Moments, Observation
 from report import Progress, Result, say_work, silent
 from sampling_checks import (
-    check_positivity,
     check_wedge,
     say_unused,
     without_detail,
@@ -111,10 +110,6 @@ def restore_wedge(
     if method == "pocs":
         return scaled(answer, factor, settings, facts)
 
-    # The prior expects density above 0. Check that the measured data allow it.
-    sigma = noise * volume.top_value(y, 99.999)
-    misfit = check_positivity(answer.shown["POCS"], y, measured, sigma, say)
-
     # Draw samples of the posterior.
     moments = Moments()
     tick = Progress(settings.samples * sampler["steps"], say)
@@ -140,7 +135,6 @@ def restore_wedge(
         "method": method,
         "noise": noise,
         "noise_estimated": settings.noise is None,
-        "positive_misfit": misfit,
         "steps": sampler["steps"],
         "box": list(observation.y.shape),
     }

@@ -1,4 +1,4 @@
-"""The layout: the README's table of files is complete, and imports point downwards only."""
+"""The layout: the README's list of files is complete, and imports point downwards only."""
 
 import ast
 import re
@@ -8,11 +8,12 @@ ROOT = Path(__file__).parent.parent
 FILES = {path.stem for path in ROOT.glob("*.py")}
 
 
-def rows():
-    """The files of each row of the README's table, from the top row to the bottom one."""
-    table = (ROOT / "README.md").read_text().split("| files | their one idea |")[1]
-    lines = table.split("\n\n")[0].splitlines()[2:]
-    return [re.findall(r"`(\w+)\.py`", line.split("|")[1]) for line in lines]
+def levels():
+    """The files of each level of the README's list, from the top level to the bottom one."""
+    section = (ROOT / "README.md").read_text().split("## The files")[1].split("## ")[0]
+    levels = re.findall(r"^\d+\. (.*)", section, re.MULTILINE)
+    # A file begins its entry. Others that the entry names do not count.
+    return [re.findall(r"(?:^|; )`(\w+)\.py`", level) for level in levels]
 
 
 def imports(name):
@@ -28,13 +29,13 @@ def imports(name):
     return found & FILES
 
 
-def test_the_table_names_every_file_once():
-    named = [name for row in rows() for name in row]
+def test_the_list_names_every_file_once():
+    named = [name for level in levels() for name in level]
     assert sorted(named) == sorted(FILES)
 
 
-def test_a_file_imports_only_from_the_rows_below_it():
-    floor = {name: -i for i, row in enumerate(rows()) for name in row}
+def test_a_file_imports_only_from_the_levels_below_it():
+    floor = {name: -i for i, level in enumerate(levels()) for name in level}
     upwards = [
         f"{name} imports {other}"
         for name in sorted(FILES)

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_maps import bright_solvent, degraded, fft, filtered, molecule, random, wedge
+from made_maps import bright_solvent, degraded, filtered, molecule, random, wedge
 
 import degrade
 import fourier
 import mrc
 import posterior
 import sampling_checks
-from classical import pocs, wiener
+from classical import wiener
 from report import silent
 from sampling_settings import NetworkWedgeSettings, WedgeSettings
 
@@ -145,28 +145,6 @@ def test_negative_power_counts_signal_and_not_noise(sigma, share):
     # One map is split by noise of the same power.
     found = sampling_checks.negative_power(maps[:1], powers[:1], signal, 1.5)
     assert found == pytest.approx(wanted, abs=0.08)
-
-
-@pytest.mark.parametrize(
-    "offset, noise, words",
-    [(0, 0, "masked or simulated"), (0, 0.1, None), (0.15, 0, "negative density")],
-)
-def test_the_wedge_of_a_map_that_no_positive_density_explains_comes_with_a_warning(
-    offset, noise, words
-):
-    # Solvent brighter than weak protein: negative where the ball is not.
-    truth = molecule((24, 24, 24)) - offset * bright_solvent((24, 24, 24))
-    measured = wedge((24, 24, 24))
-    y = degraded(truth, measured, noise)
-    u = pocs(y, measured)
-    said = []
-    misfit = sampling_checks.check_positivity(u, y, measured, noise, said.append)
-
-    # By its definition, on complex coefficients.
-    change = (fft(u.clamp(min=0)) - fft(u))[measured].abs().square().sum()
-    assert misfit == pytest.approx(float(change / fft(y)[measured].abs().square().sum()), rel=1e-3)
-    assert len(said) == (words is not None)
-    assert words is None or words in said[0]
 
 
 def test_a_filter_that_keeps_every_shell_keeps_the_fsc():
