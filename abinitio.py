@@ -42,7 +42,7 @@ from abinitio_poses import (
 )
 from checkpoint import Prior
 from flow import draw_noise, guided_step, posterior_mean
-from volume import Scale, denormalise, normalise
+from volume import Scale, denormalise, normalise, to_network_scale
 
 # v(x, t, generators) of maps (K, N, N, N) in network scale, one generator for each map.
 Velocity = Callable[[Tensor, float, list[Generator]], Tensor]
@@ -272,15 +272,12 @@ def restore_projections(
     observed = coefficients(images, k)
     poses_of = [poses] * len(generators)
 
-    def network_scale(V):
-        return (V / scale.maximum - scale.mean) / scale.std
-
     def noise():
         return draw_noise(generators, start.shape, start.device)
 
     # Noise the classical density to t_start.
     times = torch.linspace(t_start, 0, steps + 1).tolist()
-    x = (1 - t_start) * network_scale(start) + t_start * noise()
+    x = (1 - t_start) * to_network_scale(start, scale) + t_start * noise()
     for i, (t, s) in enumerate(zip(times, times[1:])):
         # Ask the prior what the density looks like.
         estimate = posterior_mean(x, velocity(x, t, generators), t)
@@ -297,7 +294,7 @@ def restore_projections(
         V = torch.stack(fitted)
 
         # Go to the next, less noisy time.
-        x = (1 - s) * network_scale(V) + s * noise()
+        x = (1 - s) * to_network_scale(V, scale) + s * noise()
     return V
 
 

@@ -131,28 +131,22 @@ def observe(
         found = found._replace(maximum=maximum, error=0.0)
     elif found.maximum is None:
         # Nothing to compare with, so take the maximum of the classical answer.
-        found = found._replace(maximum=volume.normalise(start, 0, 1)[1].maximum)
+        found = found._replace(maximum=volume.positive_maximum(start))
 
     scale = Scale(found.maximum, prior.mean, prior.std)
     device = device_of(prior)
-
-    def to_network(density: Tensor) -> Tensor:
-        # Not clipped: y has noise below 0, and (3) needs all of it.
-        return ((density / scale.maximum - prior.mean) / prior.std).to(device)
-
     sigma = sigma / scale.maximum / prior.std
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device)
     return Observation(
-        to_network(y),
-        measured.to(device),
-        sigma,
-        to_network(start),
-        scale,
-        classical,
-        found.spectrum,
-        found.error,
-        found.blur,
-        found.nearest,
+        y=volume.to_network_scale(y, scale).to(device),
+        measured=measured.to(device),
+        sigma=torch.as_tensor(sigma, dtype=torch.float32, device=device),
+        start=volume.to_network_scale(start, scale).to(device),
+        scale=scale,
+        classical=classical,
+        spectrum=found.spectrum,
+        maximum_error=found.error,
+        blur=found.blur,
+        nearest=found.nearest,
     )
 
 
@@ -179,11 +173,11 @@ def estimate_noise(y: Tensor, measured: Tensor) -> float:
 
 def noise_and_signal(
     maps: list[Tensor], curve: Tensor | None = None, voxel_size=1.0
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The noise power of each map, the signal's power S, and the FSC, all (W//2,).
+) -> tuple[list[Tensor], Tensor]:
+    """The noise power of each map and the signal's power S, all (W//2,), means of |F|^2.
 
-    Entry j is shell j of degrade.py, j/W <= |k| < (j+1)/W, and shell j + 1 of the FSC with the
-    convention "cryofm". Powers are means of |F|^2.
+    Entry j is shell j of degrade.py, j/W <= |k| < (j+1)/W, which is shell j + 1 of the FSC with the
+    convention "cryofm".
     maps: two half maps (D, H, W). Or one map, and curve: signal / (signal + noise) of its power in
     each shell. Raises ValueError if there is no signal.
     """
@@ -205,7 +199,7 @@ def noise_and_signal(
     signal = torch.stack(excess).mean(0).clamp(min=0) * shared
     if not signal.any():
         raise ValueError("no signal: the FSC is below 0.05 in the first shell already")
-    return powers, signal, curve
+    return powers, signal
 
 
 # ---- Algorithm 2

@@ -290,7 +290,7 @@ def noise_of_half_maps(halves: list[Map], settings: DenoiseSettings) -> tuple[li
         curve = torch.as_tensor(curve, dtype=torch.float64)
         curve = curve.expand(first.density.shape[-1] // 2)
     densities = [half.density for half in halves]
-    powers, signal, _ = posterior.noise_and_signal(densities, curve, first.voxel_size)
+    powers, signal = posterior.noise_and_signal(densities, curve, first.voxel_size)
     if len(halves) == 2:
         check_agreement(*densities, first.voxel_size)
     return powers, signal

@@ -157,7 +157,7 @@ def try_prior(
         observation = None
         if method != "pocs" or not is_coarse(map, prior):
             # As a fraction of the maximum, noise grows when hidden tilts take some of that away.
-            before, after = (volume.normalise(x.density, 0, 1)[1].maximum for x in (map, given))
+            before, after = (volume.positive_maximum(x.density) for x in (map, given))
             observation, _ = observe_wedge(given, prior, narrow, noise * before / after)
         voxel_size = relative_voxel_size(map, prior)
         pocs = classical_wedge(given, seen, narrow, observation, voxel_size).shown["POCS"]
@@ -175,7 +175,7 @@ def check_map(
     map: Map, measured: Tensor, settings: WedgeSettings | NetworkWedgeSettings, say=print
 ) -> None:
     """Raises ValueError where protein is dark or the wedge is not empty."""
-    volume.normalise(map.density, 0, 1)  # raises for dark protein
+    volume.positive_maximum(map.density)  # raises for dark protein
     check_wedge(map, measured, settings, settings.discard_measured, say)
 
 
@@ -241,7 +241,7 @@ def observe_wedge(
     # The prior lives on its own grid.
     y = map.density
     work, measured = on_network_grid(map, prior, settings)
-    maximum = volume.normalise(y, 0, 1)[1].maximum
+    maximum = volume.positive_maximum(y)
 
     # Resampling keeps F y / N of each coefficient, so the standard deviation of white noise goes
     # with the root of N, the number of voxels. It is estimated on the coarser of the two grids,

@@ -26,6 +26,7 @@ import fourier
 import fsc
 import grey_scale
 import posterior
+import volume
 from checkpoint import Prior
 from posterior import Moments, Observation
 
@@ -105,20 +106,17 @@ def observe_reference(observation: Observation, x_0: Tensor, seed: int) -> Obser
     # y = A x + n. Missing coefficients are 0 in density, not in network scale.
     generator = augment.item_generator(seed, 0)
     noise = fourier.apply_fourier(torch.randn(shape, generator=generator), sigma)
-    mean, std = observation.scale.mean, observation.scale.std
-    density = (x_0 + noise) * std + mean
-    density = fourier.apply_fourier(density, measured)
-    start = observation.classical(density, measured, sigma * std)
+    scale = observation.scale._replace(maximum=1.0)  # of references
+    density = fourier.apply_fourier(volume.denormalise(x_0 + noise, scale), measured)
+    start = observation.classical(density, measured, sigma * scale.std)
 
-    def to_network(density: Tensor) -> Tensor:
-        return ((density - mean) / std).to(observation.y.device)
-
+    device = observation.y.device
     return replace(
         observation,
-        y=to_network(density),
-        measured=measured.to(observation.y.device),
-        sigma=sigma.to(observation.y.device),
-        start=to_network(start),
+        y=volume.to_network_scale(density, scale).to(device),
+        measured=measured.to(device),
+        sigma=sigma.to(device),
+        start=volume.to_network_scale(start, scale).to(device),
     )
 
 

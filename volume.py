@@ -164,15 +164,10 @@ def normalise(
 
     maximum: p of (1) instead of the map's percentile. low: a percentile that becomes 0 in (1), as
     in LITERAL, instead of the value 0.
-    Raises ValueError if the percentile is not positive: dark protein, or hardly any density.
+    Raises ValueError as `positive_maximum` does, or if the low percentile is as high as p.
     """
     if maximum is None:
-        maximum = top_value(density, percentile)
-    if not maximum > 0:
-        raise ValueError(
-            f"the map's {percentile} percentile is {maximum:g} and must be positive: protein is "
-            "darker than the background, or hardly any voxel holds density"
-        )
+        maximum = positive_maximum(density, percentile)
 
     # As many values lie below a percentile as above the opposite one of the negative map.
     minimum = -top_value(-density, 100 - low) if low else 0.0
@@ -180,6 +175,20 @@ def normalise(
         raise ValueError(f"the map's {low} percentile is {minimum:g}, and its maximum is no larger")
     x = (density.clamp(minimum, maximum) - minimum) / (maximum - minimum)
     return (x - mean) / std, Scale(maximum, mean, std, minimum)  # (1)
+
+
+def positive_maximum(density: Tensor, percentile: float = 99.999) -> float:
+    """p of (1): a high percentile of a map of any shape, its maximum but for outliers.
+
+    Raises ValueError if it is not positive: dark protein, or hardly any density.
+    """
+    maximum = top_value(density, percentile)
+    if not maximum > 0:
+        raise ValueError(
+            f"the map's {percentile} percentile is {maximum:g} and must be positive: protein is "
+            "darker than the background, or hardly any voxel holds density"
+        )
+    return maximum
 
 
 def top_value(density: Tensor, percentile: float) -> float:
@@ -193,6 +202,12 @@ def top_value(density: Tensor, percentile: float) -> float:
     below = float(top[-1])
     above = float(top[max(len(top) - 2, 0)])
     return below + (position - low) * (above - below)
+
+
+def to_network_scale(density: Tensor, scale: Scale) -> Tensor:
+    """(1) without clipping, for observations: their noise goes below 0. Undone by `denormalise`."""
+    x = (density - scale.minimum) / (scale.maximum - scale.minimum)
+    return (x - scale.mean) / scale.std
 
 
 def denormalise(x: Tensor, scale: Scale) -> Tensor:

@@ -95,7 +95,7 @@ def restore(
     """The Wiener filter of the average, and all samples of both halves (2 samples, D, H, W)."""
     # As sampling_half_maps.restore_half_maps does it, but all samples come back.
     densities = [half.density for half in halves]
-    powers, signal, _ = posterior.noise_and_signal(densities)
+    powers, signal = posterior.noise_and_signal(densities)
     noise = settings.noise_on_grid(sum(powers) / 4, halves[0])
     classical = wiener(sum(densities) / 2, noise, signal)
     drawn = []

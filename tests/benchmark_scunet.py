@@ -150,7 +150,7 @@ def answers(task: str, case: Case, networks: dict, prior, args) -> dict[str, Ten
     if prior:
         # As sampling.py does it without --model scunet.
         # The settings count noise in percentiles, the simulation in maxima.
-        percentile = volume.normalise(observed.density, 0, 1)[1].maximum
+        percentile = volume.positive_maximum(observed.density)
         noise = args.noise * float(observed.density.max()) / percentile
         settings = WedgeSettings(method="prior", samples=1, noise=noise)
         result = restore_wedge(observed, prior, settings, silent)

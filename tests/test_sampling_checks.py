@@ -21,7 +21,7 @@ SHAPE = (32, 32, 32)
 def half_maps(truth, sigma):
     """Half maps, the noise power of each per coefficient, and the signal's per shell."""
     maps = [truth + sigma * random(truth.shape, i) for i in (1, 2)]
-    powers, signal, _ = posterior.noise_and_signal(maps)
+    powers, signal = posterior.noise_and_signal(maps)
     return maps, [degrade.expand_shells(power, truth.shape) for power in powers], signal
 
 
