@@ -10,7 +10,8 @@ out of both.
 
 (3) needs no truth. x_1 is made of half map y_1 alone and x_2 of y_2 alone, by any method. The noise
 of y_2 knows nothing of x_1, so that the mean of <x_1, y_2>, a sum over a shell of the transform, is
-<x_1, truth>. Ours; on real maps with noise added it was .02 off the true FSC_AUC (RESULTS.md).
+<x_1, truth>. Ours; on real maps with noise added it was .02 off the true FSC_AUC (RESULTS.md,
+section 16).
 
 `say` is what prints a line: `print`, or `silent` for no output.
 """

@@ -1,7 +1,7 @@
 """What the features know (CryoLVM, appendix G.8): a linear probe for secondary structure.
 
     python data_prepare.py structures structures/train.tsv     # and structures/val.tsv
-    python train.py --model tiny-vit-jepa --steps 150 --batch 4 --data structures/train.npz \\
+    python train.py --model tiny-vit-jepa --steps 200 --batch 4 --data structures/train.npz \\
         --out runs/vit-jepa                                    # and tiny-mae
     python tests/benchmark_probe.py structures/train.npz structures/val.npz \\
         --ckpt weights/scunet_tiny_jepa.pt runs/mae/mae.pt runs/vit-jepa/jepa.pt
@@ -24,7 +24,7 @@ has no phosphorus. The paper states neither its rule nor its probe; its Fig. 17 
 
 If an archive also holds res_ss and res_natom, the share of atoms with the same class is printed.
 G.7 (a model that is easier to build) is not measured, because ModelAngelo needs a GPU and weights
-that are not part of this project. RESULTS.md has a dash there.
+that are not part of this project.
 """
 
 import argparse
