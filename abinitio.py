@@ -11,8 +11,8 @@
 (1)-(5): CryoFM (arXiv:2410.08631) appendix E.2, Algorithm 3, Table 6. (6): FISTA (Beck & Teboulle
 2009) over central slices S_j (abinitio_poses.py). (7): expectation maximisation over poses (Scheres
 2012), annealed (Ueda & Nakano 1998) from random poses.
-Erratum: Algorithm 3 prints x_t - v and + lambda g, which climbs the loss; (5) descends it, and has
-the 1/N.
+Erratum: Algorithm 3 prints x_t - v and + lambda g. Without the length t - s of the step the first
+goes too far, and the second climbs the loss. (5) is what the release does.
 Not stated: the weight of (3) beside (1). Ours divides it by sg(|p|^2), so that both terms lie
 within [-1, 1].
 Departure: the pose search leaves the mean of images out of (1), because it is the same in every
@@ -106,7 +106,7 @@ def projection_loss(p: Tensor, y: Tensor, *, stop_gradient: bool, q: float) -> T
 
 def ball(N: int, device=None) -> Tensor:
     """The inside of the sphere that every projection sees completely: boolean (N, N, N)."""
-    # One voxel less than the box, because projections interpolate.
+    # One voxel less than half the box, because projections interpolate.
     r2 = (torch.arange(N, device=device) - N // 2).square()
     return r2[:, None, None] + r2[:, None] + r2 < (N / 2 - 1) ** 2
 
@@ -259,13 +259,14 @@ def restore_projections(
     steps: int,
     t_start: float,
     iterations: int,
+    max_shift: float,
     tick: Callable = ignore,
 ) -> Tensor:
     """Samples (K, N, N, N), one per generator, that start from the classical density.
 
     The density is noised to t_start. In every step the prior estimates x_0', and (6) moves that
     towards the projections. start (N, N, N): in the units of the images. poses: those of the images
-    to begin with, which each sample refines for itself.
+    to begin with, which each sample refines for itself. max_shift: as in `find_poses`.
     """
     # All samples begin with the poses of the classical density.
     k = frequencies(radius, device=images.device)
@@ -287,7 +288,8 @@ def restore_projections(
         fitted = []
         for j, V_j in enumerate(V):
             if i % 5 == 4:
-                poses_of[j] = find_poses(V_j, images, max_shift=1, radius=radius, start=poses_of[j])
+                search = dict(max_shift=max_shift, radius=radius, start=poses_of[j])
+                poses_of[j] = find_poses(V_j, images, **search)
             centred = observed * phase(k, -poses_of[j].shifts, images.shape[-1])
             fitted.append(fit(V_j, poses_of[j].rotations, centred, k, iterations=iterations))
             tick()
@@ -397,7 +399,7 @@ def samples_of(
         _, scale = normalise(start, prior.mean, prior.std)
 
     # Samples, a few at a time. Each has its own generator.
-    settings = dict(METHODS[method], radius=radius)
+    settings = dict(METHODS[method], radius=radius, max_shift=max_shift)
     if steps:
         settings["steps"] = steps
     settings["tick"] = progress(samples * settings["steps"], "step")
@@ -410,7 +412,7 @@ def samples_of(
                 velocity, images, start, poses, scale, generators, **settings
             )
         else:
-            settings |= dict(max_shift=max_shift, **TABLE_6[losses])
+            settings |= TABLE_6[losses]
             drawn = algorithm_3(velocity, prior, images, generators, **settings)
         for x in drawn:
             # Each sample of Algorithm 3 finds a frame of its own. Take that of the first one.

@@ -279,7 +279,8 @@ def find_poses(
 
     Searches a grid of rotations 15 degrees apart and every shift up to max_shift (voxels) at low
     resolution. Then refines the 8 best rotations of each image, while the angle halves and the
-    resolution rises to `radius` (Fourier shells). start: poses to refine instead of the grid.
+    resolution rises to `radius` (Fourier shells), and may go a little beyond max_shift. 0 leaves
+    all images where they are. start: poses to refine instead of the grid.
     """
     N = images.shape[-1]
     if start is None:
@@ -301,7 +302,7 @@ def find_poses(
         poses = refine(volume, images, shells, poses, angle, step)
         if angle < 5:
             poses = keep_best(poses)
-        # Stop when half the angle moves the last shell by less than half a coefficient.
+        # Stop when the angle moves the last shell by less than half a coefficient.
         if angle < 28 / radius and shells >= radius:
             return Poses(*(x[:, 0] for x in poses))
 

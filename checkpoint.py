@@ -166,8 +166,7 @@ def load(
     content = read_public_hdit(path, time_phase, say) if public else read(path)
     if kind is not None and content["kind"] != kind:
         raise ValueError(
-            f"{path}: holds a {content['kind']} network, this task needs {kind}; "
-            "give another --ckpt"
+            f"{path}: holds a {content['kind']} network, wanted is {kind}; give another file"
         )
     net = build(path, content)
     fields = {name: content[name] for name in ("kind", "voxel_size", "box", "mean", "std")}

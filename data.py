@@ -30,7 +30,8 @@ from augment import (
     window,
 )
 from data_deposited import random_density
-from data_prepare import SETTINGS, on_training_grid, read_index, read_settings
+from data_prepare import SETTINGS, read_index, read_settings
+from data_quality import on_training_grid
 from files import entry_of, list_files
 from mrc import MAP_SUFFIXES, read_map
 from volume import CLIP, GreyScale, center_crop, cube, density_mask, normalise, rotate

@@ -21,8 +21,9 @@ from torch import Generator, Tensor
 from atoms import Structure, molmap, placed, read_model
 from augment import RandomItems, mirror_or_not, random_crop, uniform
 from data_deposited import FINE, deposited
+from data_quality import on_training_grid
 from files import entry_of
-from mrc import read_map, resample_map
+from mrc import read_map
 from volume import CLIP, density_mask, find_grey_scale, normalise, pad
 
 PAIRS = "pairs.csv"  # columns map, model (two files beside it) and resolution (Å)
@@ -133,9 +134,10 @@ def read_pair(
 
     Atoms are weighted by their occupancies. say: gets a line for what was assumed about the model.
 
-    Raises OSError or ValueError for unreadable files, and for a model outside of its map.
+    Raises OSError or ValueError for unreadable files, for voxels that are too coarse, and for a
+    model outside of its map.
     """
-    source = resample_map(read_map(map_file), voxel_size)
+    source = on_training_grid(read_map(map_file), voxel_size)
     model = read_model(model_file)
     for note in model.notes:
         say(f"{model_file}: {note}")

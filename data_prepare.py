@@ -40,9 +40,9 @@ import numpy as np
 import torch
 
 from data_download import build_archive, fetch_maps, map_url
-from data_quality import choose_pairs, read_ids
+from data_quality import choose_pairs, on_training_grid, read_ids
 from files import atomic_write, entry_of, refuse_existing, write_json
-from mrc import Map, read_map, resample_map
+from mrc import read_map
 from terminal import one_line_for_memory, run_program, say
 from volume import CLIP, LITERAL, cube
 
@@ -196,20 +196,6 @@ def begin_or_continue(folder: Path, settings: dict) -> dict[str, dict]:
         if not row["skipped"] and (folder / f"{row['entry']}.npy").exists():
             done[row["entry"]] = row
     return done
-
-
-def on_training_grid(map: Map, voxel_size: float) -> Map:
-    """The map at the voxel size (Å) of a data set.
-
-    Raises ValueError if its own voxels are over twice as large: a network would learn the blur.
-    """
-    coarsest = max(map.voxel_size)
-    if coarsest > 2.01 * voxel_size:
-        raise ValueError(
-            f"voxels of {coarsest:.4g} Å hold none of the detail of {voxel_size:g} Å per voxel; "
-            "leave it out, or give a larger --voxel-size"
-        )
-    return resample_map(map, voxel_size)  # a low-pass, too
 
 
 def prepare_map(

@@ -26,7 +26,7 @@ from pathlib import Path
 import volume
 from atoms_records import Atom, read_atoms
 from files import atomic_write, entry_of
-from mrc import read_map
+from mrc import Map, read_map, resample_map
 
 # What data_pairs.py reads.
 PAIRS = "pairs.csv"
@@ -83,6 +83,20 @@ def windows(shape, voxel_size) -> int:
 def steps_of_epochs(count: int, batch: int = BATCH, epochs: int = EPOCHS) -> int:
     """Optimiser steps that show `count` windows `epochs` times, `batch` at a time."""
     return epochs * math.ceil(count / batch)
+
+
+def on_training_grid(map: Map, voxel_size: float) -> Map:
+    """The map at the voxel size (Å) of a data set.
+
+    Raises ValueError if its own voxels are over twice as large: a network would learn the blur.
+    """
+    coarsest = max(map.voxel_size)
+    if coarsest > 2.01 * voxel_size:
+        raise ValueError(
+            f"voxels of {coarsest:.4g} Å hold none of the detail of {voxel_size:g} Å per voxel; "
+            "leave it out, or give a larger --voxel-size"
+        )
+    return resample_map(map, voxel_size)  # a low-pass, too
 
 
 def candidate_problem(row: dict, folder: Path, held_out: set[str]) -> tuple[str, int]:

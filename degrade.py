@@ -235,18 +235,19 @@ def add_spectral_noise(
     *,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
+    voxel_size=1.0,
 ) -> Tensor:
     """x plus Gaussian noise of a given power spectrum (3): (..., D, H, W) -> the same.
 
     power: E|F noise|^2 per shell (..., W//2) or per coefficient (..., D, H, W), even in k. noise:
     standard normal, one per Hartley coefficient (Departure 2), x's shape; drawn with `generator` if
-    not given.
+    not given. voxel_size: as in `expand_shells`.
     """
     shape = x.shape[-3:]
     if noise is None:
         noise = torch.randn(x.shape, generator=generator, device=x.device)
     if power.shape[-3:] != shape:
-        power = expand_shells(power, shape)
+        power = expand_shells(power, shape, voxel_size)
     noise = hartley(power.sqrt().to(noise.dtype) * noise) / math.prod(shape)
     return x + noise
 

@@ -406,7 +406,7 @@ def dormand_prince(slope: Callable, state: tuple[Tensor, ...], rtol: float, atol
         elif h < 1e-7:
             raise ValueError(
                 f"the ODE cannot pass t = {t:g}, error {size:g}: the velocity jumps or is not "
-                "finite; check the input, or raise rtol and atol"
+                "finite; check the input, or tolerate larger errors (rtol and atol, --tolerance)"
             )
         # Choose the next step so that its error is just below what is tolerated.
         growth = 0.9 * max(size, 1e-4) ** -0.2 if math.isfinite(size) else 0.2

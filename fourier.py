@@ -2,15 +2,15 @@
 
     A x = F^-1[w F x],  w real,  w(-k) = w(k)                                 (1)
     put_back(x, y) = x + F^-1[w F(y - x)]                                     (2)
-    x(r) = sum_k (F x)(k) exp(2 pi i k r),  |k| below both Nyquist limits     (3)
+    x(r) = 1/N sum_k (F x)(k) exp(2 pi i k r),  |k| below both Nyquist limits (3)
 
 (1) is its own transpose, A = A^T. It is a projection, A A = A, where w is a mask. This is the
 operator of CryoFM (arXiv:2410.08631), appendix E.1 and Algorithm 2. (2) replaces coefficients of x
 by those of y, each by the share w (Algorithm 2, line 3, for a mask w). (3) resamples a map.
 
 F is the unnormalised FFT, zero frequency first (the layout of `fftfreq`), in float32 or wider.
-Volumes are (..., D, H, W) = (z, y, x). Triples that belong to a grid (shape, voxel_size) have the
-same order. D, H, W are sides in voxels. Frequencies are in cycles per voxel unless 1/Å is stated.
+Volumes are (..., D, H, W) = (z, y, x), of N = D H W voxels. Triples that belong to a grid (shape,
+voxel_size) have the same order. Frequencies are in cycles per voxel unless 1/Å is stated.
 
 Departure 1: an even box has -Nyquist but no +Nyquist plane, so a mask need not have a mirror image
 there. Operators use the part of a mask that has one (`hermitian_part`), or A A = A would not hold.

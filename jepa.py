@@ -97,13 +97,13 @@ def block_masks(
     if len(sides) == 0:
         raise ValueError(
             f"no block of whole cells holds {scale[0]:g} to {scale[1]:g} of {tuple(grid)} cells; "
-            "give larger crops (48 voxels are 6 cells) or a wider scale"
+            "give larger crops"
         )
     visible = cells - blocks * int(sides.prod(1).max())
     if visible < least:
         raise ValueError(
             f"{blocks} blocks can leave {max(visible, 0)} of {cells} tokens visible, want {least}; "
-            "take larger crops, fewer blocks, or a lower scale"
+            "give larger crops"
         )
 
     # Draw the sides of each block, and then its corner, so that it lies inside the grid.

@@ -56,10 +56,10 @@ class HDiTConfig:
     kernel_size: int = 7  # of the neighbourhood attention, in tokens
     mapping_width: int = 256  # of the time conditioning c
     ff_mult: int = 3
-    # Of the authors' weights; ours have the defaults.
+    # How the network was trained. Ours differ from the defaults by --time-law logit-normal alone.
     time_phase: str = "float32"  # dtype of phi in (7)
     rotary_phase: str = "float32"  # dtype of the angles (4) in the innermost level
-    whole_thousandths: bool = False  # of t are all that the network has learnt (Departure 3)
+    whole_thousandths: bool = False  # it knows only t = 0.000, 0.001, ... (Departure 3)
 
     def __post_init__(self):
         if len(self.depths) != len(self.widths) or not self.depths:
@@ -323,7 +323,8 @@ class HDiT(nn.Module):
 
         # The time conditioning (7).
         self.time_emb = nn.Module()
-        frequencies = torch.randn(config.mapping_width // 2, 1)  # w
+        # w, rounded so that prior.pt, in half precision, has the same.
+        frequencies = torch.randn(config.mapping_width // 2, 1).half().float()
         self.time_emb.register_buffer("weight", frequencies)
         self.time_in_proj = nn.Linear(config.mapping_width, config.mapping_width, bias=False)
 

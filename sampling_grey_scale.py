@@ -58,9 +58,14 @@ def in_work_scale(task):
     return with_any_grey_scale
 
 
-def to_work_scale(map: Map, settings: GreySettings, say=print) -> tuple[Map, GreyScale]:
-    """The map with background 0 and bright protein (1), and its own grey scale."""
-    grey = volume.find_grey_scale(map.density, settings.solvent, settings.invert)
+def to_work_scale(
+    map: Map, settings: GreySettings, say=print, tolerance: float = 0.03
+) -> tuple[Map, GreyScale]:
+    """The map with background 0 and bright protein (1), and its own grey scale.
+
+    tolerance: of `volume.find_grey_scale`.
+    """
+    grey = volume.find_grey_scale(map.density, settings.solvent, settings.invert, tolerance)
     name = map.path.name if map.path else "map"
     for note in grey.notes:
         say(f"{name}: {note}")

@@ -191,7 +191,8 @@ def classical_answers(
         degrade.expand_shells(signal, average.shape, voxel_size) * gain**2,
         voxel_size,
     )
-    if negative <= NEGATIVE_TO_REFUSE:
+    # Where noise hides it (NaN), the usual answer stays.
+    if not negative > NEGATIVE_TO_REFUSE:
         return Classical(average, shown, of_halves, POSITIVE, negative)
 
     # A clamp would lose it.

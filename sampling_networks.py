@@ -124,6 +124,10 @@ def ask_network(
     density: Tensor, network: Prior, settings: NetworkSettings, say=print
 ) -> tuple[Tensor, dict]:
     """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
+    if settings.stride > network.box:
+        raise ValueError(
+            f"--stride {settings.stride}: give {network.box} at most, the side of a tile in voxels"
+        )
     # Clip and scale the map to 0 .. 1 as in training, then to network scale. These networks
     # learnt from blurred maps that were divided by their own percentile, so that is the maximum.
     low, high = network.percentiles

@@ -5,7 +5,6 @@ CryoFM: arXiv:2410.08631, sections 4 and 5.5, appendix B.2; the equations are in
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -93,9 +92,7 @@ def log_likelihood(
     # The prior knows bright protein above solvent at 0. Voxels near 0 are clipped, so that log p
     # feels a background of less than a hundredth of the top. Subtract what is found, however small:
     # then a constant offset of the map changes nothing.
-    if settings.solvent is None:
-        settings = replace(settings, background=volume.find_background(map.density))
-    work, grey = to_work_scale(map, settings, say)
+    work, grey = to_work_scale(map, settings, say, tolerance=0.0)
     say_unlike_a_map(work.density, say)
 
     # Cut the map into tiles. Its sides are filled up with solvent.

@@ -266,7 +266,12 @@ class AnisotropicSettings(DenoiseSettings, TiltSettings):
     tilt_range: tuple[float, float] | None = opt(None, "", type=float, nargs=2)
     tilt_axis: str = AXIS
     # Section 5.2 uses 50.
-    alpha: float = opt(50.0, "noise power outside of the tilt range over inside", POSITIVE)
+    alpha: float = opt(
+        50.0,
+        "noise power outside of the tilt range over inside; with --orientations at most, over the "
+        "mean",
+        POSITIVE,
+    )
     orientations: Tensor | None = opt(
         None,
         "of the particles: a .star file, or lines of rot tilt psi; subtomograms with --tilt-range",

@@ -89,7 +89,7 @@ def parse(argv=None) -> TrainConfig:
     model = typed.pop("model")
     preset = presets[model]
 
-    # The preset must use every flag that was.
+    # Refuse a typed flag that the preset's objective does not use.
     changes = {name: value for name, value in typed.items() if value is not None}
     for name in changes:
         if not used_by(options[name], preset.objective):
@@ -145,7 +145,7 @@ def describe(net, cfg: TrainConfig, ranks, start: int, accumulate: int, micro: i
         ranks.say(f"the learning rate rises to the end: --warmup {cfg.warmup} --steps {cfg.steps}")
 
 
-def stop_failed_run(tally: Tally, done: int, per_batch: int, ranks: Ranks, out: Path) -> None:
+def stop_failed_run(tally: Tally, done: int, per_batch: int, ranks: Ranks, cfg) -> None:
     """Raise ValueError on all ranks if a loss or gradient since the last log line is not finite.
 
     Nothing was saved since, because this comes before every checkpoint. It waits for the GPU.
@@ -170,7 +170,7 @@ def stop_failed_run(tally: Tally, done: int, per_batch: int, ranks: Ranks, out: 
             f"the loss is not finite in micro-batch {batch}, items {first} to "
             f"{first + per_batch - 1} of the data, on rank {batch % ranks.world}"
         )
-    raise ValueError(f"step {step + 1}: {where}; {what_is_kept(out)}")
+    raise ValueError(f"step {step + 1}: {where}; {what_is_kept(cfg)}")
 
 
 def main(argv=None) -> None:
@@ -277,7 +277,7 @@ def train(cfg: TrainConfig, ranks: Ranks, writer: ThreadPoolExecutor) -> None:
         logging = first or evaluating or planned or every(done, cfg.log_every)
         saving = last or planned or due
         if logging or saving:
-            stop_failed_run(tally, done, per_batch, ranks, out)
+            stop_failed_run(tally, done, per_batch, ranks, cfg)
         if logging:
             held_out = []
             if evaluating:
@@ -306,7 +306,10 @@ def train(cfg: TrainConfig, ranks: Ranks, writer: ThreadPoolExecutor) -> None:
 
 def run() -> None:
     """`main`, whose errors are one line each."""
-    hint = "give a smaller --micro-batch, --batch or --crop, or --activation-checkpointing"
+    hint = (
+        "give a smaller --micro-batch, --batch or --crop, or for CryoFM's networks "
+        "--activation-checkpointing"
+    )
     try:
         with one_line_for_memory(hint):
             main()

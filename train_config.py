@@ -7,8 +7,10 @@ in train_presets.py and train_baselines.py.
 
 from dataclasses import dataclass, field, fields
 
+from torch import Generator
+
 from augment import AUGMENTATIONS
-from jepa import JEPAConfig
+from jepa import JEPAConfig, block_masks
 from model_baselines import LatentFlowConfig, VAEConfig, ViTConfig
 from model_hdit import HDiTConfig
 from model_scunet import SCUNetConfig
@@ -172,9 +174,16 @@ class TrainConfig:
         # The plateau scheduler overrules the schedule, and it knows the first optimiser only.
         if self.patience and (self.warmup or self.decay or self.optimizer == "muon"):
             raise ValueError(
-                f"--patience {self.patience} lowers the learning rate by the held-out loss. Drop "
-                "--warmup, --decay and --optimizer muon, or give --patience 0"
+                f"--patience {self.patience}: the held-out loss lowers the learning rate, so give "
+                "--warmup 0, --decay 0 and --optimizer adam or adamw as well (now "
+                f"{self.warmup}, {self.decay:g} and {self.optimizer}), or --patience 0"
             )
+        # Masks of pre-training must fit into the grid of features.
+        if self.objective in PRETRAINING:
+            try:
+                block_masks(1, token_grid(self), Generator())
+            except ValueError as error:
+                raise ValueError(f"--crop {self.crop}: {error}") from None
         if self.objective == "jepa" and self.held_out_crops < 2:
             raise ValueError(
                 f"--held-out-crops {self.held_out_crops}: the collapse metrics of jepa compare "
@@ -215,3 +224,8 @@ def used_by(option, objective: str) -> bool:
     # Without a list of objectives, all use it.
     only = option.metadata["only"]
     return not only or objective in only
+
+
+def token_grid(cfg: TrainConfig) -> tuple[int, int, int]:
+    """Cells of the SCUNet's innermost grid, or the ViT's, along z, y and x."""
+    return (cfg.crop // 2**cfg.net.levels,) * 3

@@ -36,7 +36,15 @@ from checkpoint import NETWORKS, kind_of
 from model_baselines import vae_loss
 from model_hdit import Block, HDiT
 from model_scunet import SwinConvBlock
-from train_config import FLOWS, GENERATIVE, PRETRAINING, RESTORATIONS, TrainConfig, flag
+from train_config import (
+    FLOWS,
+    GENERATIVE,
+    PRETRAINING,
+    RESTORATIONS,
+    TrainConfig,
+    flag,
+    token_grid,
+)
 from volume import CLIP, LITERAL
 
 HELD_OUT_TIMES = (0.05, 0.1, 0.2, 0.4, 0.8)  # as in the authors' release
@@ -299,11 +307,6 @@ def new_network(cfg: TrainConfig) -> torch.nn.Module:
     """A network of the sizes in cfg.net, of the kind that a checkpoint of it holds."""
     network, _ = NETWORKS[kind_of(cfg.net)]
     return network(cfg.net)
-
-
-def token_grid(cfg: TrainConfig) -> tuple[int, int, int]:
-    """Cells of the SCUNet's innermost grid, or the ViT's, along z, y and x."""
-    return (cfg.crop // 2**cfg.net.levels,) * 3
 
 
 def losses(net, ema, x: Tensor, cfg: TrainConfig, generator) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@
 Pre-training takes its learning rate, weight decay and target encoder from jepa.py, which has them
 from the public I-JEPA.
 
-Departure 2 of train_config.py: Muon for the matrices inside "tiny".
+Departure 2 of train_presets.py: Muon for the matrices inside "tiny".
 """
 
 import copy

@@ -123,7 +123,9 @@ class Ranks:
         return DistributedDataParallel(
             net,
             device_ids=[self.local_rank] if self.cuda else None,
-            broadcast_buffers=False,  # buffers never change
+            # Buffers never change, but for the running code_std of a VAE: each rank has its own,
+            # and that of the first is saved.
+            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 

@@ -10,7 +10,7 @@ All hold whole tensors, so a run with --shard resumes one without, and the other
 import os
 import time
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -49,13 +49,13 @@ def network_file(cfg: TrainConfig) -> str:
 def read_training(out: Path, cfg: TrainConfig, micro: int, say=print) -> dict | None:
     """The newest whole checkpoint in `out`, to go on from, with its `path`; None without --resume.
 
-    micro: crops of a micro-batch. Raises OSError if there is none, or if there is one and no
-    --resume; ValueError if all are damaged, or if it does not fit this run.
+    micro: crops of a micro-batch. Raises OSError if --resume finds no checkpoint, or if a new run
+    would overwrite one; ValueError if all are damaged, or if it does not fit this run.
     """
     if not cfg.resume:
         refuse_existing_run(out, cfg)
         return None
-    # --resume: read the state, and refuse what is none.
+    # Read the newest checkpoint. Refuse one without training state.
     saved = read_newest(out, say)
     path = saved["path"]
     training = saved.get("training")
@@ -78,7 +78,7 @@ def read_training(out: Path, cfg: TrainConfig, micro: int, say=print) -> dict | 
             )
     refuse_saved_settings(path, flags, cfg)
 
-    # Say what goes on, and what is other than before.
+    # Say what goes on, and what has changed.
     say(f"resuming {path} after step {training['step']}")
     if cfg.init:
         say(f"  --init {cfg.init} is not read again")
@@ -117,7 +117,7 @@ def read_newest(out: Path, say=print) -> dict:
 
 
 def refuse_existing_run(out: Path, cfg: TrainConfig) -> None:
-    """Raise OSError if a new run would replace a network, be it the one that --init names."""
+    """Raise OSError if a new run would replace a network, also if --init names that network."""
     for path in (out / name for name in CHECKPOINTS):
         if path.exists():
             raise FileExistsError(f"{path}: a run is there; --resume it, or give another --out")
@@ -132,15 +132,16 @@ def is_training(training: dict) -> bool:
     parts = {"net": dict, "optimizers": list, "step": int, "flags": dict}
     if not all(isinstance(training.get(name), kind) for name, kind in parts.items()):
         return False
-    # The plateau scheduler is one of fine-tuning only, None otherwise.
+    # Only fine-tuning has a plateau scheduler; it is None otherwise.
     return training["step"] >= 0 and isinstance(training.get("plateau"), dict | None)
 
 
 def refuse_saved_settings(path: Path, flags: dict, cfg: TrainConfig) -> None:
     """Raise ValueError if a setting has changed that goes on as the optimisers' state has it."""
-    # Pre-training sets its weight decay anew in every step.
+    # Pre-training sets its weight decay anew in every step, but neither begins nor ends one.
     names = ["beta2", "patience"]
-    if cfg.objective not in PRETRAINING:
+    before = flags.get("weight_decay", cfg.weight_decay)
+    if cfg.objective not in PRETRAINING or (before == 0) != (cfg.weight_decay == 0):
         names.append("weight_decay")
     # The plateau scheduler lowers the rate that it finds.
     if cfg.patience:
@@ -264,7 +265,12 @@ def start_from(net: torch.nn.Module, cfg: TrainConfig, say=print) -> None:
 
     # Must be the same kind of network, of the same sizes.
     prior = checkpoint.load(cfg.init, kind=kind)
-    if prior.net.config != cfg.net:
+    sizes = prior.net.config
+    if kind == "hdit":
+        # How it rounds times and angles is no size. A new run does so as its flags say.
+        plain = dict(time_phase="float32", rotary_phase="float32", whole_thousandths=False)
+        sizes = replace(sizes, **plain)
+    if sizes != cfg.net:
         raise ValueError(
             f"{cfg.init}: another network, {prior.net.config}; give the --model it was trained as"
         )
@@ -368,7 +374,7 @@ class Checkpoints:
         Raises ValueError if the weights are not finite; then nothing is written. Waits only for an
         earlier checkpoint that is still being written.
         """
-        refuse_lost_weights(self.state, self.ranks, self.out, step)
+        refuse_lost_weights(self.state, self.ranks, self.cfg, step)
         self.since = time.monotonic()
         writes = self.ranks.rank == 0
         if not (writes or self.cfg.shard):
@@ -443,7 +449,7 @@ def copied(tree, keep: bool):
     return tree_map_only(torch.Tensor, copy, tree)
 
 
-def refuse_lost_weights(state: State, ranks: Ranks, out: Path, step: int) -> None:
+def refuse_lost_weights(state: State, ranks: Ranks, cfg: TrainConfig, step: int) -> None:
     """Raise ValueError on all ranks if a weight is nan, or larger than half precision holds."""
     # One number per tensor is enough: its largest. One is read, because reading waits for a GPU.
     weights = [own_part(p.detach()) for p in (*state.net.parameters(), *state.ema.parameters())]
@@ -453,13 +459,18 @@ def refuse_lost_weights(state: State, ranks: Ranks, out: Path, step: int) -> Non
     if ranks.reduce(torch.tensor(int(lost))):
         raise ValueError(
             f"after step {step} the weights are not finite, or beyond {limit:g}; "
-            f"{what_is_kept(out)}"
+            f"{what_is_kept(cfg)}"
         )
 
 
-def what_is_kept(out: Path) -> str:
+def what_is_kept(cfg: TrainConfig) -> str:
     """What to do after a run that failed, for the end of a message."""
-    newest = out / "checkpoint.pt"
-    if newest.exists():
-        return f"{newest} is still the one of an earlier step: --resume it with a lower --lr"
-    return "nothing is saved: start again with a lower --lr"
+    newest = Path(cfg.out) / "checkpoint.pt"
+    if not newest.exists():
+        return "nothing is saved: start again with a lower --lr"
+    # With --patience the rate is part of what was saved.
+    if cfg.patience:
+        advice = f"begin a new run with --init {newest}, a lower --lr and another --out"
+    else:
+        advice = "--resume it with a lower --lr"
+    return f"{newest} is still the one of an earlier step: {advice}"

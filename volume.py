@@ -122,11 +122,14 @@ def find_sign(density: Tensor, background: float) -> int:
 
 
 def find_grey_scale(
-    density: Tensor, background: float | None = None, invert: bool | None = None
+    density: Tensor,
+    background: float | None = None,
+    invert: bool | None = None,
+    tolerance: float = 0.03,
 ) -> GreyScale:
     """The grey scale of a map (D, H, W). A background or a sign that is given is not measured.
 
-    A background within 0.03 of 0, relative to the brightest protein, counts as 0.
+    A background within `tolerance` of 0, relative to the brightest protein, counts as 0.
     """
     # Dark protein, or bright protein.
     level = find_background(density) if background is None else background
@@ -135,7 +138,7 @@ def find_grey_scale(
 
     # Most maps have their background near 0, and are left as they are.
     top = top_value(sign * (density - level), 99.999)
-    if background is None and abs(level) <= 0.03 * top:
+    if background is None and abs(level) <= tolerance * top:
         level = 0.0
     return GreyScale(level, sign, unclear=found == 0, given=background is not None)
 

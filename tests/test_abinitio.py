@@ -104,6 +104,27 @@ def test_algorithm_3_descends_the_loss_of_its_poses(monkeypatch):
     assert last < -0.6
 
 
+def test_without_shifts_no_sample_moves_an_image(monkeypatch):
+    images = projections()[0][:6]
+    asked = []
+
+    def find_poses(volume, images, *, max_shift, start, **_):
+        asked.append(max_shift)
+        return start
+
+    monkeypatch.setattr(abinitio, "find_poses", find_poses)
+    prior = make_prior()
+    poses = abinitio.Poses(random_rotations(6), torch.zeros(6, 3))
+    N = images.shape[-1]
+    settings = dict(radius=6, steps=5, t_start=0.5, iterations=1, max_shift=0)
+    start = torch.rand(N, N, N, generator=rng())
+    scale = abinitio.Scale(1.0, prior.mean, prior.std)
+    samples = abinitio.restore_projections(
+        lambda x, t, g: 0 * x, images, start, poses, scale, [rng()], **settings
+    )
+    assert asked == [0] and samples.isfinite().all()
+
+
 @pytest.mark.parametrize("method, steps", [("prior", 6), ("paper", 2)])
 def test_sample_i_does_not_depend_on_how_many_are_drawn_at_once(method, steps, monkeypatch):
     images = fourier.resample(projections()[0][:12], (12, 24, 24))

@@ -248,7 +248,7 @@ def test_another_kind_of_network_is_refused_in_one_line(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     checkpoint.save(path, make_net(), **META)
     with pytest.raises(
-        ValueError, match="a.pt: holds a hdit network, this task needs scunet; give another --ckpt"
+        ValueError, match="a.pt: holds a hdit network, wanted is scunet; give another file"
     ):
         checkpoint.load(path, kind="scunet")
     content = checkpoint.read(path)

@@ -121,6 +121,13 @@ def test_real_pairs_are_resampled_and_superres_wants_a_finer_map(folder):
     assert fsc_model.correlation(*pair.maps.float()) < 0.8
 
 
+def test_a_pair_whose_voxels_are_too_coarse_is_left_out(folder):
+    # 1 Å voxels are enough for 0.5 Å per voxel, but not for 0.4: the network would learn the blur.
+    assert data_pairs.read_pairs(folder, "sharpen", 0.5)
+    with pytest.raises(ValueError, match="hold none of the detail of 0.4 Å per voxel"):
+        data_pairs.read_pair(folder / "a.mrc", folder / "a.pdb", "sharpen", 4.0, 0.4)
+
+
 @pytest.mark.parametrize(
     "table, message",
     [

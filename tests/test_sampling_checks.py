@@ -147,6 +147,15 @@ def test_negative_power_counts_signal_and_not_noise(sigma, share):
     assert found == pytest.approx(wanted, abs=0.08)
 
 
+def test_hidden_signs_are_no_negative_power():
+    # Two halves that share no signal: the sum of their product may be negative.
+    a = random(SHAPE, 1)
+    powers = [torch.full(SHAPE, 0.1)] * 2
+    found = sampling_checks.negative_power([a, -a], powers, torch.ones(SHAPE[0] // 2), 1.5)
+    assert found != found
+    assert not found > sampling_checks.NEGATIVE_TO_REFUSE  # as sampling_half_maps.py asks
+
+
 def test_a_filter_that_keeps_every_shell_keeps_the_fsc():
     maps, (noise, _), signal = half_maps(molecule(SHAPE), 0.3)
     assert not signal.all()  # shells of noise alone

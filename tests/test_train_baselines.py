@@ -75,7 +75,7 @@ def test_a_vit_fine_tunes_from_its_own_pre_training_and_from_no_other(tmp_path, 
     priors = [checkpoint.load(file, kind="vit") for file in (jepa, tmp_path / "b/sharpen.pt")]
     before, after = (prior.net.encoder.patches.weight for prior in priors)
     assert 0 < (before - after).abs().max() < 0.05
-    with pytest.raises(ValueError, match="holds a vit network, this task needs scunet"):
+    with pytest.raises(ValueError, match="holds a vit network, wanted is scunet"):
         run(tmp_path / "c", model="small-sharpen", data=atoms, init=jepa)
 
 

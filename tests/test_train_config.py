@@ -104,6 +104,8 @@ def test_a_flag_that_the_model_does_not_use_is_refused(model, flags):
 
 @pytest.mark.parametrize("flags", ["--warmup 10", "--decay 0.5", "--optimizer muon"])
 def test_what_the_plateau_scheduler_would_overrule_is_refused(flags):
-    with pytest.raises(ValueError, match="--patience 5 lowers the learning rate"):
+    with pytest.raises(
+        ValueError, match="--patience 5: the held-out loss lowers the learning rate"
+    ):
         train.parse(["--model", "sharpen", *flags.split()])
     train.parse(["--model", "sharpen", "--patience", "0", *flags.split()])

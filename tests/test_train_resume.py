@@ -241,6 +241,23 @@ def test_init_starts_from_averaged_weights_with_a_fresh_optimiser(tmp_path, maps
         run(tmp_path / "c", data=maps, init=tmp_path / "none.pt")
 
 
+@pytest.mark.parametrize("laws", [("logit-normal", "uniform"), ("logit-normal", "logit-normal")])
+def test_init_takes_the_same_sizes_whatever_law_of_times_they_learnt(tmp_path, maps, laws):
+    run(tmp_path / "a", data=maps, steps=1, time_law=laws[0])
+    init = tmp_path / "a/prior.pt"
+    second = run(tmp_path / "b", data=maps, steps=1, time_law=laws[1], init=init)
+    assert second["config"]["whole_thousandths"] is (laws[1] == "logit-normal")
+
+
+def test_what_to_do_after_a_failed_run_is_something_that_works(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    flow = replace(SMALL, out=str(tmp_path))
+    assert "--resume it with a lower --lr" in train_resume.what_is_kept(flow)
+    # With --patience, --resume refuses another --lr.
+    sharpen = replace(SCUNETS["small-sharpen"], out=str(tmp_path))
+    assert "new run with --init" in train_resume.what_is_kept(sharpen)
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, maps):
     says = r"after step 1 the weights are not finite, or beyond 65504; nothing is saved"
     with pytest.raises(ValueError, match=says):
@@ -268,6 +285,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, maps):
         ("small", "beta2", 0.9, 0.98),
         ("small-sharpen", "lr", 0.5, 0.01),
         ("small-sharpen", "patience", 0, 1),
+        ("small-jepa", "weight_decay", 0, 0.1),
     ],
 )
 def test_resuming_refuses_a_setting_that_the_optimiser_would_not_see(
