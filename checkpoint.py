@@ -10,7 +10,7 @@ stranger runs no code:
     box          voxels per side of its training crops: the tile that sampling.py evaluates
     mean, std    network value = (density / 99.999 percentile - mean) / std; 0 and 1 for "scunet"
     percentiles  of a map that become 0 and 1 before mean and std: volume.CLIP, or LITERAL
-    task         not of "hdit": the objective, such as "jepa", "mae", "sharpen", "vae"
+    task         "" for "hdit": the objective, such as "jepa", "mae", "sharpen", "vae"
     fill         "wedge3d" only: what the wedge held in training, "zeros" or "pocs" (data_wedges.py)
     references   "hdit" only: densities it was trained on, uint8 (n, box, box, box), 255 for the
                  99.999 percentile of the map each was cut from; grey_scale.py compares with them

@@ -6,7 +6,7 @@ the tokens that a slow copy of the encoder f (the target encoder) makes of the h
     s = W f_theta(m x),  s' = W' f_theta'(x)      m = 0 in hidden cells; the copy sees all      (1)
     s^_i = g_phi({s_j + z_j : j visible}, {e + z_k : k hidden})_i   z: positions; e is learned  (2)
     L = E_x <SmoothL1_beta(s^_i - LN s'_i)>       <> over the hidden i and all channels         (3)
-    theta' <- mu theta' + (1 - mu) theta          mu = mu_0 + (mu_1 - mu_0) n / N; W likewise   (4)
+    theta' <- mu theta' + (1 - mu) theta          mu rises to 1 with the step; W likewise       (4)
     MAE: L = E_x <(net(m x) - x)^2>               <> over the hidden voxels                     (5)
 
 Fine-tuning adds to the squared error a divergence of smooth grey-value histograms:

@@ -27,8 +27,8 @@ computes the angles of (4) so, too, which changes them by up to 0.012 (float16) 
 `time_phase` and `rotary_phase` "float16" or "bfloat16" do the same, for the authors' weights.
 Departure 2: a kernel larger than the token grid is clamped to it (NATTEN refuses it), so any map
 size works that is divisible by patch_size * 2^(levels - 1).
-Departure 3: a network that has learnt whole thousandths of t alone is asked at the nearest one,
-because (7) turns by w full circles from one to the next. The release cuts the rest off.
+Departure 3: a network trained on t = 0.000, 0.001, ... alone gets t rounded to the nearest of them,
+because from one to the next (7) turns by w full circles. The release rounds down.
 """
 
 import math

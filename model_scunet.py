@@ -38,7 +38,7 @@ class SCUNetConfig:
     """Sizes of the network; the defaults are Table 5's."""
 
     width: int = 32  # channels of the outermost stage
-    depths: tuple[int, ...] = (2, 2, 2, 2, 2, 2, 2)  # blocks of down_1 2 3, body, up_3 2 1
+    depths: tuple[int, ...] = (2, 2, 2, 2, 2, 2, 2)  # blocks on the way down, of the body, up
     d_head: int = 16
     # Departure 1: section 3.1 says 4, Table 5 and appendix E say 3. The innermost grid of a 48^3
     # map is 6^3, which 4 does not divide.
@@ -268,9 +268,9 @@ class Encoder(nn.Module):
         # Not stated: how sides grow to multiples of 8 w. We repeat the last voxels, as the 2-D
         # SCUNet does. Zeros lower <x^2> in (3) everywhere: what is left of a real map cut to 40^3
         # or 30^3 was then 1.2 to 7 times as far from its uncut output (four maps, untrained).
-        z, y, x_pad = (-n % self.multiple for n in x.shape[2:])
-        if z or y or x_pad:
-            x = F.pad(x, (0, x_pad, 0, y, 0, z), mode="replicate")
+        pad_z, pad_y, pad_x = (-n % self.multiple for n in x.shape[2:])
+        if pad_z or pad_y or pad_x:
+            x = F.pad(x, (0, pad_x, 0, pad_y, 0, pad_z), mode="replicate")
 
         # Keep the input of every stage for the decoder.
         levels = [self.head(x)]

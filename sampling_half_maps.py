@@ -223,7 +223,7 @@ def choose_expected(found: Classical, expected: dict[str, float], say=print) -> 
     if expected[best] <= restored + 2 * EXPECTED_ERROR:
         return False
     say(
-        f"FSC_AUC with the truth that the half maps let expect: {best} {expected[best]:.3f}, prior "
+        f"FSC_AUC with the truth, expected from the half maps: {best} {expected[best]:.3f}, prior "
         f"{restored:.3f}; so {best} is written, and --method prior writes the other"
     )
     found.chosen = best

@@ -80,7 +80,10 @@ def answer_of_network(
 def super_resolve(
     map: Map, network: Prior, settings: NetworkSettings = NetworkSettings(), say=print
 ) -> Result:
-    """Find detail finer than the map's resolution, on a grid that can hold it."""
+    """Find detail beyond the map's resolution. The finer voxel size, its or the network's, is used.
+
+    Raises ValueError if the voxels are far too coarse for the network.
+    """
     map = finer_grid(map, network)
     work = mrc.resample_map(map, network.voxel_size)
     found, facts = ask_network(work.density, network, settings, say)
@@ -89,7 +92,7 @@ def super_resolve(
     seen = work.density.clamp(facts["minimum"], facts["maximum"])
     factor = low_frequency_ratio(seen, found, work.voxel_size)
     facts["grey_scale_factor"] = factor
-    say(f"grey scale: times {factor:.3g}, so that the map agrees with the input beyond 10 Å")
+    say(f"grey scale: times {factor:.3g}, so that detail coarser than 10 Å is as in the input")
     return answer_of_network(map, found * factor, settings, facts, say)
 
 
@@ -103,7 +106,10 @@ def agreement_in_band(x: Tensor, y: Tensor, voxel_size) -> float:
 
 
 def low_frequency_ratio(density: Tensor, x: Tensor, voxel_size) -> float:
-    """The factor that takes x (D, H, W) nearest to the density at 10 Å; 1 if they disagree."""
+    """The factor that takes x (D, H, W) nearest to the density, both low-passed to 10 Å.
+
+    1 if they disagree.
+    """
     a, b = (fourier.lowpass(v, 10.0, voxel_size) for v in (density, x))
     a, b = a - a.mean(), b - b.mean()
     shared = float((a * b).sum())

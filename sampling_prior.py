@@ -1,4 +1,4 @@
-"""What the prior says by itself: new densities, and how likely a density is.
+"""The prior without an observation: new densities, and how likely a density is.
 
 Both are plain functions of a prior and settings that return a Result, as in sampling_tasks.py.
 CryoFM: arXiv:2410.08631, sections 4 and 5.5, appendix B.2; the equations are in flow.py.
@@ -24,7 +24,10 @@ from sampling_settings import GenerateSettings, LikelihoodSettings
 
 
 def generate(prior: Prior, settings: GenerateSettings = GenerateSettings(), say=print) -> Result:
-    """Densities from noise alone. Their 99.999 percentile is about 1."""
+    """Densities from noise alone, (box, box, box) at the prior's voxel size.
+
+    Their 99.999 percentile is about 1. Raises ValueError if memory is short.
+    """
     # By default a density is as large as a training crop.
     box = settings.box or prior.box
     steps = settings.steps or 50
