@@ -101,19 +101,19 @@ def references(dataset) -> Tensor:
 # ---- Radial bands
 
 
-def frequencies(shape, voxel_size=1.0) -> Iterator[Tensor]:
+def frequencies(shape, relative_voxel_size=1.0) -> Iterator[Tensor]:
     """|k| of every coefficient in cycles per voxel, one plane (H, W) after the other.
 
-    So a large map needs no more memory for it. voxel_size: as in `expand`.
+    So a large map needs no more memory for it. relative_voxel_size: as in `expand`.
     """
-    kz, ky, kx = fourier.freq_grid(shape, voxel_size)
+    kz, ky, kx = fourier.freq_grid(shape, relative_voxel_size)
     for k in kz:
         yield (k**2 + ky[0] ** 2 + kx[0] ** 2).sqrt()
 
 
-def middles(n: int, voxel_size: float) -> Tensor:
-    """The frequency in the middle of each of n bands: float64 (n,) in 1/Å."""
-    return (torch.arange(n).double() + 0.5) / (2 * n * voxel_size)
+def middles(n: int, prior_voxel_size: float) -> Tensor:
+    """The frequency in the middle of each of n bands of the prior: float64 (n,) in 1/Å."""
+    return (torch.arange(n).double() + 0.5) / (2 * n * prior_voxel_size)
 
 
 def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
@@ -137,18 +137,18 @@ def band_mean(values: Tensor, weight: Tensor, n: int) -> Tensor:
     return torch.where(band <= source.max(), mean[source], 0)
 
 
-def expand(spectrum: Tensor | None, shape, voxel_size=1.0) -> Tensor:
+def expand(spectrum: Tensor | None, shape, relative_voxel_size=1.0) -> Tensor:
     """A radial filter (n,), positive, on a grid: float32 (D, H, W). Its log is linear in |k|.
 
-    None is 1. voxel_size: that of the grid over the prior's, one number or (z, y, x). The values
-    lie in the middle of their bands.
+    None is 1. relative_voxel_size: that of the grid over the prior's, one number or (z, y, x). The
+    values lie in the middle of their bands.
     """
     if spectrum is None:
         return torch.ones(tuple(shape))
     n = len(spectrum)
     log = spectrum.double().log()
     planes = []
-    for k in frequencies(shape, voxel_size):
+    for k in frequencies(shape, relative_voxel_size):
         place = (k * 2 * n - 0.5).clamp(0, n - 1)
         low = place.long().clamp(max=n - 2)
         planes.append((log[low] + (place - low) * (log[low + 1] - log[low])).exp().float())
@@ -156,12 +156,12 @@ def expand(spectrum: Tensor | None, shape, voxel_size=1.0) -> Tensor:
 
 
 def in_spectrum(
-    spectrum: Tensor | None, x: Tensor, task: Callable[[Tensor], Tensor], voxel_size=1.0
+    spectrum: Tensor | None, x: Tensor, task: Callable[[Tensor], Tensor], relative_voxel_size=1.0
 ) -> Tensor:
     """What a task makes of a map x (D, H, W) in the spectrum (2), brought back to that of x."""
     if spectrum is None:
         return task(x)
-    gain = expand(spectrum, x.shape, voxel_size)
+    gain = expand(spectrum, x.shape, relative_voxel_size)
     return fourier.apply_fourier(task(fourier.apply_fourier(x, gain)), 1 / gain)
 
 
@@ -196,14 +196,16 @@ def signal_power(y: Tensor, measured: Tensor, noise: Tensor, n: int, voxel_size=
     return excess.clamp(min=LEAST_SIGNAL * power + 1e-30) * held
 
 
-def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[Tensor, Tensor]:
-    """g of (2) and h of (5) from S and T in n bands. voxel_size: the prior's, in Å.
+def match_spectrum(
+    signal: Tensor, target: Tensor, prior_voxel_size: float
+) -> tuple[Tensor, Tensor]:
+    """g of (2) and h of (5) from S and T in n bands. prior_voxel_size: in Å.
 
     Both are 1 if fewer than 3 bands are in FITTED.
     """
     n = len(signal)
     held = int((signal > 0).sum())
-    frequency = middles(n, voxel_size)
+    frequency = middles(n, prior_voxel_size)
 
     fitted = (frequency >= FITTED[0]) & (frequency <= FITTED[1]) & (signal > 0)
     if fitted.sum() < 3:
@@ -234,13 +236,13 @@ def match_spectrum(signal: Tensor, target: Tensor, voxel_size: float) -> tuple[T
     return g, (g.log() - log).exp()  # (5)
 
 
-def nearest(signal: Tensor, powers: Tensor, voxel_size: float) -> list[int]:
+def nearest(signal: Tensor, powers: Tensor, prior_voxel_size: float) -> list[int]:
     """The NEAREST of references whose spectra, powers (R, n), have the shape of S, (n,).
 
     All references, if S has fewer than 3 bands beyond COMPARED.
     """
     n = len(signal)
-    frequency = middles(n, voxel_size)
+    frequency = middles(n, prior_voxel_size)
     used = (frequency >= COMPARED) & (signal > 0)
     if used.sum() < 3:
         return list(range(len(powers)))
@@ -256,13 +258,13 @@ def match(
     measured: Tensor,
     sigma: Tensor | float,
     crops: Tensor,
-    voxel_size: float,
-    grid_voxel_size=1.0,
+    prior_voxel_size: float,
+    voxel_size=1.0,
 ) -> Match:
     """The maximum (4), its error, and g, from an observation y (D, H, W) on the prior's grid.
 
-    measured, sigma: as in posterior.Observation, in the units of y. crops: `references`. voxel_size
-    of the prior in Å. grid_voxel_size: that of y, as in `signal_power`. g is None if it does not
+    measured, sigma: as in posterior.Observation, in the units of y. crops: `references`.
+    prior_voxel_size: in Å. voxel_size: that of y, as in `signal_power`. g is None if it does not
     lower `negative_share` by LEAST_REMOVED. All is None if there is no density above 0.
     """
     crops = crops.float() / 255
@@ -271,15 +273,15 @@ def match(
     noise = (torch.as_tensor(sigma).float().square() * y.numel()).expand(shape)
 
     # S and T. T is a mean of shapes, so that all references count alike.
-    signal = signal_power(y, measured, noise, n, grid_voxel_size)
+    signal = signal_power(y, measured, noise, n, voxel_size)
     everything = torch.ones(small)
     powers = [band_mean(fourier.fft3(r).abs().square(), everything, n) for r in crops]
     powers = [p.clamp(min=1e-30) / p[1 : n // 2].mean() for p in powers]
-    chosen = nearest(signal, torch.stack(powers), voxel_size)
+    chosen = nearest(signal, torch.stack(powers), prior_voxel_size)
     crops = crops[chosen]
     powers = [powers[i] for i in chosen]
     target = torch.stack(powers).mean(0)
-    g, h = match_spectrum(signal, target, voxel_size)
+    g, h = match_spectrum(signal, target, prior_voxel_size)
 
     # The observation, filtered.
     S = expand(signal.clamp(min=1e-30), shape)
