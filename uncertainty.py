@@ -6,8 +6,8 @@
 
 s is the standard deviation of the samples and m their smoothed mean, 0 where negative. The samples
 alone are too sure of themselves: their spread is a half to a fifth of the error, because the
-network is not a perfect prior and steps are few. So the reference densities of the checkpoint
-(grey_scale.py) get the map's blur, its missing coefficients and its noise, and are restored by the
+network is not a perfect prior and steps are few. So reference densities of the checkpoint
+(grey_scale.py), the sharpest of those that look like the map, get the map's blur, its missing coefficients and its noise, and are restored by the
 same steps. Their error e is known. (2) makes the mean of V that of e^2. It is the deviance of a
 Poisson variable, and its multiplicative updates are those of Lee & Seung (2001).
 

@@ -1028,7 +1028,7 @@ REFUSED = {
     "sharpen in.mrc --ckpt superres.pt": "superres.pt: trained for superres",
     "sharpen in.mrc --ckpt hdit.pt": "hdit.pt: holds a hdit network, wanted is scunet",
     "sharpen in.mrc --model hdit": "--model hdit does not know --task sharpen",
-    "sharpen in.mrc --ckpt sharpen.pt --stride 13": "in.mrc: tiles of 12 voxels every 13",
+    "sharpen in.mrc --ckpt sharpen.pt --stride 13": "in.mrc: --stride 13: give 12 at most",
     "sharpen in.mrc --ckpt sharpen.pt --stride 0": "stride is 0; give 1 or more",
     "sharpen in.mrc --percentile 0": "percentile is 0; give a number above 0",
     "sharpen in.mrc --stride 99 --ckpt sharpen.pt": "--stride 99: give 12 at most",
