@@ -6,10 +6,11 @@
 
 s is the standard deviation of the samples and m their smoothed mean, 0 where negative. The samples
 alone are too sure of themselves: their spread is a half to a fifth of the error, because the
-network is not a perfect prior and steps are few. So reference densities of the checkpoint
-(grey_scale.py), the sharpest of those that look like the map, get the map's blur, its missing coefficients and its noise, and are restored by the
-same steps. Their error e is known. (2) makes the mean of V that of e^2. It is the deviance of a
-Poisson variable, and its multiplicative updates are those of Lee & Seung (2001).
+network is not a perfect prior and steps are few. So we take reference densities of the checkpoint
+(grey_scale.py), the sharpest of those that look like the map. They get its blur, its missing
+coefficients and its noise, and are restored by the same steps. Their error e is known. (2) makes
+the mean of V that of e^2. It is the deviance of a Poisson variable, and its multiplicative updates
+are those of Lee & Seung (2001).
 
 (3) is an empirical quantile, as in conformal prediction (Vovk et al. 2005). We do not split: z
 comes from the voxels that (2) was fitted to, so it may be a little too small. All of it holds for a
