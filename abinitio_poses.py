@@ -211,12 +211,18 @@ def search(
 
 
 def refine(
-    volume: Tensor, images: Tensor, radius: float, poses: Poses, angle: float, step: float
+    volume: Tensor,
+    images: Tensor,
+    radius: float,
+    poses: Poses,
+    angle: float,
+    step: float,
+    max_shift: float = math.inf,
 ) -> Poses:
     """The best pose around each candidate (P, C) of images (P, N, N), or volumes (P, N, N, N).
 
     Tries turns by 0 or -+ angle (degrees) about each axis, with shifts by 0 or -+ step (voxels)
-    along each. Compares up to Fourier shell `radius`.
+    along each, none longer than max_shift. Compares up to Fourier shell `radius`.
     """
     N = volume.shape[-1]
     dims = images.ndim - 1
@@ -239,6 +245,8 @@ def refine(
 
         # Move the observation back by each of the shifts.
         shift_near = shift[:, :, None] + moves  # (P, C, S, 3)
+        length = shift_near.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        shift_near = shift_near * (max_shift / length).clamp(max=1)
         moved = y_part[:, None, None] * phase(k, -shift_near, N)  # (P, C, S, K)
 
         # Correlate each slice with each moved observation.                          (4)
@@ -279,8 +287,7 @@ def find_poses(
 
     Searches a grid of rotations 15 degrees apart and every shift up to max_shift (voxels) at low
     resolution. Then refines the 8 best rotations of each image, while the angle halves and the
-    resolution rises to `radius` (Fourier shells), and may go a little beyond max_shift. 0 leaves
-    all images where they are. start: poses to refine instead of the grid.
+    resolution rises to `radius` (Fourier shells). start: poses to refine instead of the grid.
     """
     N = images.shape[-1]
     if start is None:
@@ -299,7 +306,7 @@ def find_poses(
         angle /= 2
         step /= 2
         shells = min(radius, shells * 1.5)
-        poses = refine(volume, images, shells, poses, angle, step)
+        poses = refine(volume, images, shells, poses, angle, step, max_shift)
         if angle < 5:
             poses = keep_best(poses)
         # Stop when the angle moves the last shell by less than half a coefficient.

@@ -11,6 +11,7 @@ Positions of atoms are (x, y, z) in Å. Triples of a grid (shape, voxel_size, or
 import io
 import lzma
 import math
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -121,7 +122,7 @@ def read_structure(path: Path, notes: list[str]) -> Structure:
     model = to_model(kept, notes)
     electrons = model.atomic_number * model.occupancy.clamp(0, 1)
     arrays = (model.xyz - model.xyz.mean(0), electrons, model.b_iso)
-    label = path.name.split(".")[0]
+    label = Path(re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)).stem
     return Structure(label, *(x.numpy().astype(np.float32) for x in arrays))
 
 

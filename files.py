@@ -249,12 +249,12 @@ def stop_if_many_refused(path: str | Path, what: str, refused: list[str], count:
 
 
 def entry_of(path: Path) -> str:
-    """The entry that a file holds: its name in lower case without suffixes, emd_1234 or 3.2a.
+    """The entry that a map file holds: its name in lower case without suffixes, emd_1234 or 3.2a.
 
     Entries are held out from training by this name, whether the file is a map as deposited
-    (EMD_1234.map.gz), prepared (emd_1234.npy) or a model.
+    (EMD-1234.map.gz) or prepared (emd_1234.npy).
     """
-    name = path.name.lower()
+    name = path.name.lower().replace("emd-", "emd_")
     for packing in (".gz", ".bz2"):
         name = name.removesuffix(packing)
     return Path(name).stem

@@ -65,10 +65,23 @@ def to_work_scale(
 
     tolerance: of `volume.find_grey_scale`.
     """
-    grey = volume.find_grey_scale(map.density, settings.solvent, settings.invert, tolerance)
     name = map.path.name if map.path else "map"
+    # 0 leaves a map as it is, whatever its values.
+    low, high = float(map.density.min()), float(map.density.max())
+    if settings.solvent and not low <= settings.solvent <= high:
+        raise ValueError(
+            f"a background of {settings.solvent:g} is outside of the values of {name}, {low:g} to "
+            f"{high:g}; give the value of its solvent, or leave it out"
+        )
+    grey = volume.find_grey_scale(map.density, settings.solvent, settings.invert, tolerance)
     for note in grey.notes:
         say(f"{name}: {note}")
+    if grey.contrary:
+        looks, flag = ("bright", "--invert") if grey.sign < 0 else ("dark", "--no-invert")
+        say(
+            f"warning: protein of {name} looks {looks}, but {flag} was given; if that is wrong, "
+            "the result means nothing"
+        )
     if grey.unclear:
         say(f"{name}: if it is dark, give --invert; --no-invert silences this")
         say(

@@ -288,7 +288,8 @@ def noise_of_half_maps(halves: list[Map], settings: DenoiseSettings) -> tuple[li
             curve = settings.snr / (1 + settings.snr)
         else:
             curve = 2 * settings.noise_from_fsc / (1 + settings.noise_from_fsc)
-        curve = torch.as_tensor(curve, dtype=torch.float64)
+        # No map is without noise.
+        curve = torch.as_tensor(curve, dtype=torch.float64).clamp(max=1 - 1e-6)
         curve = curve.expand(first.density.shape[-1] // 2)
     densities = [half.density for half in halves]
     powers, signal = posterior.noise_and_signal(densities, curve, first.voxel_size)

@@ -126,19 +126,28 @@ def finer_grid(map: Map, network: Prior) -> Map:
     return work if work.density.numel() > map.density.numel() else map
 
 
-def ask_network(
-    density: Tensor, network: Prior, settings: NetworkSettings, say=print
-) -> tuple[Tensor, dict]:
-    """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
+def check_stride(settings: NetworkSettings, network: Prior) -> None:
+    """Raises ValueError if tiles would leave gaps."""
     if settings.stride > network.box:
         raise ValueError(
             f"--stride {settings.stride}: give {network.box} at most, the side of a tile in voxels"
         )
+
+
+def ask_network(
+    density: Tensor, network: Prior, settings: NetworkSettings, say=print
+) -> tuple[Tensor, dict]:
+    """The network's answer (D, H, W) to a map at its voxel size, in the map's units; facts."""
+    check_stride(settings, network)
     # Clip and scale the map to 0 .. 1 as in training, then to network scale. These networks
     # learnt from blurred maps that were divided by their own percentile, so that is the maximum.
     low, high = network.percentiles
     if settings.percentile is not None:
         high = settings.percentile
+        if not volume.top_value(density, high) > 0:
+            raise ValueError(
+                f"--percentile {high:g}: not above solvent in this map; 99.999 is usual"
+            )
     x, scale = volume.normalise(density, network.mean, network.std, high, settings.maximum, low)
     check_given_maximum(volume.top_value(density, high), settings, say)
     device = posterior.device_of(network)

@@ -40,6 +40,11 @@ def choose_method(map: Map, prior: Prior, settings: Settings, classical: str, sa
         method = classical.lower()
     elif method == "auto":
         method = "prior"
+    elif coarse and method != classical.lower():
+        say(
+            f"warning: voxels of {max(map.voxel_size):g} Å hold no detail that this network "
+            f"({prior.voxel_size:g} Å) knows; compare with --method {classical.lower()}"
+        )
     say_unused(settings, method, say)
     if coarse:
         say_unused(settings, f"{method} on coarse voxels", say)

@@ -244,7 +244,10 @@ class DenoiseSettings(SampleSettings, MaskSettings):
         None, "FSC of the halves of one map, a .csv of fsc.py", metavar="FSC"
     )
     snr: float | None = opt(
-        None, "of one map: signal over noise power in every shell", POSITIVE, type=float
+        None,
+        "of one map: signal over noise power in every shell",
+        Limits(0.053, sys.float_info.max, "0.053 or more; less has no signal, an FSC below 0.05"),
+        type=float,
     )
 
     def __post_init__(self):

@@ -42,7 +42,7 @@ from sampling_checks import (
     without_detail,
 )
 from sampling_grey_scale import in_work_scale, say_scale, say_spectrum, scale_facts
-from sampling_networks import ask_network
+from sampling_networks import ask_network, check_stride
 from sampling_posterior import (
     choose_method,
     is_coarse,
@@ -272,6 +272,7 @@ def fill_wedge(
     y = map.density
     measured = settings.measured(map)
     check_map(map, measured, settings, say)
+    check_stride(settings, network)
     method = "pocs"
     if choose_method(map, network, settings, "POCS", say) != "pocs":
         method = "network"

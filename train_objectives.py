@@ -157,9 +157,10 @@ def read_maps(cfg: TrainConfig, say) -> list[data.Volume]:
         f"{cfg.data}: {len(refused)} maps skipped, {len(volumes)} read at "
         f"{cfg.voxel_size:g} Å per voxel"
     )
+    if refused and not volumes:
+        raise ValueError(f"{cfg.data}: no map can be used, the first: {refused[0]}")
     # A few bad maps are normal, more hint at a bad download or a wrong folder.
-    if volumes:
-        files.stop_if_many_refused(cfg.data, "maps", refused, len(refused) + len(volumes))
+    files.stop_if_many_refused(cfg.data, "maps", refused, len(refused) + len(volumes))
     return volumes
 
 

@@ -309,6 +309,9 @@ def print_new_scales(prior: checkpoint.Prior, cfg: TrainConfig, say=print) -> No
     print_change("crop", prior.box, cfg.crop, say)
     print_change("mean", prior.mean, cfg.mean, say)
     print_change("std", prior.std, cfg.std, say)
+    if prior.kind == "hdit":
+        law = "logit-normal" if prior.net.config.whole_thousandths else "uniform"
+        print_change("time_law", law, cfg.time_law, say)
     literal = prior.percentiles == LITERAL
     print_change("literal_percentiles", literal, cfg.literal_percentiles, say)
     if prior.task == cfg.objective == "wedge3d":

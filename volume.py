@@ -42,13 +42,15 @@ class GreyScale:
     """Where solvent lies in a map's grey scale, and whether protein is brighter than it.
 
     background: in the map's units. sign: 1 for bright protein, -1 for dark protein. unclear: the
-    sign is a guess. given: the background was not measured.
+    sign is a guess. given: the background was not measured. contrary: the sign was given, and the
+    map looks like the other one.
     """
 
     background: float = 0.0
     sign: int = 1
     unclear: bool = False
     given: bool = False
+    contrary: bool = False
 
     @property
     def notes(self) -> list[str]:
@@ -112,11 +114,13 @@ def find_sign(density: Tensor, background: float) -> int:
     density: (D, H, W). Protein fills the smaller part of a box and is far from the background, so
     the values are skewed to its side. Noise is not. The mean over 3^3 voxels has less noise.
     """
+    if density.min() == density.max():
+        return 0
     x = density.detach().double() - background
     smooth = F.avg_pool3d(F.pad(x[None, None], (1,) * 6), 3, stride=1)  # also of one slice
     skew, smooth_skew = skewness(x), skewness(smooth)
-    # Where the two disagree, neither is the protein's. A constant map has neither (NaN).
-    if not (abs(smooth_skew) >= LEAST_SKEW and skew * smooth_skew > 0):
+    # Where the two disagree, neither is the protein's.
+    if abs(smooth_skew) < LEAST_SKEW or skew * smooth_skew <= 0:
         return 0
     return 1 if skew > 0 else -1
 
@@ -133,14 +137,22 @@ def find_grey_scale(
     """
     # Dark protein, or bright protein.
     level = find_background(density) if background is None else background
-    found = find_sign(density, level) if invert is None else 1
-    sign = -1 if invert or found < 0 else 1
+    found = find_sign(density, level)
+    sign = -1 if found < 0 else 1
+    if invert is not None:
+        sign = -1 if invert else 1
 
     # Most maps have their background near 0, and are left as they are.
     top = top_value(sign * (density - level), 99.999)
     if background is None and abs(level) <= tolerance * top:
         level = 0.0
-    return GreyScale(level, sign, unclear=found == 0, given=background is not None)
+    return GreyScale(
+        level,
+        sign,
+        unclear=invert is None and found == 0,
+        given=background is not None,
+        contrary=invert is not None and found == -sign,
+    )
 
 
 class Scale(NamedTuple):

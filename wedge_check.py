@@ -38,6 +38,7 @@ from sampling_settings import TiltSettings
 
 SHARE = 1 / 12  # of the tilt range, hidden at each of its ends: 10 degrees of +-60
 WIDTH = 2.0  # s of (3), in shells
+NO_BETTER_THAN_CHANCE = 0.05  # FSC_AUC; a crop of a noisy average had .025, real maps .1 and more
 LEAST = 0.01  # of c_k: a shell is never emptied, so that its FSC stays
 
 
@@ -133,6 +134,11 @@ def say_tests(tests: dict[str, HiddenTilts], settings: TiltSettings, say=print) 
         f"test: {SHARE * (high - low):.3g} degrees of measured tilts at each end were hidden and "
         f"filled in; FSC_AUC with what was measured there, noise included: {words}"
     )
+    if max(test.auc for test in tests.values()) < NO_BETTER_THAN_CHANCE:
+        say(
+            "warning: no method filled them in better than chance, so the wedge stays nearly "
+            "empty; check --tilt-range, --tilt-axis and the sign of protein"
+        )
 
 
 def judge(

@@ -204,6 +204,14 @@ def test_poses_of_clean_projections_are_found():
     assert (found.shifts - shift).norm(dim=1).median() < 0.1
 
 
+@pytest.mark.parametrize("max_shift", [0, 0.01, 0.5])
+def test_no_image_is_shifted_by_more_than_the_limit(max_shift):
+    images, _, shift = projections()
+    assert shift.norm(dim=1).max() > 0.6
+    found = abinitio_poses.find_poses(density(), images[:6], max_shift=max_shift, radius=12)
+    assert float(found.shifts.norm(dim=1).max()) <= max_shift + 1e-6
+
+
 def low_passed_without_mean(x):
     """Images x (..., N, N) of the frequencies 0 < |k| <= 5."""
     r = torch.fft.fftfreq(BOX) * BOX

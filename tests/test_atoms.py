@@ -203,6 +203,10 @@ def test_archives_and_pdb_files_hold_the_same_structures(tmp_path):
         lines.append(f"{atom}  1.00{i:6.2f}          {e:>2}")
     (tmp_path / "one.pdb").write_text("\n".join(lines))
     (tmp_path / "notes.txt").write_text("not a model")
+    (tmp_path / "other").mkdir()
+    for name in ("3.2A.pdb", "3.4A.PDB"):  # two models, not one called 3
+        (tmp_path / "other" / name).write_text("\n".join(lines))
+    assert [model.label for model in read_structures(tmp_path / "other")] == ["3.2A", "3.4A"]
     *archived, read = read_structures(tmp_path)  # a folder: all archives and models in it
     assert [model.label for model in archived] == ["one", "two"]
     (again,) = read_structures(tmp_path / "one.pdb")

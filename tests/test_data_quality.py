@@ -83,6 +83,15 @@ def test_entries_of_the_test_set_are_left_out_and_older_pairs_stay(folder):
         data_quality.choose_pairs(folder / "candidates.csv", None)
 
 
+@pytest.mark.parametrize("name", ["EMD-1.map", "emd_1.v2.mrc", "emd_1_box.mrc"])
+def test_an_entry_of_the_test_set_is_left_out_by_any_of_its_names(folder, name):
+    (folder / "emd_1.mrc").rename(folder / name)
+    row = {"map": name, "model": "1.pdb", "resolution": "3.5"}
+    problem, _ = data_quality.candidate_problem(row, folder, {"emd_1"})
+    assert problem == "held out by --held-out"
+    assert data_quality.candidate_problem(row, folder, {"emd_2"})[0] == ""
+
+
 def test_an_epoch_shows_every_window_once(folder):
     # 75 x 90 x 105 Å: windows of 48 begin at 0, 24, 27 | 0, 24, 42 | 0, 24, 48, 57.
     assert data_quality.windows((50, 60, 70), (1.5, 1.5, 1.5)) == 3 * 3 * 4

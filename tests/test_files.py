@@ -181,6 +181,7 @@ def test_a_folder_is_listed_by_suffix_in_any_case_without_hidden_files(tmp_path)
         ("EMD_1234.map.gz", "emd_1234"),  # as deposited
         ("emd_1234.npy", "emd_1234"),  # prepared
         ("maps/emd_1234.MRC", "emd_1234"),
+        ("EMD-1234.map", "emd_1234"),
         ("3.2A.mrc", "3.2a"),  # 3.4A.mrc is another entry
         ("3.4A.mrc.bz2", "3.4a"),
     ],

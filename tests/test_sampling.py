@@ -372,6 +372,15 @@ def test_a_truth_whose_sign_is_not_clear_has_that_of_the_input(run):
     assert report_of("in_wedge")["fsc"]["input"]["auc"] > 0.3
 
 
+def test_a_sign_that_contradicts_the_map_comes_with_a_warning(run, capsys):
+    write_mrc("in.mrc", filtered(molecule(SHAPE), wedge(SHAPE)))
+    run("wedge in.mrc --method pocs --invert")
+    said = capsys.readouterr().out
+    assert "protein of in.mrc looks bright, but --invert was given" in said
+    run("wedge in.mrc --method pocs --no-invert -o plain.mrc")
+    assert "looks" not in capsys.readouterr().out
+
+
 def test_no_resolution_is_printed_beyond_the_box(small, run, capsys):
     write_mrc("truth.mrc", molecule(SHAPE).roll(8, 0))
     run("wedge in.mrc --method pocs --truth truth.mrc")
@@ -998,6 +1007,7 @@ REFUSED = {
     "wedge": "wants one map or more; 0 given",
     "wedge in.mrc --steps 0": "steps is 0; give 1 to 10000",
     "wedge in.mrc --samples 0": "samples is 0; give 1 to 1000",
+    "wedge in.mrc --background 9": "a background of 9 is outside of the values of in.mrc",
     "wedge in.mrc --noise nan": "noise is nan; give 0 to 10",
     "wedge in.mrc --voxel-size -1": "give 0.1 to 100 Å",
     "wedge in.mrc --seed 5000000000": "seed is 5e[+]09; give 0 to",
@@ -1018,7 +1028,7 @@ REFUSED = {
     "denoise half1.mrc --noise-from-fsc empty.csv": "empty.csv",
     "denoise half1.mrc --noise-from-fsc half2.mrc": "half2.mrc",
     "denoise half1.mrc --noise-from-fsc short.csv --snr 1": "--snr and --noise-from-fsc: give one",
-    "denoise half1.mrc --snr 0": "snr is 0; give a positive number",
+    "denoise half1.mrc --snr 0": "snr is 0; give 0.053 or more",
     "denoise half1.mrc noise.mrc": "no signal: the FSC is below 0.05",
     "denoise half1.mrc half2.mrc --tilt-range -60 60": "--tilt-range: --task denoise does not",
     "anisotropic half1.mrc half2.mrc": "give --tilt-range MIN MAX .*or --orientations FILE",

@@ -152,8 +152,10 @@ def test_nothing_to_train_on_is_one_clear_line(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.mrc").write_bytes(b"junk")
     (tmp_path / "notes.txt").write_text("hello")
-    for path in ("empty", "bad", "notes.txt"):
-        says = f"{path}: nothing to train on; give a folder of maps"
+    nothing = "nothing to train on; give a folder of maps"
+    unusable = "no map can be used, the first: .*a.mrc"
+    for path, words in (("empty", nothing), ("bad", unusable), ("notes.txt", nothing)):
+        says = f"{path}: {words}"
         with pytest.raises(ValueError, match=says):
             datasets(tmp_path / path)
     with pytest.raises(OSError, match="none: no such file or folder"):

@@ -110,7 +110,8 @@ def test_noise_alone_has_no_sign_unless_it_is_given():
 
 
 def test_a_constant_map_has_no_sign():
-    assert volume.find_sign(torch.full((8, 8, 8), 2.0), 2.0) == 0
+    for background in (2.0, 0.0):
+        assert volume.find_sign(torch.full((8, 8, 8), 2.0), background) == 0
 
 
 def test_training_maps_lose_background_and_sign():
