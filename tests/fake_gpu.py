@@ -27,6 +27,7 @@ import small_runs
 import flow
 import jepa
 import train
+import train_config
 import train_log
 import train_objectives
 import train_optim
@@ -125,7 +126,9 @@ def stops_per_step(model: str) -> list[int]:
     # Histograms are made in pieces, by the kind of device.
     patches[jepa] = dict(PIECE={DEVICE.type: jepa.PIECE["cuda"]})
     if cfg.objective in PRETRAINING:  # masks are drawn on the CPU, with numbers
-        patches[jepa] |= dict(block_masks=with_numbers(jepa.block_masks))
+        masks = with_numbers(jepa.block_masks)
+        patches[jepa] |= dict(block_masks=masks)
+        patches[train_config] = dict(block_masks=masks)
     else:  # times and noise are drawn on the GPU
         patches[train]["noise_generator"] = lambda *_: None
     with contextlib.ExitStack() as stack:

@@ -7,7 +7,9 @@ from made_maps import close, fft, filtered, random, wedge
 import fsc
 import wedge_check
 from mrc import Map
+from report import silent
 from sampling_settings import WedgeSettings
+from wedge_check import HiddenTilts
 
 SHAPE = (20, 24, 22)
 SETTINGS = WedgeSettings(tilt_range=(-60, 60))
@@ -80,6 +82,15 @@ def test_a_method_sees_nothing_of_the_hidden_tilts():
     assert tests["oracle"].auc == pytest.approx(1)
     assert abs(tests["POCS"].auc) < 0.1
     assert not wedge_check.pocs_is_better(tests, "oracle")
+
+
+@pytest.mark.parametrize(
+    "name, pocs, better", [("prior", 0.51, False), ("prior", 0.53, True), ("network", 0.51, True)]
+)
+def test_pocs_must_beat_the_prior_by_a_margin_and_the_network_by_none(name, pocs, better):
+    none = torch.ones(1)
+    tests = {"POCS": HiddenTilts(pocs, none), name: HiddenTilts(0.5, none)}
+    assert wedge_check.pocs_is_better(tests, name, silent) == better
 
 
 def test_only_missing_coefficients_are_scaled_each_by_the_factor_of_its_shell():
