@@ -230,7 +230,7 @@ def say_expected(expected: dict[str, float], say=print) -> None:
     if expected[result] < expected[best] - EXPECTED_ERROR:
         say(
             f"warning: by this measure {best} is better than the result ({result}), so that this "
-            "map is unlike what the method takes for granted"
+            "map, or the directions given for its noise, is not what the method takes for granted"
         )
 
 

@@ -271,6 +271,10 @@ def without_detail(
             "warning: this map holds no detail that the prior knows: it is noise alone, or blurred "
             "more than all it was trained on. If it is noise, every result of it means nothing"
         )
+        # Noise that was given may be wrong.
+        given = [name for name in ("noise", "snr") if getattr(settings, name, None) is not None]
+        if given:
+            words += f". Or {flag_of(given[0])} does not fit it"
         if settings.method == "auto":
             say(f"{words}; {classical} instead, name a --method to use the prior all the same")
             say_unused(settings, classical.lower(), say)

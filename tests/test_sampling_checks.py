@@ -60,6 +60,14 @@ def test_a_map_without_detail_gets_the_classical_answer(brightness, method):
     assert len(said) == (3 if method == "pocs" else 0)
     assert ("--steps: not used by method pocs" in said) == (method == "pocs")
 
+    # Noise that was given may be wrong, and is named.
+    assert not [line for line in said if "--noise" in line]
+    settings = WedgeSettings(method="prior", noise=9.0)
+    said.clear()
+    sampling_checks.without_detail(observation, settings, "prior", "POCS", said.append)
+    assert len(said) == (method == "pocs")
+    assert all("--noise does not fit it" in line for line in said)
+
 
 # ---- The wedge
 
