@@ -288,8 +288,9 @@ def restore_projections(
         fitted = []
         for j, V_j in enumerate(V):
             if i % 5 == 4:
-                search = dict(max_shift=max_shift, radius=radius, start=poses_of[j])
-                poses_of[j] = find_poses(V_j, images, **search)
+                poses_of[j] = find_poses(
+                    V_j, images, max_shift=max_shift, radius=radius, start=poses_of[j]
+                )
             centred = observed * phase(k, -poses_of[j].shifts, images.shape[-1])
             fitted.append(fit(V_j, poses_of[j].rotations, centred, k, iterations=iterations))
             tick()

@@ -11,7 +11,6 @@ Positions of atoms are (x, y, z) in Å. Triples of a grid (shape, voxel_size, or
 import io
 import lzma
 import math
-import re
 import zipfile
 import zlib
 from collections import Counter
@@ -25,7 +24,7 @@ from torch import Generator, Tensor
 
 from atoms_records import ATOMIC_NUMBER, MODEL_SUFFIXES, Atom, one_location, read_atoms
 from augment import random_rotation, uniform
-from files import list_files, stop_if_many_refused
+from files import bare_name, list_files, stop_if_many_refused
 from fourier import triple
 
 
@@ -122,8 +121,7 @@ def read_structure(path: Path, notes: list[str]) -> Structure:
     model = to_model(kept, notes)
     electrons = model.atomic_number * model.occupancy.clamp(0, 1)
     arrays = (model.xyz - model.xyz.mean(0), electrons, model.b_iso)
-    label = Path(re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)).stem
-    return Structure(label, *(x.numpy().astype(np.float32) for x in arrays))
+    return Structure(bare_name(path), *(x.numpy().astype(np.float32) for x in arrays))
 
 
 def read_archive(path: Path) -> list[Structure]:

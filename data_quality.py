@@ -101,11 +101,9 @@ def on_training_grid(map: Map, voxel_size: float) -> Map:
 
 def candidate_problem(row: dict, folder: Path, held_out: set[str]) -> tuple[str, int]:
     """(why a row of the candidates makes no pair, 0), or ("", its number of windows)."""
-    # What the lists say.
-    # emd_1234_box.mrc is still EMD-1234.
-    label = entry_of(Path(row["map"]))
-    number = re.match(r"emd_\d+", label)
-    if (number[0] if number else label) in held_out:
+    # What the lists say. emd_1234_box.mrc is still EMD-1234.
+    entry = re.match(r"emd_\d+", entry_of(Path(row["map"])))
+    if entry and entry[0] in held_out:
         return "held out by --held-out", 0
     if "0.143" not in row.get("resolution_method", "0.143"):
         return "rule 5: resolution not by the FSC at 0.143", 0

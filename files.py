@@ -14,6 +14,7 @@ write_json(path, value)                       NaN and infinity become null
 refuse_existing(outputs, inputs, overwrite)   call it before the work, not after it
 list_files(path, suffixes)                    the files of a folder, without hidden ones
 entry_of(path)                                the name under which a file is held out from training
+bare_name(path)                               the name of a file without its suffixes
 stop_if_many_refused(path, what, ...)         a data set in which too much cannot be read
 """
 
@@ -254,10 +255,13 @@ def entry_of(path: Path) -> str:
     Entries are held out from training by this name, whether the file is a map as deposited
     (EMD-1234.map.gz) or prepared (emd_1234.npy).
     """
-    name = path.name.lower().replace("emd-", "emd_")
-    for packing in (".gz", ".bz2"):
-        name = name.removesuffix(packing)
-    return Path(name).stem
+    return bare_name(path).lower().replace("emd-", "emd_")
+
+
+def bare_name(path: Path) -> str:
+    """The name of a file without its suffix and that of its packing: 3.2A of 3.2A.pdb.gz."""
+    packed = path.suffix.lower() in (".gz", ".bz2")
+    return Path(path.stem).stem if packed else path.stem
 
 
 def list_files(path: str | Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -75,21 +75,15 @@ def block_sides(grid: tuple[int, int, int], scale: tuple[float, float], aspect: 
     return sides[in_scale & compact]
 
 
-def block_masks(
-    maps: int,
+def fitting_sides(
     grid: tuple[int, int, int],
-    generator: Generator | None = None,
-    *,
     blocks: int = 4,
     scale: tuple[float, float] = (0.15, 0.2),
     aspect: float = 1.5,
     least: int = 8,
 ) -> Tensor:
-    """token_mask (maps, d, h, w): False in `blocks` random blocks, anywhere, free to overlap.
+    """`block_sides` of masks that leave enough of a grid. Arguments: see `block_masks`.
 
-    scale, aspect: see `block_sides`. least: tokens that stay visible at least. On 6^3 cells only
-    blocks of 3 x 3 x 4 cells, in any order, fit. On average 54 % stay visible. I-JEPA draws one
-    size of block per batch, we draw one per block.
     Raises ValueError if no block fits, or if fewer than `least` tokens could stay visible.
     """
     sides = block_sides(grid, scale, aspect)
@@ -105,6 +99,27 @@ def block_masks(
             f"{blocks} blocks can leave {max(visible, 0)} of {cells} tokens visible, want {least}; "
             "give larger crops"
         )
+    return sides
+
+
+def block_masks(
+    maps: int,
+    grid: tuple[int, int, int],
+    generator: Generator | None = None,
+    *,
+    blocks: int = 4,
+    scale: tuple[float, float] = (0.15, 0.2),
+    aspect: float = 1.5,
+    least: int = 8,
+) -> Tensor:
+    """token_mask (maps, d, h, w): False in `blocks` random blocks, anywhere, free to overlap.
+
+    scale, aspect: see `block_sides`. least: tokens that stay visible at least. On 6^3 cells only
+    blocks of 3 x 3 x 4 cells, in any order, fit. On average 54 % stay visible. I-JEPA draws one
+    size of block per batch, we draw one per block.
+    Raises ValueError as `fitting_sides` does.
+    """
+    sides = fitting_sides(grid, blocks, scale, aspect, least)
 
     # Draw the sides of each block, and then its corner, so that it lies inside the grid.
     device = "cpu" if generator is None else generator.device

@@ -69,7 +69,7 @@ DENOISE = {
     "prior": PRIOR,
     "paper": dict(steps=1000, lambda_max=5.0, turned=False),
 }
-# Of the noise that (3) copies from y; see `least_rho`.
+# Bounds the noise that (3) copies from y, see `least_rho`.
 LEAK = 1 / 8
 
 
@@ -438,7 +438,7 @@ class Moments:
         self.square = delta.mul_(x - self.mean).add_(self.square)
 
     def std(self) -> Tensor:
-        """Of one sample, without bias. Raises ValueError if there are fewer than two samples."""
+        """The standard deviation of the samples. Raises ValueError if there are fewer than two."""
         if self.count < 2:
             raise ValueError(f"{self.count} sample(s) have no standard deviation; draw two or more")
         return (self.square / (self.count - 1)).sqrt()

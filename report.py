@@ -229,8 +229,8 @@ def say_expected(expected: dict[str, float], say=print) -> None:
     result = list(expected)[-1]
     if expected[result] < expected[best] - EXPECTED_ERROR:
         say(
-            f"warning: by this measure {best} is better than the result ({result}), so that this "
-            "map, or the directions given for its noise, is not what the method takes for granted"
+            f"warning: by this measure {best} is better than the result ({result}), so "
+            "this map, or the directions given for its noise, may not suit the method"
         )
 
 

@@ -38,7 +38,6 @@ END_STEP = 5.0
 # positive part at low noise.
 NEGATIVE_TO_REFUSE = 0.1
 
-
 # The brightest density of the classical answer over the sharp density's. It was .24 to 1.2 on 24
 # real maps, .13 at least with four times their own noise, 6 to 13 on white noise alone, and 5 to 7
 # on maps without any detail finer than 12 Å.

@@ -66,13 +66,8 @@ def to_work_scale(
     tolerance: of `volume.find_grey_scale`.
     """
     name = map.path.name if map.path else "map"
-    # 0 leaves a map as it is, whatever its values.
-    low, high = float(map.density.min()), float(map.density.max())
-    if settings.solvent and not low <= settings.solvent <= high:
-        raise ValueError(
-            f"a background of {settings.solvent:g} is outside of the values of {name}, {low:g} to "
-            f"{high:g}; give the value of its solvent, or leave it out"
-        )
+    if settings.solvent:  # 0 leaves a map as it is, whatever its values
+        check_solvent(map, settings.solvent, name)
     grey = volume.find_grey_scale(map.density, settings.solvent, settings.invert, tolerance)
     for note in grey.notes:
         say(f"{name}: {note}")
@@ -89,6 +84,16 @@ def to_work_scale(
             "noise, every result of it means nothing"
         )
     return replace(map, density=grey.to_work(map.density)), grey
+
+
+def check_solvent(map: Map, solvent: float, name: str) -> None:
+    """Raises ValueError if a background that was given is none of the map's values."""
+    low, high = float(map.density.min()), float(map.density.max())
+    if not low <= solvent <= high:
+        raise ValueError(
+            f"a background of {solvent:g} is outside of the values of {name}, {low:g} to "
+            f"{high:g}; give the value of its solvent, or leave it out"
+        )
 
 
 def say_scale(observation: Observation, settings: GreySettings, say=print) -> None:

@@ -144,12 +144,11 @@ def ask_network(
     low, high = network.percentiles
     if settings.percentile is not None:
         high = settings.percentile
-        if not volume.top_value(density, high) > 0:
-            raise ValueError(
-                f"--percentile {high:g}: not above solvent in this map; 99.999 is usual"
-            )
+    brightest = volume.top_value(density, high)
+    if settings.percentile is not None and not brightest > 0:
+        raise ValueError(f"--percentile {high:g}: not above solvent in this map; 99.999 is usual")
     x, scale = volume.normalise(density, network.mean, network.std, high, settings.maximum, low)
-    check_given_maximum(volume.top_value(density, high), settings, say)
+    check_given_maximum(brightest, settings, say)
     device = posterior.device_of(network)
     loss = KNOWN_LOSSES.get(network.sha256[:12])
     if loss:

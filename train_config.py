@@ -7,10 +7,8 @@ in train_presets.py and train_baselines.py.
 
 from dataclasses import dataclass, field, fields
 
-from torch import Generator
-
 from augment import AUGMENTATIONS
-from jepa import JEPAConfig, block_masks
+from jepa import JEPAConfig, fitting_sides
 from model_baselines import LatentFlowConfig, VAEConfig, ViTConfig
 from model_hdit import HDiTConfig
 from model_scunet import SCUNetConfig
@@ -181,7 +179,7 @@ class TrainConfig:
         # Masks of pre-training must fit into the grid of features.
         if self.objective in PRETRAINING:
             try:
-                block_masks(1, token_grid(self), Generator())
+                fitting_sides(token_grid(self))
             except ValueError as error:
                 raise ValueError(f"--crop {self.crop}: {error}") from None
         if self.objective == "jepa" and self.held_out_crops < 2:

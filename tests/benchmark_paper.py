@@ -196,7 +196,7 @@ def by_the_paper(
 
     # The paper's samplers begin with noise, so that `start` is not used.
     x, scale = volume.normalise(truth, prior.mean, prior.std)
-    y = (y / scale.maximum - prior.mean) / prior.std
+    y = volume.to_network_scale(y, scale)
     sigma = torch.as_tensor(sigma, dtype=torch.float32) / scale.maximum / prior.std
     observation = Observation(y, measured, sigma, x, scale)
     drawn = posterior.draw_samples(prior, observation, sampler, samples=len(maps), seed=0)

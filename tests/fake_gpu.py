@@ -126,9 +126,8 @@ def stops_per_step(model: str) -> list[int]:
     # Histograms are made in pieces, by the kind of device.
     patches[jepa] = dict(PIECE={DEVICE.type: jepa.PIECE["cuda"]})
     if cfg.objective in PRETRAINING:  # masks are drawn on the CPU, with numbers
-        masks = with_numbers(jepa.block_masks)
-        patches[jepa] |= dict(block_masks=masks)
-        patches[train_config] = dict(block_masks=masks)
+        patches[jepa] |= dict(block_masks=with_numbers(jepa.block_masks))
+        patches[train_config] = dict(fitting_sides=with_numbers(jepa.fitting_sides))
     else:  # times and noise are drawn on the GPU
         patches[train]["noise_generator"] = lambda *_: None
     with contextlib.ExitStack() as stack:

@@ -11,9 +11,9 @@ FILES = {path.stem for path in ROOT.glob("*.py")}
 def levels():
     """The files of each level of the README's list, from the top level to the bottom one."""
     section = (ROOT / "README.md").read_text().split("## The files")[1].split("## ")[0]
-    levels = re.findall(r"^\d+\. (.*)", section, re.MULTILINE)
+    lines = re.findall(r"^\d+\. (.*)", section, re.MULTILINE)
     # A file begins its entry. Others that the entry names do not count.
-    return [re.findall(r"(?:^|; )`(\w+)\.py`", level) for level in levels]
+    return [re.findall(r"(?:^|; )`(\w+)\.py`", line) for line in lines]
 
 
 def imports(name):
